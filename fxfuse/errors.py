@@ -1,0 +1,30 @@
+"""The one exception type that bad input raises."""
+
+from __future__ import annotations
+
+
+class FxfuseError(Exception):
+    """Bad input or an unsupported request.
+
+    The message says what was wrong, where, and what to do about it.
+
+    Attributes:
+        what: what was wrong, in one sentence.
+        where: the argument, file, node or source line it concerns, if any.
+        hint: what the caller can do, if anything is known to help.
+    """
+
+    def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
+        self.what = what
+        self.where = where
+        self.hint = hint
+        parts = [what]
+        if where:
+            parts.append(f"  where: {where}")
+        if hint:
+            parts.append(f"  hint: {hint}")
+        super().__init__("\n".join(parts))
+
+
+class ParityError(FxfuseError):
+    """Two implementations that must compute the same thing did not."""
