@@ -1,0 +1,12 @@
+"""fxfuse: pattern fusion for PyTorch export graphs.
+
+Operators are recognised by what a region computes, every rewrite is proven, and each fused op becomes one ONNX node.
+Start with `fuse`; the story is in `fxfuse.fusion`, a pattern in `fxfuse.patterns.rms_norm`.
+"""
+
+from fxfuse.errors import FxfuseError, ParityError
+from fxfuse.fusion import fuse, report, unfuse
+from fxfuse.recognise.by_example import pattern
+
+__version__ = "0.1.0"
+__all__ = ["FxfuseError", "ParityError", "fuse", "pattern", "report", "unfuse"]

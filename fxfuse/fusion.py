@@ -1,0 +1,245 @@
+"""The story: propose, recognise, prove, rewrite, report.
+
+    program = torch.export.export(model, args)
+    fused = fxfuse.fuse(program)
+    print(fxfuse.report(fused))
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+from torch.export import ExportedProgram
+from torch.fx import Graph, Node
+
+import fxfuse.ops
+from fxfuse.errors import FxfuseError
+from fxfuse.graph.functional import functionalise, restore
+from fxfuse.graph.program import check_program, copy_program
+from fxfuse.graph.region import Region
+from fxfuse.graph.source import module_path, source_line
+from fxfuse.graph.splice import Guarded, Splicer, trace
+from fxfuse.graph.view import GraphView
+from fxfuse.ops.registry import check_opset
+from fxfuse.recognise.answers import NEAR, Form, Found, Pattern, Proposal, Reason
+from fxfuse.recognise.catalogue import catalogue
+from fxfuse.recognise.evaluate import CannotEvaluate
+from fxfuse.recognise.proof import Refused, prove
+from fxfuse.recognise.questions import Questions
+from fxfuse.report.model import Entry, Report
+
+_META = "fxfuse_report"
+T = TypeVar("T")
+
+
+def fuse(
+    program: ExportedProgram,
+    *,
+    opset: int = 24,
+    patterns: Sequence[Pattern] | None = None,
+    verify: Literal["on", "off"] = "on",
+) -> ExportedProgram:
+    """Collapse every region that computes a known operator into one op that maps to one ONNX node.
+
+    Args:
+        program: as `torch.export.export` captured it (the training IR, before any decomposition). Not changed.
+        opset: ONNX opset the ops must exist in: 23, 24 or 25.
+        patterns: which patterns to look for, in this order; the whole `catalogue()` by default.
+        verify: ``"on"`` runs every region against its replacement before the graph is touched. ``"off"`` trusts the
+            recognisers.
+
+    Returns:
+        A new program. Nodes outside the fused regions are as they were; weights are shared with `program`.
+
+    Raises:
+        FxfuseError: not an exported program, fused already, or an opset outside 23–25.
+    """
+    program = check_program(program)
+    check_opset(opset)
+    if verify not in ("on", "off"):
+        raise FxfuseError(f"unknown verify={verify!r}", where="verify", hint='"on" or "off"')
+    started = time.perf_counter()
+    result = copy_program(program)
+    report = Report(opset, nodes_before=_calls(result.graph))
+    run = _Run(result, report, verified=verify == "on")
+    writes = functionalise(result.graph)
+    for pattern in catalogue() if patterns is None else patterns:
+        if pattern.since_opset <= opset:
+            run.apply(pattern)
+    restore(result.graph, writes)
+    result.graph_module.recompile()
+    report.nodes_after = _calls(result.graph)
+    report.seconds["total"] = time.perf_counter() - started
+    result.graph_module.meta[_META] = report
+    return result
+
+
+def report(program: object) -> Report:
+    """What `fuse` did to this program (or to the program that this ONNX program was exported from).
+
+    Raises:
+        FxfuseError: the program was not fused in this process.
+    """
+    found = getattr(program, "fxfuse_report", None)
+    if found is None and isinstance(program, ExportedProgram):
+        found = program.graph_module.meta.get(_META)
+    if not isinstance(found, Report):
+        raise FxfuseError(
+            f"this {type(program).__name__} has no fusion report", where="program", hint="pass what fxfuse.fuse returned"
+        )
+    return found
+
+
+@dataclass
+class _Match:
+    region: Region
+    found: Found
+    body: Graph
+
+
+@dataclass
+class _Run:
+    """One fusion of one program: answers and proofs are remembered by the shape of the region."""
+
+    program: ExportedProgram
+    report: Report
+    verified: bool
+    answers: dict[tuple[str, str], Found | Reason] = field(default_factory=dict)
+    proofs: dict[tuple[str, str], Graph | str] = field(default_factory=dict)
+
+    def apply(self, pattern: Pattern) -> None:
+        """Match the whole graph against one pattern, then rewrite it."""
+        view = GraphView(self.program.graph)
+        ask = Questions(self.program)
+        matches: list[_Match] = []
+        taken: set[Node] = set()
+        for proposal in self._timed("propose", pattern.propose(view)):
+            if proposal.anchor not in taken:
+                match = self._decide(pattern, proposal, ask, taken)
+                if match is not None:
+                    matches.append(match)
+                    taken.update(match.region.nodes)
+        with self._clock("rewrite"):
+            self._rewrite(matches)
+
+    def _decide(self, pattern: Pattern, proposal: Proposal, ask: Questions, taken: set[Node]) -> _Match | None:
+        """The best region around one anchor that is the operator and proves it; else why not."""
+        found: list[tuple[Region, Found]] = []
+        nearest: tuple[Reason, tuple[Node, ...]] | None = None
+        if proposal.missed is not None:
+            nearest = (proposal.missed, proposal.nodes or (proposal.anchor,))
+        for region in self._timed("propose", proposal.regions):
+            if taken.intersection(region.nodes):
+                continue
+            answer = self._recognise(pattern, region, ask)
+            if isinstance(answer, Found):
+                found.append((region, answer))
+            elif nearest is None or answer.closeness > nearest[0].closeness:
+                nearest = (answer, region.nodes)
+        refusal: tuple[str, Region, Found] | None = None
+        for region, answer in sorted(found, key=lambda pair: -pair[1].rank):
+            body = self._prove(pattern, region, answer, ask)
+            if isinstance(body, Graph):
+                return _Match(region, answer, body)
+            refusal = refusal or (body, region, answer)
+        if refusal is not None:
+            why, region, answer = refusal
+            self._note(pattern, "refused", region.nodes, proposal.anchor, reason=why, parameters=answer.parameters)
+        elif nearest is not None and nearest[0].closeness >= NEAR:
+            self._note(pattern, "near miss", nearest[1], proposal.anchor, reason=nearest[0].text)
+        return None
+
+    def _recognise(self, pattern: Pattern, region: Region, ask: Questions) -> Found | Reason:
+        with self._clock("recognise"):
+            key = (pattern.name, pattern.key(region))
+            if key not in self.answers:
+                try:
+                    self.answers[key] = pattern.recognise(region, ask)
+                except CannotEvaluate as error:
+                    self.answers[key] = Reason(str(error))
+            return self.answers[key]
+
+    def _prove(self, pattern: Pattern, region: Region, found: Found, ask: Questions) -> Graph | str:
+        with self._clock("prove"):
+            key = (pattern.name, pattern.key(region))
+            if key not in self.proofs:
+                try:
+                    form: Form = prove(region, found, ask) if self.verified else found.forms[0]
+                    self.proofs[key] = trace(form, region.inputs)
+                except (Refused, Guarded) as why:
+                    self.proofs[key] = str(why)
+            return self.proofs[key]
+
+    def _rewrite(self, matches: Iterable[_Match]) -> None:
+        splicer = Splicer(self.program)
+        for match in matches:
+            node = splicer.replace(match.region, match.body)
+            self.report.entries.append(
+                Entry(
+                    operator=match.found.operator,
+                    status="fused",
+                    nodes=match.region.names,
+                    result=node.name,
+                    parameters=match.found.parameters,
+                    source=source_line(match.region.output),
+                    module=module_path(match.region.output),
+                )
+            )
+        splicer.finish()
+
+    def _note(
+        self,
+        pattern: Pattern,
+        status: Literal["refused", "near miss"],
+        nodes: Sequence[Node],
+        anchor: Node,
+        *,
+        reason: str,
+        parameters: dict[str, object] | None = None,
+    ) -> None:
+        self.report.entries.append(
+            Entry(
+                operator=pattern.operator,
+                status=status,
+                nodes=tuple(n.name for n in nodes),
+                parameters=parameters or {},
+                reason=reason,
+                source=source_line(anchor),
+                module=module_path(anchor),
+            )
+        )
+
+    @contextmanager
+    def _clock(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.report.seconds[stage] = self.report.seconds.get(stage, 0.0) + time.perf_counter() - started
+
+    def _timed(self, stage: str, items: Iterable[T]) -> Iterator[T]:
+        """Pass items on, counting the time it takes to make them."""
+        iterator = iter(items)
+        while True:
+            with self._clock(stage):
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+            yield item
+
+
+def _calls(graph: Graph) -> int:
+    return sum(n.op == "call_function" for n in graph.nodes)
+
+
+def unfuse(program: ExportedProgram) -> ExportedProgram:
+    """The program with every fxfuse op written out in plain ATen again.
+
+    Other operators keep their names; like any `run_decompositions`, it retraces (and functionalises) the program.
+    """
+    return program.run_decompositions(fxfuse.ops.decompositions())

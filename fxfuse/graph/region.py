@@ -1,0 +1,141 @@
+"""A region: one output, a few inputs, and the nodes between. What is proposed, asked, proven and replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from fxfuse.graph.view import ASSERTIONS, GraphView, is_pure, op_name, tensor
+
+
+@dataclass(frozen=True)
+class Region:
+    """The nodes that turn `sources` (and `others`, which do not depend on them) into `output`."""
+
+    view: GraphView
+    output: Node
+    sources: tuple[Node, ...]
+    """The inputs the operator is a function of: x; or q, k, v."""
+    others: tuple[Node, ...]
+    """Tensors the region also reads, computed without the sources: weights, cos and sin, masks."""
+    nodes: tuple[Node, ...]
+    """In graph order; the output is last."""
+
+    @property
+    def inputs(self) -> tuple[Node, ...]:
+        return self.sources + self.others
+
+    @cached_property
+    def key(self) -> str:
+        """Equal keys: the same calls on inputs of the same shapes and dtypes. One answer serves them all."""
+        ids: dict[Node, str] = {}
+        parts = []
+        for i, node in enumerate(self.inputs):
+            ids[node] = f"%{i}"
+            value = tensor(node)
+            assert value is not None
+            parts.append(f"{value.dtype}{self.view.shape(node)}")
+        parts.append(str(len(self.sources)))
+
+        def spell(arg: Any) -> str:
+            if isinstance(arg, Node):
+                canonical = self.view.canonical(arg)
+                return ids.get(arg) or ids.get(canonical) or str(arg.meta.get("val"))
+            if isinstance(arg, (list, tuple)):
+                return "[" + ",".join(map(spell, arg)) + "]"
+            return repr(arg)
+
+        for node in self.nodes:
+            kwargs = ",".join(f"{k}={spell(v)}" for k, v in node.kwargs.items())
+            parts.append(f"{node.target}({spell(node.args)},{kwargs})")
+            ids[node] = f"%{len(ids)}"
+        return ";".join(parts)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(n.name for n in self.nodes)
+
+
+def between(
+    view: GraphView,
+    output: Node,
+    sources: Sequence[Node],
+    allowed: Callable[[str], bool],
+    limit: int = 80,
+) -> Region | None:
+    """The region from `sources` to `output`, or None.
+
+    None where a node on the way is not `allowed`, is random or writes in place, where the region has more than
+    `limit` nodes, or where a source does not reach the output.
+    """
+    if tensor(output) is None or output in sources:
+        return None
+    first = min(view.order[s] for s in sources)
+    depends: dict[Node, bool] = dict.fromkeys(sources, True)
+    others: dict[Node, None] = {}
+    budget = limit * 8
+
+    stack = [output]
+    while stack:
+        node = stack[-1]
+        if node in depends:
+            stack.pop()
+            continue
+        if view.order[node] < first or node.op != "call_function" or _is_size(node):
+            depends[node] = False
+            stack.pop()
+            continue
+        pending = [i for i in node.all_input_nodes if i not in depends]
+        if pending:
+            budget -= len(pending)
+            if budget < 0:
+                return None
+            stack.extend(pending)
+            continue
+        depends[node] = any(depends[i] for i in node.all_input_nodes)
+        stack.pop()
+    if not depends[output]:
+        return None
+
+    nodes: set[Node] = set()
+    reached: set[Node] = set()
+    walk = [output]
+    while walk:
+        node = walk.pop()
+        if node in nodes:
+            continue
+        if not allowed(op_name(node)) or not is_pure(node):
+            return None
+        nodes.add(node)
+        if len(nodes) > limit:
+            return None
+        for i in node.all_input_nodes:
+            if i in sources:
+                reached.add(i)
+            elif depends[i]:
+                walk.append(i)
+            elif tensor(i) is not None:
+                others.setdefault(view.canonical(i))
+            elif isinstance(i.meta.get("val"), (list, tuple)) or i.op == "get_attr":
+                return None
+    if len(reached) < len(set(sources)):
+        return None
+    ordered = view.sorted(nodes)
+    start = min(view.order[n] for n in ordered)
+    if view.mutations and view.mutated_between([*sources, *others, *ordered], start, view.order[output]):
+        return None
+    return Region(view, output, tuple(sources), tuple(view.sorted(others)), tuple(ordered))
+
+
+def real_users(node: Node) -> list[Node]:
+    """The users of a node that need its value: assertions on its metadata do not."""
+    return [u for u in node.users if op_name(u) not in ASSERTIONS]
+
+
+def _is_size(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool))

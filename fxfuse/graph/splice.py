@@ -1,0 +1,152 @@
+"""Putting a proven replacement into a graph, and taking out what it made superfluous."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Graph, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fxfuse.graph.layout import cancel_layouts
+from fxfuse.graph.region import Region
+from fxfuse.graph.view import ASSERTIONS, fake, is_pure, op_name
+
+KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "custom")
+INSERTED = "fxfuse_inserted"
+
+
+class Guarded(Exception):
+    """The replacement would specialise a symbolic size."""
+
+
+def trace(form: Callable[..., torch.Tensor], inputs: Iterable[Node]) -> Graph:
+    """The ATen graph of a replacement on inputs of these nodes' shapes and dtypes, symbols kept.
+
+    Raises:
+        Guarded: tracing had to decide something about a symbolic size.
+    """
+    fakes = [fake(n) for n in inputs]
+    mode = next((f.fake_mode for f in fakes if hasattr(f, "fake_mode")), None)
+    assert mode is not None, "an exported program's values are fake tensors"
+    env = mode.shape_env
+    guards = len(env.guards) if env is not None else 0
+
+    def in_mode(*tensors: torch.Tensor) -> torch.Tensor:
+        with mode:
+            return form(*tensors)
+
+    with torch.no_grad():
+        module = make_fx(in_mode, pre_dispatch=True, tracing_mode="real")(*(f.detach() for f in fakes))
+    if env is not None and len(env.guards) > guards:
+        guard = env.guards[guards].expr
+        del env.guards[guards:]
+        raise Guarded(f"it would specialise the program on {guard}")
+    return module.graph
+
+
+class Splicer:
+    """Replaces regions of one program's graph; call `finish` once all are in."""
+
+    def __init__(self, program: ExportedProgram) -> None:
+        self.program = program
+        self.graph = program.graph
+        self.replaced: dict[Node, Node] = {}
+        self._dead: list[Node] = []
+        self._inserted: list[Node] = []
+        self._sizes: dict[str, Node] = {}
+        self._order = {n: i for i, n in enumerate(self.graph.nodes)}
+        for node in self.graph.nodes:
+            if isinstance(node.meta.get("val"), torch.SymInt):
+                self._sizes.setdefault(str(node.meta["val"]), node)
+
+    def replace(self, region: Region, body: Graph) -> Node:
+        """Insert `body` (see `trace`) for the region right after its output; returns the node that stands for it."""
+        output = region.output
+        env: dict[Node, Node] = {}
+        sources = iter(region.inputs)
+        provenance = {k: output.meta[k] for k in KEPT_META if k in output.meta}
+        point = output
+        result: Node | None = None
+        for node in body.nodes:
+            if node.op == "placeholder":
+                old = next(sources)
+                env[node] = self.replaced.get(old, old)
+            elif node.op == "output":
+                result = env[_single(node.args[0])]
+            elif (size := self._known_size(node, output)) is not None:
+                env[node] = size
+            else:
+                with self.graph.inserting_after(point):
+                    new = self.graph.node_copy(node, lambda n: env[n])
+                new.meta = {**provenance, **{k: v for k, v in node.meta.items() if k in ("val", "tensor_meta")}}
+                new.meta[INSERTED] = True
+                env[node] = point = new
+                self._inserted.append(new)
+        assert result is not None
+        output.replace_all_uses_with(
+            result, delete_user_cb=lambda user: op_name(user) not in ASSERTIONS, propagate_meta=False
+        )
+        self._rename_output(output, result)
+        self.replaced[output] = result
+        self._dead.extend(region.nodes)
+        self._dead.extend(region.others)
+        self._dead.extend(i for n in region.nodes for i in n.all_input_nodes)
+        return result
+
+    def finish(self) -> None:
+        """Undo layouts that cancel, share what was inserted twice, and remove what nobody reads any more."""
+        cancel_layouts(self._inserted)
+        self._share()
+        self._remove_dead([*self._dead, *self._inserted])
+        self.graph.lint()
+        self.program.graph_module.recompile()
+
+    def _known_size(self, node: Node, output: Node) -> Node | None:
+        """A node of the graph, before `output`, that holds the same symbolic size."""
+        value = node.meta.get("val")
+        known = self._sizes.get(str(value)) if isinstance(value, torch.SymInt) else None
+        return known if known is not None and self._order[known] < self._order[output] else None
+
+    def _share(self) -> None:
+        """One cos slice, one mask for all layers: equal insertions become the first of them."""
+        order = {n: i for i, n in enumerate(self.graph.nodes)}
+        first: dict[Any, Node] = {}
+        for node in sorted(self._inserted, key=order.__getitem__):
+            if not is_pure(node):
+                continue
+            key = (node.target, repr(node.args), repr(node.kwargs))
+            original = first.setdefault(key, node)
+            if original is not node:
+                node.replace_all_uses_with(original, propagate_meta=False)
+
+    def _remove_dead(self, candidates: Iterable[Node]) -> None:
+        """Erase those of the candidates, and of what feeds them, that have no users left."""
+        pending = list(dict.fromkeys(candidates))
+        erased: set[Node] = set()
+        while pending:
+            node = pending.pop()
+            if node in erased or node.op != "call_function" or not is_pure(node):
+                continue
+            assertions = [u for u in node.users if op_name(u) in ASSERTIONS]
+            if len(assertions) < len(node.users):
+                continue
+            for dead in (*assertions, node):
+                inputs = dead.all_input_nodes
+                self.graph.erase_node(dead)
+                erased.add(dead)
+                pending.extend(inputs)
+
+    def _rename_output(self, old: Node, new: Node) -> None:
+        """Program outputs are named in the signature: let it name the new node."""
+        for spec in self.program.graph_signature.output_specs:
+            if getattr(spec.arg, "name", None) == old.name:
+                spec.arg.name = new.name
+
+
+def _single(result: Any) -> Node:
+    node = result[0] if isinstance(result, (list, tuple)) else result
+    assert isinstance(node, Node)
+    return node

@@ -1,0 +1,199 @@
+"""A spelling-free view of an export graph: what kind of operator a node is, its shape, its order, its equals.
+
+The vocabulary below is what proposing regions walks through. It decides where to look, never what a region means.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+LAYOUT = frozenset(
+    "view reshape flatten unflatten _unsafe_view view_as reshape_as transpose swapaxes swapdims permute t mT adjoint "
+    "movedim moveaxis unsqueeze squeeze expand expand_as broadcast_to clone contiguous alias detach lift_fresh_copy "
+    "select slice narrow split split_with_sizes chunk tensor_split unbind unsafe_split unsafe_chunk cat concat "
+    "concatenate stack hstack repeat repeat_interleave tile index_select index take_along_dim gather flip roll "
+    "view_as_complex view_as_real real imag getitem numpy_T T".split()
+)
+"""Operators that only move elements."""
+CAST = frozenset("to _to_copy type_as float half bfloat16 double".split())
+NO_OP = frozenset("dropout feature_dropout native_dropout alpha_dropout identity".split())
+"""Random in training, the identity in evaluation: allowed only as the identity."""
+ARITHMETIC = frozenset("mul add sub rsub neg negative div true_divide addcmul complex polar conj _conj".split())
+ROOTS = frozenset("pow square rsqrt sqrt reciprocal mean sum rms_norm linalg_vector_norm norm einsum".split())
+CONTRACTION = frozenset("matmul bmm mm einsum baddbmm linear".split())
+ASSERTIONS = frozenset("_assert_tensor_metadata _assert_scalar _assert_async sym_constrain_range_for_size".split())
+
+
+def op_name(node: Node) -> str:
+    """``"mul"`` for `aten.mul.Tensor`, ``"getitem"`` for `operator.getitem`, ``""`` for what is not a call."""
+    if node.op != "call_function":
+        return ""
+    target = node.target
+    if target is operator.getitem:
+        return "getitem"
+    schema = getattr(target, "_schema", None)
+    return str(schema.name.split("::")[1]) if schema is not None else str(target)
+
+
+def tensor(node: Node) -> torch.Tensor | None:
+    """The node's fake tensor, or None for sizes, lists and assertions."""
+    value = node.meta.get("val")
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def fake(node: Node) -> torch.Tensor:
+    """The node's fake tensor, for nodes known to have one."""
+    value = tensor(node)
+    assert value is not None, f"{node.name} is not a tensor"
+    return value
+
+
+def is_float(node: Node) -> bool:
+    value = tensor(node)
+    return value is not None and value.dtype.is_floating_point
+
+
+def static(dim: Any) -> int | None:
+    """The size if it is a plain int (never guards on a symbol)."""
+    return dim if isinstance(dim, int) else None
+
+
+def is_pure(node: Node) -> bool:
+    """Computes a value from its inputs and does nothing else."""
+    if node.op != "call_function":
+        return False
+    if node.target is operator.getitem:
+        return True
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or schema.is_mutable:
+        return False
+    return not is_random(node)
+
+
+def is_random(node: Node) -> bool:
+    """Draws random numbers: active dropout and its like."""
+    tags = getattr(node.target, "tags", ())
+    name = op_name(node)
+    if name in NO_OP:
+        p, train = (list(node.args) + [True, True])[1:3]
+        return bool(train) and p != 0.0
+    if name == "scaled_dot_product_attention":
+        p = argument(node, "dropout_p")
+        return not (isinstance(p, (int, float)) and p == 0)
+    return torch.Tag.nondeterministic_seeded in tags
+
+
+def argument(node: Node, name: str) -> Any:
+    """The value of a schema argument, given by position, by keyword or by default."""
+    for position, arg in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if arg.name == name:
+            if name in node.kwargs:
+                return node.kwargs[name]
+            if not arg.kwarg_only and position < len(node.args):
+                return node.args[position]
+            return arg.default_value if arg.has_default_value() else None
+    return None
+
+
+class GraphView:
+    """Order, shapes and equal values of one graph. It is a snapshot: build a new one after editing."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.nodes = list(graph.nodes)
+        self.order = {node: position for position, node in enumerate(self.nodes)}
+        self._shapes: dict[Node, tuple[str, ...]] = {}
+        self.mutations = [(self.order[n], storages) for n in self.nodes if (storages := _mutated(n))]
+        self._first = self._number()
+
+    def shape(self, node: Node) -> tuple[str, ...]:
+        """The symbolic shape as text: equal text, equal sizes; nothing is guarded on."""
+        found = self._shapes.get(node)
+        if found is None:
+            value = tensor(node)
+            found = () if value is None else tuple(str(d) for d in value.shape)
+            self._shapes[node] = found
+        return found
+
+    def same_shape(self, a: Node, b: Node) -> bool:
+        return self.shape(a) == self.shape(b) and tensor(a) is not None
+
+    def canonical(self, node: Node) -> Node:
+        """The first node of the graph that computes the same value in the same way."""
+        return self._first.get(node, node)
+
+    def sorted(self, nodes: Iterable[Node]) -> list[Node]:
+        return sorted(nodes, key=self.order.__getitem__)
+
+    def mutated_between(self, nodes: Iterable[Node], start: int, stop: int) -> bool:
+        """Is the storage of one of these nodes written in place between two positions?"""
+        writes = [storages for position, storages in self.mutations if start < position < stop]
+        if not writes:
+            return False
+        mine = {root for node in nodes for root in storage_roots(node)}
+        return any(mine & storages for storages in writes)
+
+    def _number(self) -> dict[Node, Node]:
+        """Value numbering of pure nodes; whatever an in-place write may touch equals only itself."""
+        written = {root for _, storages in self.mutations for root in storages}
+        first: dict[Any, Node] = {}
+        result: dict[Node, Node] = {}
+
+        def number(arg: Any) -> Any:
+            if isinstance(arg, Node):
+                return ("node", result.get(arg, arg))
+            if isinstance(arg, (list, tuple)):
+                return tuple(number(a) for a in arg)
+            return (type(arg).__name__, repr(arg)) if not isinstance(arg, slice) else repr(arg)
+
+        for node in self.nodes:
+            result[node] = node
+            if not is_pure(node) or (written and storage_roots(node) & written):
+                continue
+            key = (node.target, number(node.args), tuple((k, number(v)) for k, v in sorted(node.kwargs.items())))
+            result[node] = first.setdefault(key, node)
+        return result
+
+
+def storage_roots(node: Node) -> set[Node]:
+    """The nodes whose storage this node may share: itself, and back through everything that may be a view."""
+    roots: set[Node] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current in roots:
+            continue
+        roots.add(current)
+        if _may_alias(current):
+            stack.extend(i for i in current.all_input_nodes if i.meta.get("val") is not None)
+    return roots
+
+
+def _may_alias(node: Node) -> bool:
+    if node.op != "call_function":
+        return False
+    name = op_name(node)
+    if name in {"getitem", "reshape", "flatten", "contiguous", "to", "type_as"} or name in NO_OP:
+        return True
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(r.alias_info is not None for r in schema.returns)
+
+
+def _mutated(node: Node) -> set[Node]:
+    """The storages that this node writes to in place."""
+    schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None
+    if schema is None or not schema.is_mutable:
+        return set()
+    found: set[Node] = set()
+    for position, arg in enumerate(schema.arguments):
+        if arg.alias_info is not None and arg.alias_info.is_write:
+            value = node.args[position] if position < len(node.args) else node.kwargs.get(arg.name)
+            for target in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(target, Node):
+                    found |= storage_roots(target)
+    return found

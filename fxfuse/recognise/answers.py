@@ -1,0 +1,85 @@
+"""What a pattern says of a region: `Found`, with the operator that replaces it, or a `Reason` why not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+from torch.fx import Node
+
+from fxfuse.graph.region import Region
+from fxfuse.graph.view import GraphView
+
+if TYPE_CHECKING:
+    from fxfuse.recognise.questions import Questions
+
+Form = Callable[..., torch.Tensor]
+"""A plain function of the region's inputs, in the order of `Region.inputs`. The same function is proven and traced
+into the graph, so what is proven is what is spliced."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The region is this operator, with these parameters."""
+
+    operator: str
+    parameters: dict[str, Any]
+    """What was measured, for the report."""
+    forms: tuple[Form, ...]
+    """Ways to say it, best first. They agree in exact arithmetic; the proof takes the first that also rounds alike."""
+    rank: int = 0
+    """Among regions around one anchor the highest rank wins (a norm with its weight over the norm without)."""
+    ulp: float = 2.0
+    """Bound on the difference to the region in its own dtype, in units in the last place of the result's size."""
+    averaging: bool = False
+    """The operator sums in an order of its own (attention): in low precision it must be as accurate as the region
+    against float64, not equal to it bit by bit."""
+    from_leaves: bool = False
+    """It holds for the values that `Region.others` take in this program (both halves of cos equal, a mask that is
+    causal), not for arbitrary ones: the proof computes them from the program's inputs and constants."""
+
+
+@dataclass(frozen=True)
+class Reason:
+    """The region is not the operator; `closeness` counts the properties that did hold."""
+
+    text: str
+    closeness: int = 0
+
+
+NEAR = 2
+"""A region this close is worth telling the user about."""
+
+
+@dataclass
+class Proposal:
+    """One anchor and the regions around it to ask, in the order of preference."""
+
+    anchor: Node
+    regions: Iterable[Region]
+    missed: Reason | None = None
+    """Why no region could be proposed, where that is already known."""
+    nodes: tuple[Node, ...] = field(default=())
+
+
+@runtime_checkable
+class Pattern(Protocol):
+    """A meaning: where to look for it, and how to tell."""
+
+    name: str
+    operator: str
+    since_opset: int
+
+    def propose(self, view: GraphView) -> Iterator[Proposal]:
+        """Candidate regions, cheaply and structurally."""
+        ...
+
+    def recognise(self, region: Region, ask: Questions) -> Found | Reason:
+        """Is the region this operator? Asked by evaluating it."""
+        ...
+
+    def key(self, region: Region) -> str:
+        """Regions of equal key get the same answer."""
+        ...

@@ -1,0 +1,150 @@
+"""Regions evaluated as black boxes: on real tensors, at small sizes, in float64 or in their own dtypes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from fxfuse.graph.region import Region
+from fxfuse.graph.view import ASSERTIONS, argument, fake, op_name
+from fxfuse.recognise.sizes import Sizes
+
+MAX_ELEMENTS = 1 << 25
+"""Largest tensor that a question may allocate (256 MiB in float64)."""
+
+
+class CannotEvaluate(Exception):
+    """The region cannot be run on its own here; the message says why."""
+
+
+class Evaluator:
+    """Runs nodes of an export graph on real CPU tensors.
+
+    Args:
+        sizes: the size that each symbol stands for.
+        exact: in float64, every cast between floating types ignored: what the region *computes*.
+            Otherwise in the dtypes of the graph: how it *rounds*.
+    """
+
+    def __init__(self, sizes: Sizes, *, exact: bool = True) -> None:
+        self.sizes = sizes
+        self.exact = exact
+
+    def dtype(self, dtype: torch.dtype) -> torch.dtype:
+        if self.exact and dtype.is_floating_point:
+            return torch.float64
+        return torch.complex128 if self.exact and dtype.is_complex else dtype
+
+    def run(self, nodes: Iterable[Node], env: Mapping[Node, Any], aliases: Mapping[Node, Node] | None = None) -> dict[Node, Any]:
+        """Values of `nodes` (in graph order) given `env`; `aliases` maps a node to the equal one that `env` holds."""
+        values = dict(env)
+        aliases = aliases or {}
+        with torch.no_grad():
+            for node in nodes:
+                if node not in values:
+                    values[node] = self._call(node, values, aliases)
+        return values
+
+    def region(self, region: Region, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The region's output for these values of `region.inputs`."""
+        env = dict(zip(region.inputs, inputs, strict=True))
+        out = self.run(region.nodes, env, _aliases(region))[region.output]
+        if not isinstance(out, torch.Tensor):
+            raise CannotEvaluate("the region's output is not a tensor")
+        return out
+
+    def _call(self, node: Node, values: dict[Node, Any], aliases: Mapping[Node, Node]) -> Any:
+        def concrete(n: Node) -> Any:
+            if n in values:
+                return values[n]
+            if n in aliases:
+                return values[aliases[n]]
+            value = n.meta.get("val")
+            if isinstance(value, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)):
+                return self.sizes(value)
+            raise CannotEvaluate(f"{node.name} reads {n.name}, which has no value here")
+
+        name = op_name(node)
+        if node.op != "call_function" or name in ASSERTIONS:
+            return None
+        if math.prod(_shape(node, self.sizes)) > MAX_ELEMENTS:
+            raise CannotEvaluate(f"{node.name} is too large to evaluate: {list(_shape(node, self.sizes))}")
+        args = self._retype(map_arg(node.args, concrete))
+        kwargs = self._retype(map_arg(dict(node.kwargs), concrete))
+        if self.exact and name == "rms_norm" and argument(node, "eps") is None:
+            source = node.args[0]
+            assert isinstance(source, Node)
+            args = (*args[:3], *([None] * (3 - len(args))), torch.finfo(fake(source).dtype).eps)
+        try:
+            return self._upcast(node.target(*args, **kwargs))  # type: ignore[operator]
+        except CannotEvaluate:
+            raise
+        except Exception as error:  # any failure of a torch operator at these sizes is an answer, not a crash
+            raise CannotEvaluate(f"{node.name} cannot run at the probed sizes: {error}") from error
+
+    def _retype(self, arg: Any) -> Any:
+        """Floating dtypes among the arguments become float64, devices the CPU."""
+        if isinstance(arg, torch.dtype):
+            return self.dtype(arg)
+        if isinstance(arg, torch.device):
+            return torch.device("cpu")
+        if isinstance(arg, torch.SymInt):
+            return self.sizes(arg)
+        if isinstance(arg, (list, tuple)):
+            return type(arg)([self._retype(a) for a in arg])
+        if isinstance(arg, dict):
+            return {k: self._retype(v) for k, v in arg.items()}
+        return arg
+
+    def _upcast(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.dtype != self.dtype(value.dtype):
+            return value.to(self.dtype(value.dtype))
+        if isinstance(value, (list, tuple)):
+            return type(value)([self._upcast(v) for v in value])
+        return value
+
+
+def draw(node: Node, evaluator: Evaluator, generator: torch.Generator, *, scale: float = 1.0, high: int = 4) -> torch.Tensor:
+    """Random valid values for a region input: normal floats times `scale`, integers below `high`, coin tosses.
+
+    In the graph's own dtypes the values are drawn in float64 and rounded, so that both modes see the same numbers.
+    """
+    value = fake(node)
+    shape = evaluator.sizes.shape(node)
+    if math.prod(shape) > MAX_ELEMENTS:
+        raise CannotEvaluate(f"input {node.name} is too large to draw: {list(shape)}")
+    if value.dtype == torch.bool:
+        return torch.rand(shape, generator=generator) < 0.7
+    if value.dtype.is_complex:
+        parts = torch.randn((*shape, 2), dtype=torch.float64, generator=generator) * scale
+        return torch.view_as_complex(parts).to(evaluator.dtype(value.dtype))
+    if value.dtype.is_floating_point:
+        drawn = torch.randn(shape, dtype=torch.float64, generator=generator) * scale
+        return drawn.to(evaluator.dtype(value.dtype))
+    return torch.randint(0, high, shape, generator=generator).to(value.dtype)
+
+
+def generator(seed: int) -> torch.Generator:
+    """A generator of its own: the caller's random state is never touched."""
+    return torch.Generator().manual_seed(seed)
+
+
+def _shape(node: Node, sizes: Sizes) -> tuple[int, ...]:
+    value = node.meta.get("val")
+    return tuple(sizes(d) for d in value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+def _aliases(region: Region) -> dict[Node, Node]:
+    """Nodes the region reads that equal one of its inputs (two slices of one cache, say)."""
+    held = set(region.inputs) | set(region.nodes)
+    found = {}
+    for node in region.nodes:
+        for i in node.all_input_nodes:
+            if i not in held and region.view.canonical(i) in held:
+                found[i] = region.view.canonical(i)
+    return found

@@ -1,0 +1,116 @@
+"""Before the graph is touched, region and replacement run side by side on fresh inputs.
+
+In float64, casts ignored: the same function. In the working dtype: the same rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fxfuse.graph.region import Region
+from fxfuse.graph.view import fake
+from fxfuse.recognise.answers import Form, Found
+from fxfuse.recognise.evaluate import CannotEvaluate, Evaluator
+from fxfuse.recognise.questions import Questions
+from fxfuse.recognise.sizes import PROFILES
+
+EXACT_TOLERANCE = 1e-9
+"""Largest float64 difference, relative to the output's size: summation order, never meaning."""
+DRAWS = 2
+"""Draws that must agree at least."""
+MISMATCHES = 0.02
+"""Share of elements that may differ in a low-precision dtype where the same rounding is asked for."""
+
+
+class Refused(Exception):
+    """Region and replacement differ, or could not be compared; the message says how."""
+
+
+def prove(region: Region, found: Found, ask: Questions) -> Form:
+    """The first form of `found` that computes what the region computes and rounds as it rounds.
+
+    Raises:
+        Refused: no form does; the message has the error that was seen.
+    """
+    errors: list[str] = []
+    for form in found.forms:
+        try:
+            _same_function(region, found, form, ask)
+            _same_rounding(region, found, form, ask)
+            return form
+        except Refused as refused:
+            errors.append(str(refused))
+    raise Refused("; ".join(dict.fromkeys(errors)))
+
+
+def _same_function(region: Region, found: Found, form: Form, ask: Questions) -> None:
+    compared = 0
+    why = "no sizes could be evaluated"
+    for profile in range(PROFILES):
+        if profile == PROFILES - 1 and compared >= DRAWS:
+            break
+        evaluator = ask.evaluator(profile)
+        try:
+            inputs = ask.inputs(region, evaluator, 100 + profile, from_leaves=found.from_leaves)
+            expected = evaluator.region(region, inputs)
+        except CannotEvaluate as error:
+            why = str(error)
+            continue
+        actual = _apply(form, inputs)
+        _same_shape(expected, actual)
+        error = (actual - expected).abs().max().item() if expected.numel() else 0.0
+        size = expected.abs().max().item() if expected.numel() else 1.0
+        if not error <= EXACT_TOLERANCE * max(size, 1e-30):
+            raise Refused(f"differs in float64 by {error:.3g} where values are up to {size:.3g}")
+        compared += 1
+    if compared < DRAWS:
+        raise Refused(f"could not be compared at {DRAWS} sets of sizes: {why}")
+
+
+def _same_rounding(region: Region, found: Found, form: Form, ask: Questions) -> None:
+    dtype = fake(region.output).dtype
+    working = ask.evaluator(0, exact=False)
+    try:
+        inputs = ask.inputs(region, working, 200, from_leaves=found.from_leaves)
+        expected = working.region(region, inputs)
+        reference = _reference(region, working, inputs)
+    except CannotEvaluate as error:
+        raise Refused(f"could not be run in {dtype}: {error}") from error
+    actual = _apply(form, inputs)
+    _same_shape(expected, actual)
+    if actual.dtype != expected.dtype:
+        raise Refused(f"gives {actual.dtype} for {expected.dtype}")
+    unit = torch.finfo(dtype).eps * reference.abs().clamp(min=float(reference.square().mean().sqrt()) + 1e-30)
+    off = ((actual.double() - expected.double()).abs() / unit).max().item()
+    if found.averaging:
+        theirs = ((expected.double() - reference).abs() / unit).max().item()
+        ours = ((actual.double() - reference).abs() / unit).max().item()
+        if not ours <= 2 * theirs + found.ulp:
+            raise Refused(f"is {ours:.1f} ulp from float64 in {dtype}, the model's own code {theirs:.1f}")
+        return
+    differing = (actual != expected).double().mean().item()
+    low = torch.finfo(dtype).bits < 32
+    if not off <= found.ulp * (1 if low else 4) or (low and differing > MISMATCHES):
+        raise Refused(f"rounds differently in {dtype}: {differing:.0%} of values, up to {off:.1f} ulp")
+
+
+def _reference(region: Region, working: Evaluator, inputs: list[torch.Tensor]) -> torch.Tensor:
+    """The region in float64 on the very values that were rounded to the working dtypes."""
+    exact = Evaluator(working.sizes, exact=True)
+    return exact.region(region, [t.to(exact.dtype(t.dtype)) for t in inputs])
+
+
+def _apply(form: Form, inputs: list[torch.Tensor]) -> torch.Tensor:
+    try:
+        with torch.no_grad():
+            return form(*inputs)
+    except Exception as error:  # the replacement is user code: whatever it raises is the proof's answer
+        raise Refused(f"the replacement fails on the region's inputs: {type(error).__name__}: {error}") from error
+
+
+def _same_shape(expected: torch.Tensor, actual: torch.Tensor) -> None:
+    if not isinstance(actual, torch.Tensor) or actual.shape != expected.shape:
+        shape = list(actual.shape) if isinstance(actual, torch.Tensor) else type(actual).__name__
+        raise Refused(f"gives {shape} where the region gives {list(expected.shape)}")
+    if not torch.isfinite(actual).all() and torch.isfinite(expected).all():
+        raise Refused("gives values that are not finite where the region's are")

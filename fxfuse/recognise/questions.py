@@ -1,0 +1,141 @@
+"""What a pattern asks with: evaluators, draws, and the values that a program's constants and sizes give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx import Node
+
+from fxfuse.graph.region import Region
+from fxfuse.graph.view import fake, op_name, static, tensor
+from fxfuse.recognise.evaluate import CannotEvaluate, Evaluator, draw, generator
+from fxfuse.recognise.sizes import Sizes, ranges_of
+
+_INDEXED = {"index": 0, "embedding": 0, "index_select": 0, "gather": 0, "take_along_dim": 0}
+_LIMIT = 400
+
+
+class Questions:
+    """Everything there is to ask about the regions of one program."""
+
+    def __init__(self, program: ExportedProgram) -> None:
+        self.ranges = ranges_of(program)
+        self._constants = _constants(program)
+
+    def evaluator(self, profile: int = 0, *, exact: bool = True) -> Evaluator:
+        return Evaluator(Sizes(self.ranges, profile), exact=exact)
+
+    def stretched(self, limit: int) -> Evaluator:
+        """An evaluator where bounded symbols take their bound, up to `limit`: tables are met whole."""
+        return Evaluator(Sizes(self.ranges, 1, stretch=limit))
+
+    def draws(self, nodes: Iterable[Node], evaluator: Evaluator, seed: int) -> list[torch.Tensor]:
+        """Independent random values for each node."""
+        gen = generator(seed)
+        return [draw(node, evaluator, gen) for node in nodes]
+
+    def inputs(self, region: Region, evaluator: Evaluator, seed: int, *, from_leaves: bool) -> list[torch.Tensor]:
+        """Random sources, and others drawn freely or computed from the program's leaves."""
+        sources = self.draws(region.sources, evaluator, seed)
+        others = (
+            self.leaf_values(region.others, evaluator, seed + 1, cover=seed % 2 == 0)
+            if from_leaves
+            else self.draws(region.others, evaluator, seed + 1)
+        )
+        return sources + others
+
+    def leaf_values(
+        self, nodes: Iterable[Node], evaluator: Evaluator, seed: int, *, cover: bool = False
+    ) -> list[torch.Tensor]:
+        """Values of `nodes` computed from the program's own constants and from random inputs.
+
+        Integer inputs (positions, ids) are drawn below the length of every table they index; `cover` counts
+        through them instead, so that a long enough sequence meets every row.
+
+        Raises:
+            CannotEvaluate: a leaf has no data (meta), or too much would have to be computed.
+        """
+        wanted = list(nodes)
+        ancestors = _ancestors(wanted)
+        gen = generator(seed)
+        high = _table_rows(ancestors)
+        env: dict[Node, torch.Tensor] = {}
+        for node in ancestors:
+            if node.op != "placeholder" or tensor(node) is None:
+                continue
+            constant = self._constants.get(node.name)
+            if constant is not None:
+                if constant.is_meta:
+                    raise CannotEvaluate(f"the constant {node.name} has no data (meta device)")
+                env[node] = constant.detach().cpu().to(evaluator.dtype(constant.dtype))
+            elif cover and not fake(node).dtype.is_floating_point and fake(node).dtype != torch.bool:
+                shape = evaluator.sizes.shape(node)
+                count = torch.Size(shape).numel()
+                env[node] = (torch.arange(count) % high).reshape(shape).to(fake(node).dtype)
+            else:
+                env[node] = draw(node, evaluator, gen, high=high)
+        values = evaluator.run([n for n in ancestors if n.op == "call_function"], env)
+        return [values[n] for n in wanted]
+
+    def depends_on_input(self, node: Node) -> bool:
+        """Does the value depend on anything but constants and sizes?"""
+        try:
+            ancestors = _ancestors([node])
+        except CannotEvaluate:
+            return True
+        return any(n.op == "placeholder" and tensor(n) is not None and n.name not in self._constants for n in ancestors)
+
+
+def _constants(program: ExportedProgram) -> dict[str, torch.Tensor]:
+    """Buffers and lifted constants by placeholder name. Parameters are not constants: training changes them."""
+    found: dict[str, torch.Tensor] = {}
+    mutated = set(program.graph_signature.buffers_to_mutate.values())
+    for spec in program.graph_signature.input_specs:
+        if spec.kind not in (InputKind.BUFFER, InputKind.CONSTANT_TENSOR) or spec.target in mutated:
+            continue
+        value: Any = program.state_dict.get(str(spec.target))
+        if value is None:
+            value = program.constants.get(str(spec.target))
+        if isinstance(value, torch.Tensor):
+            found[spec.arg.name] = value
+    return found
+
+
+def _ancestors(nodes: Iterable[Node]) -> list[Node]:
+    """Everything that the tensors are computed from, in graph order; sizes stay symbols."""
+    seen: set[Node] = set()
+    order: list[Node] = []
+    stack: list[tuple[Node, bool]] = [(n, False) for n in nodes]
+    while stack:
+        node, ready = stack.pop()
+        if ready:
+            order.append(node)
+            continue
+        if node in seen:
+            continue
+        seen.add(node)
+        if len(seen) > _LIMIT:
+            raise CannotEvaluate("too much of the program would have to be computed")
+        stack.append((node, True))
+        stack.extend((i, False) for i in node.all_input_nodes if not _is_size(i))
+    return order
+
+
+def _is_size(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def _table_rows(nodes: Iterable[Node]) -> int:
+    """The fewest rows of any table that is indexed: integer inputs below it are valid in all of them."""
+    rows = []
+    for node in nodes:
+        if op_name(node) in _INDEXED:
+            table = node.args[0]
+            size = static(fake(table).shape[0]) if isinstance(table, Node) else None
+            if size is not None:
+                rows.append(size)
+    return max(min(rows, default=64), 1)

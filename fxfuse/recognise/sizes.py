@@ -1,0 +1,72 @@
+"""Small concrete sizes for the symbols of a program: what a region is evaluated at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+_LADDERS = ((3, 5, 7, 4, 6, 9, 8, 10), (2, 7, 3, 5, 4, 6, 9, 8), (1, 1, 1, 1, 1, 1, 1, 1), (16, 32, 64, 48, 80))
+PROFILES = len(_LADDERS)
+"""Profiles 0 and 1 give every symbol a size of its own, 2 the smallest it may have (1 hides broadcasts), 3 multiples
+of 16 for programs whose sizes must divide."""
+
+
+class Sizes:
+    """Concrete sizes by symbol, chosen within the program's range constraints, in order of first use.
+
+    Args:
+        ranges: value range of each symbol, `ExportedProgram.range_constraints`.
+        profile: which ladder of small sizes to take, below `PROFILES`.
+        stretch: up to this, symbols that have an upper bound take it instead (a sequence as long as its table).
+    """
+
+    def __init__(self, ranges: dict[Any, Any], profile: int = 0, *, stretch: int = 0) -> None:
+        self._ranges = ranges
+        self._profile = profile
+        self._stretch = stretch
+        self._values: dict[Any, int] = {}
+
+    def __call__(self, size: Any) -> Any:
+        """The concrete value of an int, float, bool or their symbolic kinds."""
+        if not isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return size
+        expr = size.node.expr
+        for symbol in sorted(expr.free_symbols, key=str):
+            if symbol not in self._values:
+                self._values[symbol] = self._choose(symbol)
+        value = expr.xreplace({s: self._values[s] for s in expr.free_symbols})
+        if isinstance(size, torch.SymInt):
+            return int(value)
+        return float(value) if isinstance(size, torch.SymFloat) else bool(value)
+
+    def shape(self, node: Node) -> tuple[int, ...]:
+        return tuple(self(d) for d in node.meta["val"].shape)
+
+    def _choose(self, symbol: Any) -> int:
+        allowed = self._ranges.get(symbol)
+        low, high = (0, None) if allowed is None else (_bound(allowed.lower, 0) or 0, _bound(allowed.upper, None))
+        if self._stretch and high is not None:
+            return max(low, min(high, self._stretch))
+        ladder = _LADDERS[self._profile]
+        high = max(ladder) if high is None else high
+        taken = set(self._values.values())
+        for size in ladder:
+            if low <= size <= high and (size not in taken or size == 1):
+                return size
+        return max(min(ladder[0], high), low, 1)
+
+
+def _bound(value: Any, default: int | None) -> int | None:
+    try:
+        bound = int(value)
+    except (TypeError, ValueError, OverflowError, AttributeError):
+        return default
+    return bound if abs(bound) < 2**31 else default
+
+
+def ranges_of(program: ExportedProgram) -> dict[Any, Any]:
+    """The value range of every symbol in the program."""
+    return dict(program.range_constraints)

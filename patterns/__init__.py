@@ -1,0 +1,1 @@
+"""The shipped catalogue: one file per meaning, each with a `PATTERN`."""

@@ -1,0 +1,108 @@
+"""Rotary position embedding: pairs of features rotated by an angle that depends on the position.
+
+Source: https://onnx.ai/onnx/operators/onnx__RotaryEmbedding.html; Su et al., https://arxiv.org/abs/2104.09864.
+
+    y_a = cos·x_a − sin·x_b        halves:      (a, b) = (i, i + r/2)
+    y_b = sin·x_a + cos·x_b        interleaved: (a, b) = (2i, 2i + 1)       for i < r/2; features from r on pass
+
+Asked of a region from x to y of the same shape: is it linear, f(0) = 0, and does a feature reach only its own position?
+Then f(one-hot) gives a matrix per position: its pattern is the pairing, its entries are cos and sin, and with unique
+values in every other input they tell which element of which tensor each of them is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch.fx import Node
+
+from fxfuse.graph.region import Region, between
+from fxfuse.graph.view import ARITHMETIC, CAST, LAYOUT, GraphView, fake, is_float, op_name, static
+from fxfuse.recognise.answers import Found, Proposal, Reason
+from fxfuse.recognise.caches import read_caches
+from fxfuse.recognise.questions import Questions
+from fxfuse.recognise.rotation import Rotation, measure_rotation
+from fxfuse.recognise.rotary_forms import rotary_forms
+from fxfuse.recognise.walk import backward, forward
+
+_SUMS = frozenset({"add", "sub", "addcmul", "rsub"})
+
+
+def _walked(name: str) -> bool:
+    return name in ARITHMETIC or name in CAST or name in LAYOUT or name in ("sum", "einsum", "where")
+
+
+class RotaryEmbedding:
+    """Rotary position embedding in every spelling: halves or interleaved, whole or partial, real or complex."""
+
+    name = "rotary_embedding"
+    operator = "RotaryEmbedding"
+    since_opset = 23
+
+    def key(self, region: Region) -> str:
+        return region.key + "|" + ",".join(n.name for n in region.others)
+
+    def propose(self, view: GraphView) -> Iterator[Proposal]:
+        for node in view.nodes:
+            if _mixes(node):
+                yield Proposal(node, self._around(view, node))
+
+    def _around(self, view: GraphView, anchor: Node) -> Iterator[Region]:
+        """Outputs after the sum of products, nearest first, each with the inputs of its shape before it."""
+        sources = backward(view, anchor, _walked, depth=10, limit=40)
+        for output in forward(view, anchor, _walked, depth=7, limit=24):
+            if not is_float(output) or fake(output).dim() < 2:
+                continue
+            tried = 0
+            for source in sources:
+                if not is_float(source) or not view.same_shape(source, output):
+                    continue
+                region = between(view, output, [source], _walked, limit=48)
+                if region is not None and anchor in region.nodes and _multiplies(region):
+                    tried += 1
+                    yield region
+                if tried == 4:
+                    break
+
+    def recognise(self, region: Region, ask: Questions) -> Found | Reason:
+        (x,) = region.sources
+        if static(fake(x).shape[-1]) is None:
+            return Reason("the rotated axis has no fixed size")
+        rotation = measure_rotation(region, ask)
+        if isinstance(rotation, Reason):
+            return rotation
+        caches = read_caches(region, rotation)
+        if isinstance(caches, Reason):
+            return caches
+        parameters = {
+            "interleaved": int(rotation.interleaved),
+            "rotary_embedding_dim": rotation.rotary_dim if rotation.rotary_dim < rotation.dim else 0,
+            "cos": region.others[caches.cos.index].name,
+            "sin": region.others[caches.sin.index].name,
+        }
+        return Found(
+            self.operator,
+            parameters,
+            rotary_forms(region, rotation, caches),
+            rank=_rank(region, rotation),
+            from_leaves=rotation.from_leaves,
+        )
+
+
+def _rank(region: Region, rotation: Rotation) -> int:
+    """A whole head over the rotated part of it: then the slice and the concatenation go too."""
+    return 1 if rotation.rotary_dim < rotation.dim else 0
+
+
+def _mixes(node: Node) -> bool:
+    """A sum of two products, or a complex product."""
+    if op_name(node) in _SUMS:
+        return is_float(node) and fake(node).dim() >= 2
+    return op_name(node) == "mul" and fake(node).dtype.is_complex
+
+
+def _multiplies(region: Region) -> bool:
+    return any(op_name(n) in ("mul", "addcmul", "einsum") for n in region.nodes) and bool(region.others)
+
+
+PATTERN = RotaryEmbedding()
