@@ -1,0 +1,164 @@
+"""``torch.onnx.export``, with the graph fused before anything retraces or decomposes it."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch.export import ExportedProgram
+
+import fxfuse
+from fxfuse.errors import FxfuseError
+from fxfuse.onnx.capture import capture, check_program, named
+from fxfuse.onnx.files import save
+from fxfuse.ops import translation_table
+
+OPSETS = (23, 24, 25)
+"""The ONNX opsets that hold RMSNormalization, RotaryEmbedding and Attention and that torch.onnx can write."""
+
+
+def export(
+    model: torch.nn.Module | ExportedProgram,
+    args: tuple[Any, ...] = (),
+    f: str | os.PathLike[str] | None = None,
+    *,
+    kwargs: dict[str, Any] | None = None,
+    dynamic_shapes: dict[str, Any] | tuple[Any, ...] | list[Any] | None = None,
+    opset_version: int | None = 24,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    external_data: bool = True,
+    prove: Literal["on", "off"] = "on",
+    patterns: Any = None,
+    custom_translation_table: dict[Callable[..., Any], Callable[..., Any]] | None = None,
+    export_params: bool = True,
+    keep_initializers_as_inputs: bool = False,
+    optimize: bool = True,
+    verify: bool = False,
+    verbose: bool | None = False,
+    report: bool = False,
+    profile: bool = False,
+    dump_exported_program: bool = False,
+    artifacts_dir: str | os.PathLike[str] = ".",
+    dynamo: bool = True,
+) -> torch.onnx.ONNXProgram:
+    """Exports `model` to ONNX with its RMSNorms, rotary embeddings and attentions as single standard operators.
+
+    Takes what ``torch.onnx.export(..., dynamo=True)`` takes, with the same meaning; what differs is listed here.
+
+    Args:
+        model: a module in evaluation mode, or a program from ``torch.export.export``. It is not changed.
+        args: sample inputs (tensors, nested as the module takes them); unused for a program.
+        f: the file to write, whole or not at all. None writes nothing.
+        kwargs: sample inputs by name; unused for a program.
+        dynamic_shapes: which dimensions vary, as for ``torch.export.export``; strings name them in the ONNX graph.
+            For a program only the names are used.
+        opset_version: 23, 24 or 25; None means 24. ONNX Runtime's CPU kernels of Attention end at 24.
+        external_data: the weights go to ``f + ".data"``. A model over 2 GB has no other way.
+        prove: "off" applies matches that were recognised but not proven.
+        patterns: the patterns to look for; None means all registered ones.
+        custom_translation_table: translations beside fxfuse's own; on the same operator these win.
+        verify: torch.onnx's own check of the written graph in ONNX Runtime (needs the `ort` extra).
+
+    Returns:
+        The ONNX program. `fxfuse.report` of it says what was fused, and what was not and why.
+
+    Raises:
+        FxfuseError: bad input; the message says what and where. Nothing is written then.
+    """
+    if not dynamo:
+        raise FxfuseError("fxfuse fuses captured programs; there are none with dynamo=False", where="dynamo")
+    if isinstance(f, io.IOBase):
+        raise FxfuseError(
+            "f must be a path, not an open file", where="f", hint="or f=None, then .save() or .model_proto"
+        )
+    opset = check_opset(opset_version)
+    program = as_program(model, args, kwargs, dynamic_shapes)
+    fused = fxfuse.fuse(program, opset=opset, patterns=patterns, verify=prove)
+    onnx_program = translate(
+        fused,
+        opset=opset,
+        dynamic_shapes=dynamic_shapes if any(named(dynamic_shapes)) else None,
+        input_names=input_names,
+        output_names=output_names,
+        custom_translation_table=custom_translation_table,
+        optimize=optimize,
+        verify=verify,
+        verbose=verbose,
+        report=report,
+        profile=profile,
+        dump_exported_program=dump_exported_program,
+        artifacts_dir=artifacts_dir,
+    )
+    if f is not None:
+        save(
+            onnx_program,
+            f,
+            external_data=external_data,
+            include_initializers=export_params,
+            keep_initializers_as_inputs=keep_initializers_as_inputs,
+        )
+    return onnx_program
+
+
+def as_program(
+    model: torch.nn.Module | ExportedProgram,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    dynamic_shapes: dict[str, Any] | tuple[Any, ...] | list[Any] | None = None,
+) -> ExportedProgram:
+    """`model` as a captured program whose inputs ONNX can have.
+
+    Raises:
+        FxfuseError: `model` is neither a module nor a program, or its inputs are bad.
+    """
+    if isinstance(model, ExportedProgram):
+        check_program(model)
+        return model
+    if isinstance(model, torch.nn.Module) and not isinstance(model, torch.jit.ScriptModule):
+        return capture(model, args, kwargs, dynamic_shapes)
+    raise FxfuseError(
+        f"expected a torch.nn.Module or a torch.export.ExportedProgram, got {type(model).__qualname__}",
+        where="model",
+        hint="capture it with torch.export.export(module, args)",
+    )
+
+
+def translate(
+    fused: ExportedProgram,
+    *,
+    opset: int,
+    custom_translation_table: dict[Callable[..., Any], Callable[..., Any]] | None = None,
+    **options: Any,
+) -> torch.onnx.ONNXProgram:
+    """The ONNX program of one that `fxfuse.fuse` returned; `options` go to ``torch.onnx.export``."""
+    onnx_program = torch.onnx.export(
+        fused,
+        opset_version=opset,
+        dynamo=True,
+        custom_translation_table={**translation_table(opset), **(custom_translation_table or {})},
+        **options,
+    )
+    assert onnx_program is not None  # None is what the TorchScript exporter returns
+    onnx_program.fxfuse_report = fxfuse.report(fused)  # type: ignore[attr-defined]
+    return onnx_program
+
+
+def check_opset(opset: int | None) -> int:
+    """`opset` if fused operators can be written at it; None is 24.
+
+    Raises:
+        FxfuseError: it is outside 23 to 25.
+    """
+    if opset is None:
+        return 24
+    if isinstance(opset, bool) or not isinstance(opset, int) or opset not in OPSETS:
+        raise FxfuseError(
+            f"opset {opset!r} is outside 23 to 25",
+            where="opset_version",
+            hint="23 is the first with RMSNormalization, RotaryEmbedding and Attention; 24 is best supported",
+        )
+    return opset

@@ -1,0 +1,18 @@
+"""Do two implementations compute the same thing? Eager, fused, and ONNX Runtime, at several shapes."""
+
+from fxfuse.parity.compare import Result, compare
+from fxfuse.parity.ort import OnnxRuntime, check_onnx, float32_twin, onnxruntime_outputs
+from fxfuse.parity.shapes import ShapeCase, shape_cases
+from fxfuse.parity.wide import wide_outputs
+
+__all__ = [
+    "OnnxRuntime",
+    "Result",
+    "ShapeCase",
+    "check_onnx",
+    "compare",
+    "float32_twin",
+    "onnxruntime_outputs",
+    "shape_cases",
+    "wide_outputs",
+]

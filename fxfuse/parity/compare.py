@@ -1,0 +1,148 @@
+"""When two floating-point results count as the same.
+
+No fixed tolerance is right for logits: what rounding does to them depends on the depth, the width and the dtype. So
+the model itself sets the bound. With E the eager result and W the same function evaluated in a wider dtype
+(`fxfuse.parity.wide`), |E - W| is the rounding error that the user already accepts; another implementation that
+rounds in other places may be wrong by as much, times a small factor, plus a few units in the last place::
+
+    max |O - W|  <=  4 max |E - W|  +  16 ulp          one ulp is eps(dtype) times the RMS of W
+    rms (O - W)  <=  3 rms (E - W)  +   4 ulp
+
+The second line is the sharp one: a wrong mask or angle moves the RMS of all elements by far more than rounding does.
+A ceiling on the relative RMS keeps out models whose own rounding error is so large that nothing could be told.
+
+Without W (`wide=None`), E stands in for it, and the bounds are the fixed ones of `_FIXED`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+MAX_FACTOR, MAX_ULP = 4.0, 16.0
+RMS_FACTOR, RMS_ULP = 3.0, 4.0
+
+_CEILING = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
+"""Relative RMS error above which neither result says anything about the other."""
+
+_FIXED = {
+    torch.float64: (1e-9, 1e-10),
+    torch.float32: (1e-3, 1e-4),
+    torch.float16: (1e-2, 1e-3),
+    torch.bfloat16: (8e-2, 8e-3),
+}
+"""Bounds on max and RMS error, relative to the RMS of the output, where no wide result is at hand."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How far `other` is from `eager`, over all outputs, and whether that is rounding."""
+
+    passed: bool
+    dtype: str
+    """dtype of the first floating-point output."""
+    max_abs: float
+    """Largest |other - eager|."""
+    max_rel: float
+    """The same, relative to the RMS of that output."""
+    max_ulp: float
+    """The same, in units in the last place at that RMS."""
+    own_ulp: float | None
+    """Eager's own largest rounding error in these units; None if no wide result was given."""
+    reason: str | None = None
+    """Why it did not pass."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def compare(
+    eager: Sequence[torch.Tensor],
+    other: Sequence[torch.Tensor],
+    wide: Sequence[torch.Tensor] | None = None,
+) -> Result:
+    """Compares the outputs of two implementations on the same inputs, output by output.
+
+    Args:
+        eager: what the original computes, in its own dtypes.
+        other: what is to be judged; same shapes. Integer and bool outputs must be equal.
+        wide: the original evaluated in a wider dtype: `fxfuse.parity.wide_outputs`.
+
+    Returns:
+        The worst output's result; `reason` names the first output that failed.
+    """
+    if len(eager) != len(other):
+        return _failed(f"{len(other)} outputs instead of {len(eager)}")
+    worst: Result | None = None
+    for index, (e, o) in enumerate(zip(eager, other, strict=True)):
+        result = _compare_one(e.detach().cpu(), o.detach().cpu(), None if wide is None else wide[index].detach().cpu())
+        if not result.passed:
+            where = f"output {index}: " if len(eager) > 1 else ""
+            return Result(**{**result.to_dict(), "reason": f"{where}{result.reason}"})
+        if worst is None or result.max_ulp > worst.max_ulp:
+            worst = result
+    return worst or _failed("there are no outputs to compare")
+
+
+def _compare_one(eager: torch.Tensor, other: torch.Tensor, wide: torch.Tensor | None) -> Result:
+    if eager.shape != other.shape:
+        return _failed(f"shape {list(other.shape)} instead of {list(eager.shape)}")
+    if not eager.is_floating_point():
+        wrong = int((eager != other).sum())
+        return _exact(eager.dtype) if not wrong else _failed(f"{wrong} of {eager.numel()} elements differ")
+    if eager.numel() == 0:
+        return _exact(eager.dtype)
+
+    dtype, e, o = eager.dtype, eager.double(), other.double()
+    finite = e.isfinite()
+    if not torch.equal(e[~finite].nan_to_num(), o[~finite].nan_to_num()) or not bool(o[finite].isfinite().all()):
+        return _failed(f"{int((~o.isfinite()).sum())} elements are not finite; in eager {int((~finite).sum())}")
+    if not bool(finite.any()):
+        return _failed("eager has no finite element")
+    w = (e if wide is None else wide.double())[finite]
+    e, o = e[finite], o[finite]
+
+    scale = _rms(w) or 1.0
+    ulp = torch.finfo(dtype).eps * scale
+    max_abs = float((o - e).abs().max())
+    own_max, own_rms = float((e - w).abs().max()), _rms(e - w)
+    its_max, its_rms = float((o - w).abs().max()), _rms(o - w)
+    if wide is None:
+        max_bound, rms_bound = (bound * scale for bound in _FIXED[dtype])
+    else:
+        max_bound = MAX_FACTOR * own_max + MAX_ULP * ulp
+        rms_bound = RMS_FACTOR * own_rms + RMS_ULP * ulp
+    ceiling = _CEILING[dtype] * scale
+
+    reason = None
+    if own_rms > ceiling:
+        reason = f"eager's own rounding error is {own_rms / scale:.1e} of the output: nothing can be told from it"
+    elif its_rms > min(rms_bound, ceiling):
+        reason = f"RMS error {its_rms:.3g}, bound {min(rms_bound, ceiling):.3g} (eager's own: {own_rms:.3g})"
+    elif its_max > max_bound:
+        reason = f"max error {its_max:.3g}, bound {max_bound:.3g} (eager's own: {own_max:.3g})"
+    return Result(
+        passed=reason is None,
+        dtype=str(dtype).removeprefix("torch."),
+        max_abs=max_abs,
+        max_rel=max_abs / scale,
+        max_ulp=max_abs / ulp,
+        own_ulp=None if wide is None else own_max / ulp,
+        reason=reason,
+    )
+
+
+def _rms(x: torch.Tensor) -> float:
+    return float(x.square().mean().sqrt())
+
+
+def _exact(dtype: torch.dtype) -> Result:
+    return Result(True, str(dtype).removeprefix("torch."), 0.0, 0.0, 0.0, None)
+
+
+def _failed(reason: str) -> Result:
+    return Result(False, "", math.inf, math.inf, math.inf, None, reason)

@@ -1,0 +1,80 @@
+"""A captured program evaluated in a wider dtype than it was written for: what it means, without its rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils import _pytree as pytree
+
+_WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+
+
+def wide_outputs(
+    program: ExportedProgram, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
+) -> list[torch.Tensor]:
+    """The outputs of `program`, every floating-point operation in float64, or in float32 if it is a 16-bit program.
+
+    Casts between floating-point dtypes are ignored: they are rounding. Weights are widened one operation at a time,
+    so that the peak is the program plus its largest weight, not the program twice or four times over.
+
+    Args:
+        program: not yet fused. Its guards on the inputs are not checked.
+        args: inputs in the program's own dtypes.
+        kwargs: the same by name.
+    """
+    module = program.module(check_guards=False)
+    inputs = [leaf for leaf in pytree.tree_leaves((tuple(args), dict(kwargs or {}))) if isinstance(leaf, torch.Tensor)]
+    dtypes = {t.dtype for t in (*inputs, *program.state_dict.values(), *_tensors(program.constants.values()))}
+    wide = torch.float64 if dtypes & {torch.float32, torch.float64} - _low(dtypes) else torch.float32
+    leaves, _ = pytree.tree_flatten((tuple(args), dict(kwargs or {})))
+    with torch.no_grad():
+        outputs = _Wide(module, wide).run(*leaves)
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+
+
+def _low(dtypes: set[torch.dtype]) -> set[torch.dtype]:
+    """float32 beside 16-bit weights (a norm's weight, a rotary table) does not make a float32 program."""
+    return {torch.float32} if dtypes & _WIDER.keys() else set()
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+class _Wide(Interpreter):
+    """Runs a graph with every floating-point tensor in `dtype`, widened where it is used."""
+
+    def __init__(self, module: GraphModule, dtype: torch.dtype) -> None:
+        super().__init__(module)
+        self.dtype = dtype
+
+    def widen(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            return value.to(self.dtype)
+        if isinstance(value, torch.dtype) and value.is_floating_point:
+            return self.dtype
+        return value
+
+    def run_node(self, n: Node) -> Any:
+        # The guards on the inputs, and asserts on dtypes that are no longer there.
+        if n.op == "call_module" or n.target is torch.ops.aten._assert_tensor_metadata.default:
+            return None
+        return super().run_node(n)
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        # The body of a higher-order operator, such as wrap_with_set_grad_enabled.
+        return _Wide(value, self.dtype).run if isinstance(value, GraphModule) else value
+
+    def call_function(self, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if target is torch.ops.aten.embedding.default:  # a row at a time: the table stays as it is
+            return self.widen(super().call_function(target, args, kwargs))
+        args, kwargs = pytree.tree_map(self.widen, (args, kwargs))
+        return pytree.tree_map(self.widen, super().call_function(target, args, kwargs))
+
+    def output(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return args[0]
