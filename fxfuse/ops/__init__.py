@@ -1,0 +1,21 @@
+"""The fused operators: `torch.ops.fxfuse.*`, one file per ONNX operator.
+
+Importing this package registers them. `OPS` lists them; `translation_table` and `decompositions` are the two ways
+out of a graph that holds them, to ONNX and back to ATen.
+"""
+
+from __future__ import annotations
+
+from fxfuse.ops import attention, rms_norm, rotary_embedding, tensor_scatter
+from fxfuse.ops.registry import OPS, OnnxOp, decompositions, translation_table
+
+__all__ = [
+    "OPS",
+    "OnnxOp",
+    "attention",
+    "decompositions",
+    "rms_norm",
+    "rotary_embedding",
+    "tensor_scatter",
+    "translation_table",
+]

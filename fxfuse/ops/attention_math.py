@@ -1,0 +1,314 @@
+"""What Attention of ONNX computes: arguments, mask, scores, the fast way and the spelled-out way, gradients.
+
+    Y = softmax(softcap(Q·Kᵀ·scale) + mask) · V        keys and values: past, then new
+
+Shapes: Q [B, Hq, Sq, D], K [B, Hkv, Skv, D], V [B, Hkv, Skv, Dv] or their three-dimensional forms [B, S, H*D];
+T = P + Skv keys in all, of which P come from the past. `attention.py` makes operators of this.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxfuse.ops.registry import differ, equal, onnx_float, require, show
+
+Size = int | torch.SymInt
+Maybe = Optional[Tensor]  # noqa: UP007, UP045 (evaluated at import, where Python 3.10 needs it spelled so)
+
+
+class Inputs(NamedTuple):
+    """The operators' inputs, as they come."""
+
+    Q: Tensor
+    K: Tensor
+    V: Tensor
+    attn_mask: Maybe = None
+    past_key: Maybe = None
+    past_value: Maybe = None
+    nonpad_kv_seqlen: Maybe = None
+
+
+class Attributes(NamedTuple):
+    """The operators' attributes, with ONNX's names and defaults."""
+
+    is_causal: int = 0
+    kv_num_heads: int = 0
+    q_num_heads: int = 0
+    qk_matmul_output_mode: int = 0
+    scale: float | None = None
+    softcap: float = 0.0
+    softmax_precision: int | None = None
+
+
+class Sizes(NamedTuple):
+    """The sizes of a call, each an int or a symbol."""
+
+    B: Size
+    Hq: Size
+    Hkv: Size
+    Sq: Size
+    P: Size
+    T: Size
+    D: Size
+    Dv: Size
+
+
+class Problem(NamedTuple):
+    """A call with heads split and the past joined on: all tensors have four dims."""
+
+    Q: Tensor
+    K: Tensor
+    V: Tensor
+    mask: Maybe
+    lengths: Maybe
+    """How many keys are valid, per batch element [B]; None: all."""
+    offset: Size
+    """With is_causal: query i sees key j if j <= i + offset. Unused when `lengths` is given."""
+
+
+def check(i: Inputs, a: Attributes) -> Sizes:
+    """The sizes of the call; raises FxfuseError, naming the argument, if the arguments do not fit together."""
+    Q, K, V = i.Q, i.K, i.V
+    require(Q.is_floating_point(), f"Q must be floating point, it is {Q.dtype}", "Q")
+    require(Q.dim() in (3, 4), f"Q must be [B, Hq, Sq, D] or [B, Sq, Hq*D], it is {show(Q)}", "Q")
+    for name, tensor in (("K", K), ("V", V), ("past_key", i.past_key), ("past_value", i.past_value)):
+        if tensor is None:
+            continue
+        rank = 4 if name.startswith("past") else Q.dim()
+        require(tensor.dim() == rank, f"{name} must have {rank} dims, it is {show(tensor)}", name)
+        require(tensor.dtype == Q.dtype, f"{name} is {tensor.dtype}, Q is {Q.dtype}: they must be the same", name)
+        require(not differ(tensor.shape[0], Q.shape[0]), f"{name} {show(tensor)} and Q {show(Q)}: batch differs", name)
+    Hq, Sq, D = _heads(Q, a.q_num_heads, "Q", "q_num_heads")
+    Hkv, Skv, Dk = _heads(K, a.kv_num_heads, "K", "kv_num_heads")
+    Hv, Sv, Dv = _heads(V, a.kv_num_heads, "V", "kv_num_heads")
+    require(not differ(D, Dk), f"the heads of Q have {D} elements, those of K {Dk}", "K")
+    fits = not (differ(Hkv, Hv) or differ(Skv, Sv))
+    require(fits, f"K {show(K)} and V {show(V)} differ in heads or length", "V")
+    require(not differ(Hq % Hkv, 0), f"{Hq} query heads do not divide into {Hkv} key heads", "q_num_heads")
+    P: Size = 0
+    require((i.past_key is None) == (i.past_value is None), "past_key and past_value go together", "past_key")
+    for name, past, size in (("past_key", i.past_key, D), ("past_value", i.past_value, Dv)):
+        if past is not None:
+            P = past.shape[2] if name == "past_key" else P
+            fits = not (differ(past.shape[1], Hkv) or differ(past.shape[2], P) or differ(past.shape[3], size))
+            require(fits, f"{name} must be [B, {Hkv}, {P}, {size}], it is {show(past)}", name)
+    B, T = Q.shape[0], P + Skv
+    if i.nonpad_kv_seqlen is not None:
+        lengths, name = i.nonpad_kv_seqlen, "nonpad_kv_seqlen"
+        require(i.past_key is None, "nonpad_kv_seqlen is for a cache in K and V, without past_key", name)
+        require(lengths.dtype == torch.int64, f"{name} must be int64, it is {lengths.dtype}", name)
+        fits = lengths.dim() == 1 and not differ(lengths.shape[0], B)
+        require(fits, f"{name} must be [{B}], it is {show(lengths)}", name)
+    if i.attn_mask is not None:
+        _check_mask(i.attn_mask, Q.dtype, (B, Hq, Sq, T))
+    require(a.is_causal in (0, 1), f"is_causal must be 0 or 1, it is {a.is_causal}", "is_causal")
+    mode = a.qk_matmul_output_mode
+    require(mode in (0, 1, 2, 3), f"qk_matmul_output_mode must be 0 to 3, it is {mode}", "qk_matmul_output_mode")
+    require(a.softcap >= 0.0, f"softcap must not be negative, it is {a.softcap}", "softcap")
+    if a.softmax_precision is not None:
+        onnx_float(a.softmax_precision, "softmax_precision")
+    return Sizes(B, Hq, Hkv, Sq, P, T, D, Dv)
+
+
+def _heads(tensor: Tensor, count: int, name: str, attribute: str) -> tuple[Size, Size, Size]:
+    """Heads, length and head size of a query, key or value."""
+    if tensor.dim() == 4:
+        heads, length, size = tensor.shape[1:]
+        fits = count == 0 or not differ(count, heads)
+        require(fits, f"{name} {show(tensor)} has {heads} heads, {attribute} says {count}", attribute)
+        return heads, length, size
+    require(count > 0, f"{name} {show(tensor)} has three dims: its number of heads must be given", attribute)
+    hidden = tensor.shape[2]
+    require(not differ(hidden % count, 0), f"{name} {show(tensor)} does not divide into {count} heads", attribute)
+    return count, tensor.shape[1], hidden // count
+
+
+def _check_mask(mask: Tensor, dtype: torch.dtype, full: tuple[Size, ...]) -> None:
+    require(mask.dtype in (torch.bool, dtype), f"attn_mask must be bool or {dtype}, it is {mask.dtype}", "attn_mask")
+    want = f"attn_mask must broadcast to [{', '.join(map(str, full))}], it is {show(mask)}"
+    require(1 <= mask.dim() <= 4, want, "attn_mask")
+    for have, size in zip(mask.shape[-2::-1], full[-2::-1], strict=False):
+        require(not (differ(have, size) and differ(have, 1)), want, "attn_mask")
+    have, size = mask.shape[-1], full[-1]
+    require(not (isinstance(have, int) and isinstance(size, int) and have > size), want, "attn_mask")
+
+
+def split_heads(tensor: Tensor, count: int) -> Tensor:
+    """[B, S, H*D] as [B, H, S, D], a view; four dims as they are."""
+    if tensor.dim() == 4:
+        return tensor
+    return tensor.unflatten(2, (count, tensor.shape[2] // count)).transpose(1, 2)
+
+
+def merge_heads(tensor_BHSD: Tensor, rank: int) -> Tensor:
+    """The inverse of `split_heads`."""
+    return tensor_BHSD if rank == 4 else tensor_BHSD.transpose(1, 2).flatten(2)
+
+
+def joined(past: Maybe, new: Tensor) -> Tensor:
+    return new if past is None else torch.cat((past, new), 2)
+
+
+def problem(i: Inputs, a: Attributes, sizes: Sizes, K: Tensor, V: Tensor) -> Problem:
+    """The call with K and V [B, Hkv, T, D] being all the keys and values there are."""
+    mask = i.attn_mask
+    if mask is not None and mask.dim() == 1:
+        mask = mask.unsqueeze(0)
+    return Problem(split_heads(i.Q, a.q_num_heads), K, V, mask, i.nonpad_kv_seqlen, sizes.P)
+
+
+def allowed(p: Problem, is_causal: int) -> Maybe:
+    """Which keys a query may see by causality and padding, bool [Sq, T] or [B, 1, 1 or Sq, T]; None: all."""
+    j = torch.arange(p.K.shape[2], device=p.Q.device)
+    lengths = None if p.lengths is None else p.lengths.view(-1, 1, 1, 1)
+    if not is_causal:
+        return None if lengths is None else j < lengths
+    i = torch.arange(p.Q.shape[2], device=p.Q.device).unsqueeze(1)
+    # The last query sits at the last valid key, so that causality implies the padding.
+    return j <= i + (p.offset if lengths is None else lengths - p.Q.shape[2])
+
+
+def combined(p: Problem, is_causal: int) -> Maybe:
+    """The caller's mask with causality and padding: bool, or added to the scores; None: nothing is masked."""
+    seen, mask = allowed(p, is_causal), p.mask
+    if mask is None or seen is None:
+        return seen if mask is None else mask
+    return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -math.inf)
+
+
+def padded(mask: Maybe, T: Size) -> Maybe:
+    """A mask that is shorter than the keys hides the rest, even if it has but one column (no broadcasting)."""
+    if mask is None or equal(mask.shape[-1], T):
+        return mask
+    value = False if mask.dtype == torch.bool else -math.inf
+    return F.pad(mask, (0, T - mask.shape[-1]), value=value)
+
+
+class Scores(NamedTuple):
+    """The stages of the spelled-out computation, each [B, Hq, Sq, T]; number n is qk_matmul_output_mode n."""
+
+    raw: Tensor
+    capped: Tensor
+    masked: Tensor
+    weights: Tensor
+
+
+def scores(p: Problem, a: Attributes, dtype: torch.dtype | None = None) -> Scores:
+    """All stages up to the softmax, rounded where ONNX rounds; the softmax in `dtype`."""
+    scale = a.scale if a.scale is not None else 1.0 / math.sqrt(p.Q.shape[3])
+    root = math.sqrt(abs(scale))
+    raw = grouped_matmul(p.Q * math.copysign(root, scale), (p.K * root).mT)
+    capped = torch.tanh(raw / a.softcap) * a.softcap if a.softcap else raw
+    mask = combined(p._replace(mask=padded(p.mask, p.K.shape[2])), a.is_causal)
+    if mask is None:
+        return Scores(raw, capped, capped, torch.softmax(capped, -1, dtype=dtype).to(raw.dtype))
+    if mask.dtype == torch.bool:
+        masked, empty = capped.masked_fill(~mask, -math.inf), ~mask.any(-1, keepdim=True)
+    else:
+        masked, empty = capped + mask, (mask == -math.inf).all(-1, keepdim=True)
+    weights = torch.softmax(masked, -1, dtype=dtype).masked_fill(empty, 0.0)
+    return Scores(raw, capped, masked, weights.to(raw.dtype))
+
+
+def grouped_matmul(x: Tensor, y: Tensor) -> Tensor:
+    """x [B, Hq, M, K] @ y [B, Hkv, K, N]: a group's queries become rows of one product; y is not repeated."""
+    if equal(x.shape[1], y.shape[1]):
+        return x @ y
+    return ungrouped(grouped(x, y.shape[1]) @ y, x)
+
+
+def grouped(x: Tensor, heads: Size) -> Tensor:
+    """[B, Hq, S, N] as [B, Hkv, G*S, N]."""
+    return x.unflatten(1, (heads, x.shape[1] // heads)).flatten(2, 3)
+
+
+def ungrouped(x: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `grouped`."""
+    return x.reshape(like.shape[0], like.shape[1], like.shape[2], x.shape[3])
+
+
+def sdpa_computes(p: Problem, a: Attributes) -> bool:
+    """Is this what PyTorch's SDPA computes? Its softmax is at least float32, rows without keys give zero."""
+    if a.softcap or (a.softmax_precision is not None and not _precise(a.softmax_precision, p.Q.dtype)):
+        return False
+    # With values of another size than the keys, PyTorch's CPU kernel would repeat the keys of every group.
+    return equal(p.Q.shape[1], p.K.shape[1]) or equal(p.K.shape[3], p.V.shape[3])
+
+
+def _precise(number: int, dtype: torch.dtype) -> bool:
+    wanted = onnx_float(number, "softmax_precision")
+    return wanted == dtype or (wanted == torch.float32 and dtype in (torch.float16, torch.bfloat16))
+
+
+def softmax_dtype(a: Attributes) -> torch.dtype | None:
+    return None if a.softmax_precision is None else onnx_float(a.softmax_precision, "softmax_precision")
+
+
+def sdpa(p: Problem, a: Attributes) -> Tensor:
+    """Y [B, Hq, Sq, Dv] by PyTorch's SDPA: no more keys than needed, no mask where none is."""
+    p = shortened(p)
+    B, Hq, Sq, _ = p.Q.shape
+    Hkv, T = p.K.shape[1], p.K.shape[2]
+    if T == 0:
+        return p.Q.new_zeros(B, Hq, Sq, p.V.shape[3])
+    causal = a.is_causal and not (p.lengths is None and p.offset >= T - 1)
+    if causal and p.mask is None and p.lengths is None and p.offset == 0:
+        return F.scaled_dot_product_attention(p.Q, p.K, p.V, is_causal=True, scale=a.scale, enable_gqa=Hq != Hkv)
+    mask = combined(p, int(causal))
+    if Sq > 1 or Hq == Hkv:
+        return F.scaled_dot_product_attention(p.Q, p.K, p.V, mask, scale=a.scale, enable_gqa=Hq != Hkv)
+    # One query a head: the group as the query's rows makes better use of the kernel (twice as fast, measured).
+    if mask is not None:
+        mask = mask.expand(B, Hq, 1, T).reshape(B, Hkv, Hq // Hkv, T)
+    y = F.scaled_dot_product_attention(grouped(p.Q, Hkv), p.K, p.V, mask, scale=a.scale)
+    return ungrouped(y, p.Q)
+
+
+def shortened(p: Problem) -> Problem:
+    """Without the keys that no query sees: beyond a short mask, or (where asking is cheap) beyond all lengths."""
+    T = p.K.shape[2] if p.mask is None else min(p.K.shape[2], p.mask.shape[-1])
+    lengths, offset = p.lengths, p.offset
+    if lengths is not None and lengths.device.type == "cpu" and lengths.numel():
+        low, high = (int(n) for n in lengths.aminmax())
+        T = min(T, max(high, 0))
+        if low == high:
+            lengths, offset = None, high - p.Q.shape[2]
+    mask = None if p.mask is None else p.mask[..., :T]
+    return Problem(p.Q, p.K[:, :, :T], p.V[:, :, :T], mask, lengths, offset)
+
+
+def gradients(p: Problem, a: Attributes, grad_Y: Maybe, grad_qk: Maybe) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of Q, K, V [B, H, S, D] and of the mask's full form [B, Hq, Sq, T], by the textbook."""
+    wide = torch.promote_types(p.Q.dtype, torch.float32)
+    p = p._replace(Q=p.Q.to(wide), K=p.K.to(wide), V=p.V.to(wide))
+    if p.mask is not None and p.mask.dtype != torch.bool:
+        p = p._replace(mask=p.mask.to(wide))
+    s = scores(p, a)
+    mode = None if grad_qk is None else a.qk_matmul_output_mode
+    heads = p.K.shape[1]
+
+    g = torch.zeros_like(s.weights)
+    grad_V = torch.zeros_like(p.V)
+    if grad_Y is not None:
+        y = grad_Y.to(wide)
+        g = grouped_matmul(y, p.V.mT)
+        grad_V = grouped(s.weights, heads).mT @ grouped(y, heads)
+    if grad_qk is not None and mode == 3:
+        g = g + grad_qk
+    g = s.weights * (g - (g * s.weights).sum(-1, keepdim=True))
+    if grad_qk is not None and mode == 2:
+        g = g + grad_qk
+    grad_mask = g
+    if grad_qk is not None and mode == 1:
+        g = g + grad_qk
+    if a.softcap:
+        g = g * (1.0 - (s.capped / a.softcap).square())
+    if grad_qk is not None and mode == 0:
+        g = g + grad_qk
+    g = g * (a.scale if a.scale is not None else 1.0 / math.sqrt(p.Q.shape[3]))
+    return grouped_matmul(g, p.K), grouped(g, heads).mT @ grouped(p.Q, heads), grad_V, grad_mask

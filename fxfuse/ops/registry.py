@@ -1,0 +1,170 @@
+"""How an operator of this package is put together: one record, one way to register it.
+
+Every operator is a `torch.library` operator in the namespace `fxfuse`. Its composite implementation serves every
+device; a faster kernel for one device is added with `torch.library.impl("fxfuse::name", "CUDA")`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+
+from fxfuse.errors import FxfuseError
+
+FIRST_OPSET = 23
+"""The first ONNX opset with RMSNormalization, RotaryEmbedding and Attention."""
+
+LAST_OPSET = 25
+"""The last ONNX opset that these translations were checked against."""
+
+
+@dataclass(frozen=True)
+class OnnxOp:
+    """An operator of the namespace `fxfuse` and what it is in ONNX and in ATen."""
+
+    overload: OpOverload
+    """The operator, as it stands in a graph: `torch.ops.fxfuse.<name>.default`."""
+    onnx_name: str
+    """The ONNX operator (default domain) that it becomes."""
+    since_opset: int
+    """The first opset that has that ONNX operator."""
+    make_translation: Callable[[int], Callable[..., Any]]
+    """Takes the opset, gives the function for `torch.onnx.export`'s `custom_translation_table`."""
+    decomposition: Callable[..., Any]
+    """The same computation in ATen operators only; takes what the operator takes."""
+
+    def translation(self, opset: int) -> Callable[..., Any]:
+        """The function that writes this operator as one ONNX node of `opset`.
+
+        Raises:
+            FxfuseError: `opset` lies outside 23..25. An operator that is younger than `opset` raises only when a
+                program really holds it, with the operator's name.
+        """
+        check_opset(opset)
+        if opset >= self.since_opset:
+            return self.make_translation(opset)
+
+        def too_old(*args: Any, **kwargs: Any) -> Any:
+            raise FxfuseError(
+                f"{self.onnx_name} needs opset {self.since_opset}, the export asks for {opset}",
+                where=str(self.overload),
+                hint=f"export with opset_version={self.since_opset}",
+            )
+
+        return too_old
+
+
+OPS: dict[OpOverload, OnnxOp] = {}
+"""Every operator of this package, by the overload that stands in a graph."""
+
+
+def define_op(
+    name: str,
+    schema: str,
+    *,
+    composite: Callable[..., Any],
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+    decomposition: Callable[..., Any],
+    onnx_name: str,
+    since_opset: int,
+    make_translation: Callable[[int], Callable[..., Any]],
+) -> OnnxOp:
+    """Register `fxfuse::name` with all its parts and enter it in `OPS`."""
+    qualified = f"fxfuse::{name}"
+    torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(qualified, "default", composite)
+    torch.library.register_fake(qualified, fake)
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+    overload: OpOverload = getattr(torch.ops.fxfuse, name).default
+    op = OnnxOp(overload, onnx_name, since_opset, make_translation, decomposition)
+    OPS[overload] = op
+    return op
+
+
+def translation_table(opset: int) -> dict[OpOverload, Callable[..., Any]]:
+    """What `torch.onnx.export(..., custom_translation_table=)` needs to write every operator as one ONNX node.
+
+    Args:
+        opset: the opset version of the export, 23 to 25.
+
+    Raises:
+        FxfuseError: `opset` lies outside 23..25.
+    """
+    check_opset(opset)
+    return {overload: op.translation(opset) for overload, op in OPS.items()}
+
+
+def decompositions() -> dict[OpOverload, Callable[..., Any]]:
+    """Every operator's computation in ATen, as `ExportedProgram.run_decompositions` and `make_fx` take it."""
+    return {overload: op.decomposition for overload, op in OPS.items()}
+
+
+def check_opset(opset: int) -> None:
+    if not FIRST_OPSET <= opset <= LAST_OPSET:
+        raise FxfuseError(
+            f"the fused operators exist in ONNX opsets {FIRST_OPSET} to {LAST_OPSET}, the export asks for {opset}",
+            where="opset",
+            hint="use 24: it has all of them, and ONNX Runtime has kernels for all of them",
+        )
+
+
+def require(condition: bool, what: str, where: str, hint: str | None = None) -> None:
+    """Raise FxfuseError unless `condition`; `where` names the argument."""
+    if not condition:
+        raise FxfuseError(what, where=where, hint=hint)
+
+
+def differ(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Are two sizes known to differ? Unknown symbolic sizes do not: asking must not put a guard on them."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a != b
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(a != b)
+
+
+def equal(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Are two sizes known to be equal? See `differ`."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(a == b)
+
+
+def show(tensor: torch.Tensor) -> str:
+    """A tensor's shape, for messages."""
+    return "[" + ", ".join(str(size) for size in tensor.shape) + "]"
+
+
+def as_laid_out(tensor: torch.Tensor, order: Sequence[int] | None = None) -> torch.Tensor:
+    """`tensor`, its memory in `order` of the dims (default: contiguous), copied only if it must be.
+
+    A fake implementation promises strides; sizes of 1 make that more than `contiguous()`, which leaves the
+    strides of such dims as they came.
+    """
+    order = range(tensor.dim()) if order is None else order
+    target = torch.empty_permuted(tensor.shape, tuple(order), dtype=tensor.dtype, device=tensor.device)
+    if tensor.stride() == target.stride():
+        return tensor
+    return target.copy_(tensor)
+
+
+ONNX_FLOATS = {1: torch.float32, 10: torch.float16, 11: torch.float64, 16: torch.bfloat16}
+"""ONNX's numbers (TensorProto.DataType) of the floating-point types that `stash_type` and the like can name."""
+
+
+def onnx_float(number: int, where: str) -> torch.dtype:
+    require(number in ONNX_FLOATS, f"{number} is no ONNX floating-point type; known are {list(ONNX_FLOATS)}", where)
+    return ONNX_FLOATS[number]
+
+
+def non_defaults(attributes: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The attributes that an ONNX node has to carry: those that are not at their default."""
+    return {name: value for name, value in attributes.items() if value != defaults[name]}

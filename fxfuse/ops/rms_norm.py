@@ -1,0 +1,112 @@
+"""fxfuse::rms_norm, which is RMSNormalization of ONNX (opset 23).
+
+https://onnx.ai/onnx/operators/onnx__RMSNormalization.html
+
+    Y = cast(X / sqrt(mean(X², axes=axis..) + epsilon), X.dtype) · scale      the quotient in `stash_type`
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxfuse.ops.registry import define_op, differ, non_defaults, onnx_float, require, show
+
+SCHEMA = "(Tensor X, Tensor scale, *, int axis=-1, float epsilon=1e-05, int stash_type=1) -> Tensor"
+DEFAULTS = {"axis": -1, "epsilon": 1e-05, "stash_type": 1}
+
+
+def check(X: Tensor, scale: Tensor, axis: int) -> int:
+    """The first normalised dimension, counted from the front; raises FxfuseError on arguments that do not fit."""
+    require(X.is_floating_point(), f"X must be floating point, it is {X.dtype}", "X")
+    require(scale.is_floating_point(), f"scale must be floating point, it is {scale.dtype}", "scale")
+    require(-X.dim() <= axis < X.dim(), f"axis {axis} is out of range for X of shape {show(X)}", "axis")
+    fits = scale.dim() <= X.dim() and not any(
+        differ(s, x) and differ(s, 1) for s, x in zip(reversed(scale.shape), reversed(X.shape), strict=False)
+    )
+    require(fits, f"scale {show(scale)} does not broadcast to X {show(X)}", "scale")
+    return axis % X.dim()
+
+
+def normalized(X: Tensor, axis: int, epsilon: float, stash: torch.dtype) -> Tensor:
+    """X over its root mean square from dimension `axis` on, computed in `stash`, in X's dtype."""
+    return F.rms_norm(X.to(stash), X.shape[axis:], None, epsilon).to(X.dtype)
+
+
+def composite(X: Tensor, scale: Tensor, *, axis: int = -1, epsilon: float = 1e-05, stash_type: int = 1) -> Tensor:
+    axis = check(X, scale, axis)
+    stash = onnx_float(stash_type, "stash_type")
+    if X.dtype == stash:
+        n = normalized(X, axis, epsilon, stash)
+    else:
+        # Reducing with a dtype, and promoting in the product, spares a copy of X in the wider type.
+        wide = torch.promote_types(X.dtype, stash) == stash
+        x = X if wide else X.to(stash)
+        dims = list(range(axis, X.dim()))
+        count = X.shape[axis:].numel()
+        norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=stash)
+        n = (x * norm.square_().div_(max(count, 1)).add_(epsilon).rsqrt_()).to(X.dtype)
+    out = torch.empty(X.shape, dtype=scale.dtype, device=X.device)
+    return torch.mul(n, scale, out=out)
+
+
+def fake(X: Tensor, scale: Tensor, *, axis: int = -1, epsilon: float = 1e-05, stash_type: int = 1) -> Tensor:
+    check(X, scale, axis)
+    onnx_float(stash_type, "stash_type")
+    return torch.empty(X.shape, dtype=scale.dtype, device=X.device)
+
+
+def decomposition(X: Tensor, scale: Tensor, *, axis: int = -1, epsilon: float = 1e-05, stash_type: int = 1) -> Tensor:
+    """Y of the operator, in ATen operators only."""
+    axis = check(X, scale, axis)
+    y = normalized(X, axis, epsilon, onnx_float(stash_type, "stash_type")) * scale
+    return y.to(scale.dtype).contiguous()
+
+
+def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+    ctx.attributes = keyword_only_inputs
+
+
+def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    X, scale = ctx.saved_tensors
+    axis = ctx.attributes["axis"] % X.dim()
+    stash = onnx_float(ctx.attributes["stash_type"], "stash_type")
+    dims = list(range(axis, X.dim()))
+    x = X.to(stash)
+    r = torch.rsqrt(x.square().mean(dims, keepdim=True) + ctx.attributes["epsilon"])
+    n = x * r
+    grad_X = grad_scale = None
+    if ctx.needs_input_grad[0]:
+        g = grad.to(stash) * scale.to(stash)
+        grad_X = (r * (g - n * (g * n).mean(dims, keepdim=True))).to(X.dtype)
+    if ctx.needs_input_grad[1]:
+        grad_scale = (grad.to(stash) * n.to(X.dtype)).sum_to_size(scale.shape).to(scale.dtype)
+    return grad_X, grad_scale
+
+
+def make_translation(opset: int) -> Any:
+    from onnxscript import opset23 as op
+
+    def rms_norm(X: Any, scale: Any, *, axis: int = -1, epsilon: float = 1e-05, stash_type: int = 1) -> Any:
+        attributes = {"axis": axis, "epsilon": epsilon, "stash_type": stash_type}
+        return op.RMSNormalization(X, scale, **non_defaults(attributes, DEFAULTS))
+
+    return rms_norm
+
+
+define_op(
+    "rms_norm",
+    SCHEMA,
+    composite=composite,
+    fake=fake,
+    setup_context=setup_context,
+    backward=backward,
+    decomposition=decomposition,
+    onnx_name="RMSNormalization",
+    since_opset=23,
+    make_translation=make_translation,
+)

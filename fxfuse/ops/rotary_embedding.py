@@ -1,0 +1,197 @@
+"""fxfuse::rotary_embedding, which is RotaryEmbedding of ONNX (opset 23).
+
+https://onnx.ai/onnx/operators/onnx__RotaryEmbedding.html
+
+    Y1 = X1·cos - X2·sin        X1, X2: the halves of the first rotary_embedding_dim elements of every head,
+    Y2 = X1·sin + X2·cos        or, interleaved, its even and its odd elements; the rest of X passes through
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxfuse.ops.registry import define_op, differ, non_defaults, require, show
+
+SCHEMA = (
+    "(Tensor X, Tensor cos_cache, Tensor sin_cache, Tensor? position_ids=None, *, "
+    "int interleaved=0, int num_heads=0, int rotary_embedding_dim=0) -> Tensor"
+)
+DEFAULTS = {"interleaved": 0, "num_heads": 0, "rotary_embedding_dim": 0}
+
+
+def check(
+    X: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None,
+    interleaved: int,
+    num_heads: int,
+    rotary_dim: int,
+) -> int | torch.SymInt:
+    """The number of rotated elements of a head; raises FxfuseError on arguments that do not fit."""
+    require(X.is_floating_point(), f"X must be floating point, it is {X.dtype}", "X")
+    require(X.dim() in (3, 4), f"X must be [B, S, H*D] or [B, H, S, D], it is {show(X)}", "X")
+    require(interleaved in (0, 1), f"interleaved must be 0 or 1, it is {interleaved}", "interleaved")
+    if X.dim() == 3:
+        require(num_heads > 0, f"X {show(X)} has three dims: its number of heads must be given", "num_heads")
+        fits = not differ(X.shape[2] % num_heads, 0)
+        require(fits, f"X {show(X)} does not divide into {num_heads} heads", "num_heads")
+    size = X.shape[2] // num_heads if X.dim() == 3 else X.shape[3]
+    D = rotary_dim or size
+    require(not differ(D % 2, 0), f"the rotated part of a head must be even, it is {D}", "rotary_embedding_dim")
+    fits = rotary_dim >= 0 and (isinstance(size, torch.SymInt) or rotary_dim <= size)
+    require(fits, f"rotary_embedding_dim {rotary_dim} does not fit heads of {size}", "rotary_embedding_dim")
+    B, S = X.shape[0], X.shape[-2]
+    for name, cache in (("cos_cache", cos), ("sin_cache", sin)):
+        require(cache.dtype == X.dtype, f"{name} is {cache.dtype}, X is {X.dtype}: they must be the same", name)
+        if position_ids is None:
+            fits = cache.dim() == 3 and not (differ(cache.shape[0], B) or differ(cache.shape[1], S))
+            hint = "expand it to the batch, or pass position_ids"
+            require(fits, f"{name} must be [{B}, {S}, {D // 2}] without position_ids, it is {show(cache)}", name, hint)
+        else:
+            require(cache.dim() == 2, f"{name} must be [positions, {D // 2}], it is {show(cache)}", name)
+        require(not differ(cache.shape[-1], D // 2), f"{name} {show(cache)} must end in {D // 2}", name)
+    require(cos.dim() == 3 or not differ(cos.shape[0], sin.shape[0]), "cos and sin differ in length", "sin_cache")
+    if position_ids is not None:
+        require(position_ids.dtype == torch.int64, "position_ids must be int64", "position_ids")
+        fits = position_ids.dim() == 2 and not (differ(position_ids.shape[0], B) or differ(position_ids.shape[1], S))
+        require(fits, f"position_ids must be [{B}, {S}], it is {show(position_ids)}", "position_ids")
+    return D
+
+
+def halves(x_BSHD: Tensor, interleaved: int, D: int | torch.SymInt) -> tuple[Tensor, Tensor]:
+    if interleaved:
+        return x_BSHD[..., 0:D:2], x_BSHD[..., 1:D:2]
+    return x_BSHD[..., : D // 2], x_BSHD[..., D // 2 : D]
+
+
+def heads_last(X: Tensor, num_heads: int) -> Tensor:
+    """X as [B, S, H, D], a view."""
+    return X.transpose(1, 2) if X.dim() == 4 else X.unflatten(2, (num_heads, X.shape[2] // num_heads))
+
+
+def angles(cache: Tensor, position_ids: Tensor | None) -> Tensor:
+    """The cache at every position, as [B, S, 1, D/2]."""
+    return (cache if position_ids is None else cache[position_ids]).unsqueeze(2)
+
+
+def composite(
+    X: Tensor,
+    cos_cache: Tensor,
+    sin_cache: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    interleaved: int = 0,
+    num_heads: int = 0,
+    rotary_embedding_dim: int = 0,
+) -> Tensor:
+    D = check(X, cos_cache, sin_cache, position_ids, interleaved, num_heads, rotary_embedding_dim)
+    cos, sin = angles(cos_cache, position_ids), angles(sin_cache, position_ids)
+    out = torch.empty(X.shape, dtype=X.dtype, device=X.device)
+    x, y = heads_last(X, num_heads), heads_last(out, num_heads)
+    (x1, x2), (y1, y2) = halves(x, interleaved, D), halves(y, interleaved, D)
+    # Each product is rounded before the sum, as the specification's MUL and SUB do; addcmul would not.
+    torch.mul(x1, cos, out=y1).sub_(x2 * sin)
+    torch.mul(x1, sin, out=y2).add_(x2 * cos)
+    y[..., D:] = x[..., D:]
+    return out
+
+
+def fake(
+    X: Tensor,
+    cos_cache: Tensor,
+    sin_cache: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    interleaved: int = 0,
+    num_heads: int = 0,
+    rotary_embedding_dim: int = 0,
+) -> Tensor:
+    check(X, cos_cache, sin_cache, position_ids, interleaved, num_heads, rotary_embedding_dim)
+    return torch.empty(X.shape, dtype=X.dtype, device=X.device)
+
+
+def decomposition(
+    X: Tensor,
+    cos_cache: Tensor,
+    sin_cache: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    interleaved: int = 0,
+    num_heads: int = 0,
+    rotary_embedding_dim: int = 0,
+) -> Tensor:
+    """Y of the operator, in ATen operators only."""
+    D = check(X, cos_cache, sin_cache, position_ids, interleaved, num_heads, rotary_embedding_dim)
+    cos, sin = angles(cos_cache, position_ids), angles(sin_cache, position_ids)
+    x = heads_last(X, num_heads)
+    x1, x2 = halves(x, interleaved, D)
+    pair = (x1 * cos - x2 * sin, x1 * sin + x2 * cos)
+    y = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
+    if rotary_embedding_dim:
+        y = torch.cat((y, x[..., D:]), -1)
+    return y.flatten(2) if X.dim() == 3 else y.transpose(1, 2).contiguous()
+
+
+def setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+    ctx.attributes = keyword_only_inputs
+
+
+def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    X, cos_cache, sin_cache, position_ids = ctx.saved_tensors
+    attributes = ctx.attributes
+    grad_X = grad_cos = grad_sin = None
+    if ctx.needs_input_grad[0]:
+        # A rotation's transpose is the rotation by the opposite angle.
+        grad_X = torch.ops.fxfuse.rotary_embedding(grad, cos_cache, -sin_cache, position_ids, **attributes)
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        D = attributes["rotary_embedding_dim"] or cos_cache.shape[-1] * 2
+        x1, x2 = halves(heads_last(X, attributes["num_heads"]), attributes["interleaved"], D)
+        g1, g2 = halves(heads_last(grad, attributes["num_heads"]), attributes["interleaved"], D)
+        grad_cos, grad_sin = (g1 * x1 + g2 * x2).sum(2), (g2 * x1 - g1 * x2).sum(2)
+        if position_ids is not None:
+            grad_cos = torch.zeros_like(cos_cache).index_put((position_ids,), grad_cos, accumulate=True)
+            grad_sin = torch.zeros_like(sin_cache).index_put((position_ids,), grad_sin, accumulate=True)
+    return grad_X, grad_cos, grad_sin, None
+
+
+def make_translation(opset: int) -> Any:
+    from onnxscript import opset23 as op
+
+    def rotary_embedding(
+        X: Any,
+        cos_cache: Any,
+        sin_cache: Any,
+        position_ids: Any = None,
+        *,
+        interleaved: int = 0,
+        num_heads: int = 0,
+        rotary_embedding_dim: int = 0,
+    ) -> Any:
+        attributes = {
+            "interleaved": interleaved,
+            "num_heads": num_heads,
+            "rotary_embedding_dim": rotary_embedding_dim,
+        }
+        inputs = (X, cos_cache, sin_cache) if position_ids is None else (X, cos_cache, sin_cache, position_ids)
+        return op.RotaryEmbedding(*inputs, **non_defaults(attributes, DEFAULTS))
+
+    return rotary_embedding
+
+
+define_op(
+    "rotary_embedding",
+    SCHEMA,
+    composite=composite,
+    fake=fake,
+    setup_context=setup_context,
+    backward=backward,
+    decomposition=decomposition,
+    onnx_name="RotaryEmbedding",
+    since_opset=23,
+    make_translation=make_translation,
+)
