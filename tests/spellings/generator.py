@@ -379,10 +379,12 @@ def data_nodes(program: ExportedProgram, data_inputs: tuple[str, ...]) -> list[t
     return [n for n in program.graph.nodes if n in tainted and n.op == "call_function"]
 
 
-def unfused(program: ExportedProgram, data_inputs: tuple[str, ...]) -> list[str]:
+def unfused(
+    program: ExportedProgram, data_inputs: tuple[str, ...], context: frozenset[str] = CONTEXT
+) -> list[str]:
     """Nodes that still compute with the data and are neither the context nor fused."""
     return [
         f"{node.name}: {operator_name(node)}"
         for node in data_nodes(program, data_inputs)
-        if (name := operator_name(node)) not in LAYOUT | CONTEXT and not name.startswith("fxfuse.")
+        if (name := operator_name(node)) not in LAYOUT | context and not name.startswith("fxfuse.")
     ]
