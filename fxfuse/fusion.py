@@ -117,7 +117,7 @@ class _Run:
         ask = Questions(self.program)
         matches: list[_Match] = []
         taken: set[Node] = set()
-        for proposal in self._timed("propose", pattern.propose(view)):
+        for proposal in self._timed("propose", pattern.propose(view, ask)):
             if proposal.anchor not in taken:
                 match = self._decide(pattern, proposal, ask, taken)
                 if match is not None:

@@ -25,7 +25,8 @@ from fxfuse.recognise.questions import Questions
 from fxfuse.recognise.walk import backward, forward
 
 _ANCHORS = frozenset({"rsqrt", "sqrt", "rms_norm", "linalg_vector_norm", "norm"})
-_WEIGHTED = 1
+_DOUBLE = 11
+"""`onnx.TensorProto.DOUBLE`: the default stash_type would round a float64 model to float32."""
 
 
 def _walked(name: str) -> bool:
@@ -42,7 +43,7 @@ class RMSNorm:
     def key(self, region: Region) -> str:
         return region.key
 
-    def propose(self, view: GraphView) -> Iterator[Proposal]:
+    def propose(self, view: GraphView, ask: Questions) -> Iterator[Proposal]:
         for node in view.nodes:
             if op_name(node) in _ANCHORS or _is_root_power(node):
                 yield Proposal(node, self._around(view, node))
@@ -178,7 +179,8 @@ def _forms(region: Region, position: int | None, constant: float, epsilon: float
                 scale = torch.full((x.shape[-1],), constant, dtype=kind, device=x.device)
             else:
                 scale = inputs[position].reshape(-1) if inputs[position].dim() != 1 else inputs[position]
-            y: torch.Tensor = torch.ops.fxfuse.rms_norm(_cast(x, kind), _cast(scale, kind), epsilon=epsilon)
+            stash = {"stash_type": _DOUBLE} if exact else {}
+            y: torch.Tensor = torch.ops.fxfuse.rms_norm(_cast(x, kind), _cast(scale, kind), epsilon=epsilon, **stash)
             return y if exact else _cast(y, out)
 
         return rms_norm

@@ -42,7 +42,7 @@ class RotaryEmbedding:
     def key(self, region: Region) -> str:
         return region.key + "|" + ",".join(n.name for n in region.others)
 
-    def propose(self, view: GraphView) -> Iterator[Proposal]:
+    def propose(self, view: GraphView, ask: Questions) -> Iterator[Proposal]:
         for node in view.nodes:
             if _mixes(node):
                 yield Proposal(node, self._around(view, node))

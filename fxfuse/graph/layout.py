@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch.fx import Node
 
-from fxfuse.graph.view import fake, op_name, tensor
+from fxfuse.graph.view import CAST, fake, op_name, tensor
 
 RESHAPES = frozenset("view reshape flatten unflatten _unsafe_view unsqueeze squeeze".split())
 """Operators that keep the order of the elements."""
@@ -28,9 +28,11 @@ def _before_reshapes(node: Node) -> Node | None:
     """The earliest tensor that a chain of reshapes ending here started from with this very shape and strides."""
     found = None
     current = node
-    while op_name(current) in RESHAPES:
+    while op_name(current) in RESHAPES or (op_name(current) in CAST and current is not node):
         source = current.args[0]
         if not isinstance(source, Node) or tensor(source) is None:
+            break
+        if fake(source).dtype != fake(current).dtype:
             break
         current = source
         if _geometry(current) == _geometry(node):

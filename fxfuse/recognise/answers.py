@@ -72,7 +72,7 @@ class Pattern(Protocol):
     operator: str
     since_opset: int
 
-    def propose(self, view: GraphView) -> Iterator[Proposal]:
+    def propose(self, view: GraphView, ask: Questions) -> Iterator[Proposal]:
         """Candidate regions, cheaply and structurally."""
         ...
 

@@ -68,7 +68,7 @@ class Example:
     def key(self, region: Region) -> str:
         return region.key
 
-    def propose(self, view: GraphView) -> Iterator[Proposal]:
+    def propose(self, view: GraphView, ask: Questions) -> Iterator[Proposal]:
         """Every float node with the regions before it; of nodes that look the same MAX_NODES back only one is asked,
         unless it matched."""
         for node in view.nodes:

@@ -33,6 +33,28 @@ class Questions:
         """An evaluator where bounded symbols take their bound, up to `limit`: tables are met whole."""
         return Evaluator(Sizes(self.ranges, 1, stretch=limit))
 
+    def beyond_literals(self, node: Node) -> Evaluator | None:
+        """An evaluator at which the last two axes of `node` exceed every number its computation mentions.
+
+        None where no axis is symbolic; the upper bound of a symbol is enough.
+        """
+        largest = 0
+        for ancestor in _ancestors([node]):
+            numbers = list(_integers((ancestor.args, dict(ancestor.kwargs))))
+            if ancestor.name in self._constants:
+                numbers.extend(self._constants[ancestor.name].shape)
+                flat = self._constants[ancestor.name]
+                if flat.numel() == 1 and not flat.is_meta:
+                    numbers.append(int(flat))
+            largest = max([largest, *(abs(n) for n in numbers if abs(n) < 2**31 - 1)])
+        symbols = {
+            symbol
+            for dim in fake(node).shape[-2:]
+            if isinstance(dim, torch.SymInt)
+            for symbol in dim.node.expr.free_symbols
+        }
+        return Evaluator(Sizes(self.ranges, 0, preset=dict.fromkeys(symbols, largest + 3))) if symbols else None
+
     def draws(self, nodes: Iterable[Node], evaluator: Evaluator, seed: int) -> list[torch.Tensor]:
         """Independent random values for each node."""
         gen = generator(seed)
@@ -123,6 +145,16 @@ def _ancestors(nodes: Iterable[Node]) -> list[Node]:
         stack.append((node, True))
         stack.extend((i, False) for i in node.all_input_nodes if not _is_size(i))
     return order
+
+
+def _integers(arg: Any) -> Iterable[int]:
+    if isinstance(arg, (int, float)) and not isinstance(arg, bool) and abs(arg) < 2**31:
+        yield int(arg)
+    elif isinstance(arg, dict):
+        yield from _integers(list(arg.values()))
+    elif isinstance(arg, (list, tuple)):
+        for value in arg:
+            yield from _integers(value)
 
 
 def _is_size(node: Node) -> bool:

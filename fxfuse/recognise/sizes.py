@@ -21,12 +21,16 @@ class Sizes:
         ranges: value range of each symbol, `ExportedProgram.range_constraints`.
         profile: which ladder of small sizes to take, below `PROFILES`.
         stretch: up to this, symbols that have an upper bound take it instead (a sequence as long as its table).
+        preset: sizes wanted for some symbols, as far as their range admits them.
     """
 
-    def __init__(self, ranges: dict[Any, Any], profile: int = 0, *, stretch: int = 0) -> None:
+    def __init__(
+        self, ranges: dict[Any, Any], profile: int = 0, *, stretch: int = 0, preset: dict[Any, int] | None = None
+    ) -> None:
         self._ranges = ranges
         self._profile = profile
         self._stretch = stretch
+        self._preset = preset or {}
         self._values: dict[Any, int] = {}
 
     def __call__(self, size: Any) -> Any:
@@ -48,6 +52,9 @@ class Sizes:
     def _choose(self, symbol: Any) -> int:
         allowed = self._ranges.get(symbol)
         low, high = (0, None) if allowed is None else (_bound(allowed.lower, 0) or 0, _bound(allowed.upper, None))
+        if symbol in self._preset:
+            wanted = self._preset[symbol]
+            return max(low, wanted if high is None else min(high, wanted))
         if self._stretch and high is not None:
             return max(low, min(high, self._stretch))
         ladder = _LADDERS[self._profile]

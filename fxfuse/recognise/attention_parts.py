@@ -1,0 +1,136 @@
+"""The parts of an attention around its softmax (or SDPA call), and the regions they span."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from fxfuse.graph.region import Region, between, real_users
+from fxfuse.graph.view import ARITHMETIC, CAST, LAYOUT, NO_OP, GraphView, argument, fake, is_random, op_name, tensor
+from fxfuse.recognise.answers import Reason
+from fxfuse.recognise.contraction import Product, product
+from fxfuse.recognise.questions import Questions
+from fxfuse.recognise.walk import chain_back, chain_forward
+
+SOFTMAX = frozenset({"softmax", "_softmax"})
+SDPA = "scaled_dot_product_attention"
+_ELEMENTWISE = frozenset(
+    "tanh where masked_fill clamp clamp_min clamp_max minimum maximum sigmoid exp log pow square abs softplus relu "
+    "logical_not logical_and logical_or bitwise_and bitwise_or bitwise_not".split()
+)
+_SCALED = frozenset({"mul", "div", "neg", "true_divide", "multiply"})
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Where q, k, v, scores, weights and the result are. For SDPA all of them are at one node."""
+
+    softmax: Node
+    q: Node
+    k: Node
+    v: Node
+    scores: Product | None
+    weighted: Product | None
+    output: Node
+
+
+def find_parts(anchor: Node) -> Parts | Reason:
+    """The products before and after a softmax; or the operands of an SDPA call."""
+    if is_random(anchor):
+        return Reason("attention, but its dropout is active", 2)
+    if op_name(anchor) == SDPA:
+        q, k, v = (argument(anchor, n) for n in ("query", "key", "value"))
+        return Parts(anchor, q, k, v, None, None, anchor)
+    if argument(anchor, "dim") not in (-1, fake(anchor).dim() - 1):
+        return Reason("a softmax, but not over the last axis")
+    before = _scores(anchor)
+    if before is None:
+        return Reason("a softmax, but not of a product")
+    after = _weighted(anchor)
+    if isinstance(after, Reason):
+        return after
+    return Parts(anchor, before.left, before.right, after.right, before, after, after.node)
+
+
+def _scores(softmax: Node) -> Product | None:
+    """The nearest product behind the softmax's input, through whatever is elementwise."""
+    source = softmax.args[0]
+    assert isinstance(source, Node)
+    seen, level = {source}, [source]
+    for _ in range(16):
+        for node in level:
+            if (found := product(node)) is not None:
+                return found
+        following = []
+        for node in level:
+            name = op_name(node)
+            if name in ARITHMETIC or name in CAST or name in LAYOUT or name in _ELEMENTWISE or name in NO_OP:
+                for i in node.all_input_nodes:
+                    if i not in seen and tensor(i) is not None:
+                        seen.add(i)
+                        following.append(i)
+        level = following
+    return None
+
+
+def _weighted(softmax: Node) -> Product | Reason:
+    """The product that the weights go into, as ``weights · V``."""
+    node = softmax
+    for _ in range(8):
+        users = real_users(node)
+        users = [u for u in users if tensor(u) is not None]
+        if len(users) != 1:
+            return Reason("softmax of a product, but the weights are read elsewhere too", 1)
+        user = users[0]
+        found = product(user)
+        if found is not None and found.left is node:
+            # `columns` brings V from [*lead, T, Dv] to [*lead, Dv, T].
+            return found
+        if is_random(user):
+            return Reason("attention, but its dropout is active", 2)
+        if op_name(user) not in CAST and op_name(user) not in LAYOUT and op_name(user) not in NO_OP:
+            return Reason(f"softmax of a product, but then {op_name(user)} where weights · V was expected", 1)
+        node = user
+    return Reason("softmax of a product, but no second product", 1)
+
+
+def regions(view: GraphView, parts: Parts, ask: Questions) -> Iterator[Region]:
+    """From q, k and v before any repeat, cast or transpose to the result behind its transpose; then narrower ones."""
+    sizes = ask.evaluator(0).sizes
+    reach = LAYOUT | _SCALED | CAST
+
+    def deepest(operand: Node, ranks: tuple[int, ...]) -> Node | None:
+        chain = []
+        for node in chain_back(operand, lambda name: name in reach):
+            if tensor(node) is None:
+                continue
+            if fake(node).dtype != fake(operand).dtype:
+                break
+            if fake(node).dim() in ranks:
+                chain.append((torch.Size(sizes.shape(node)).numel(), node))
+        fewest = min((n for n, _ in chain), default=0)
+        return next((node for n, node in reversed(chain) if n == fewest), None)
+
+    def farthest(ranks: tuple[int, ...]) -> Node | None:
+        found = None
+        for node in chain_forward(parts.output, lambda name: name in LAYOUT or name in CAST):
+            same = torch.Size(sizes.shape(node)).numel() == torch.Size(sizes.shape(parts.output)).numel()
+            if not same or fake(node).dtype != fake(parts.output).dtype:
+                break
+            if fake(node).dim() in ranks:
+                found = node
+        return found
+
+    tried = set()
+    for ranks, out in (((3, 4), (3, 4)), ((3, 4), (4,)), ((4,), (4,)), ((4,), (3, 4))):
+        sources = [deepest(operand, ranks) for operand in (parts.q, parts.k, parts.v)]
+        output = farthest(out)
+        if None in sources or output is None or (*sources, output) in tried:
+            continue
+        tried.add((*sources, output))
+        region = between(view, output, [s for s in sources if s is not None], lambda _: True)
+        if region is not None and parts.softmax in region.nodes:
+            yield region

@@ -1,0 +1,105 @@
+"""The two products of attention, Q·Kᵀ and weights·V, whichever operator writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from fxfuse.graph.view import argument, fake, op_name
+
+Canonical = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _same(t: torch.Tensor) -> torch.Tensor:
+    return t
+
+
+def _swap(t: torch.Tensor) -> torch.Tensor:
+    return t.transpose(-1, -2)
+
+
+@dataclass(frozen=True)
+class Product:
+    """A batched matrix product seen as ``[*lead, M, K] · [*lead, N, K]ᵀ = [*lead, M, N]``, lead dims broadcast."""
+
+    node: Node
+    left: Node
+    right: Node
+    rows: Canonical
+    """Brings the left operand to ``[*lead, M, K]``."""
+    columns: Canonical
+    """Brings the right operand to ``[*lead, N, K]``."""
+    result: Canonical
+    """Brings the result to ``[*lead, M, N]``."""
+    added: Node | None = None
+    """`baddbmm` adds ``beta ·`` this to ``alpha ·`` the product."""
+    alpha: float = 1.0
+    beta: float = 1.0
+
+
+def product(node: Node) -> Product | None:
+    """The product that this node is, with its columns from the right operand; None if it is none."""
+    name = op_name(node)
+    if name in ("matmul", "bmm", "baddbmm"):
+        operands: list[Any] = [a for a in node.args if isinstance(a, Node)]
+        added = operands.pop(0) if name == "baddbmm" and len(operands) == 3 else None
+        if len(operands) != 2 or any(fake(o).dim() < 3 for o in operands):
+            return None
+        scale = {k: float(argument(node, k)) for k in ("alpha", "beta")} if added is not None else {}
+        return Product(node, operands[0], operands[1], _same, _swap, _same, added, **scale)
+    if name == "einsum" and isinstance(node.args[1], (list, tuple)) and len(node.args[1]) == 2:
+        left, right = node.args[1]
+        if isinstance(left, Node) and isinstance(right, Node):
+            return _einsum(node, str(node.args[0]), left, right)
+    return None
+
+
+def _einsum(node: Node, equation: str, left: Node, right: Node) -> Product | None:
+    """Letters in both operands and the result are lead; of the left's own, the last in the result is M."""
+    inputs, _, out = equation.replace(" ", "").partition("->")
+    a, _, b = inputs.partition(",")
+    if not out or "." in equation or any(len(set(t)) < len(t) for t in (a, b, out)):
+        return None
+    summed = [c for c in a if c in b and c not in out]
+    rows = [c for c in out if c in a and c not in b]
+    columns = [c for c in out if c in b and c not in a]
+    if len(summed) != 1 or not rows or not columns or len(a) < 3 or len(b) < 3:
+        return None
+    m, n, k = rows[-1], columns[-1], summed[0]
+    lead = [c for c in out if c not in (m, n)]
+    if set(a) - {*lead, m, k} or set(b) - {*lead, n, k}:
+        return None
+
+    def order(letters: str, last: tuple[str, str]) -> Canonical:
+        wanted = [*lead, *last]
+        present = [letters.index(c) for c in wanted if c in letters]
+        missing = [i for i, c in enumerate(wanted) if c not in letters]
+
+        def canonical(t: torch.Tensor) -> torch.Tensor:
+            t = t.permute(present)
+            for position in missing:
+                t = t.unsqueeze(position)
+            return t
+
+        return canonical
+
+    return Product(node, left, right, order(a, (m, k)), order(b, (n, k)), order(out, (m, n)))
+
+
+def swapped(found: Product) -> Product:
+    """The same product read the other way round: ``(A·Bᵀ)ᵀ = B·Aᵀ``."""
+    return Product(
+        found.node,
+        found.right,
+        found.left,
+        found.columns,
+        found.rows,
+        lambda t: found.result(t).transpose(-1, -2),
+        found.added,
+        found.alpha,
+        found.beta,
+    )

@@ -1,0 +1,76 @@
+"""Scaled dot-product attention: softmax(softcap(scale · q·kᵀ) + mask) · v, heads in groups that share k and v.
+
+Source: https://onnx.ai/onnx/operators/onnx__Attention.html; GQA: Ainslie et al., https://arxiv.org/abs/2305.13245;
+soft-cap: Gemma 2, https://arxiv.org/abs/2408.00118.
+
+    q ─ layout ─┐                              v ─ layout, repeat ─┐
+                ├─ product ─ cap, mask ─ softmax ───────────────── product ─ layout ── y
+    k ─ repeat ─┘             anchor ───────────┘
+
+Asked: element numbers sent from q, k and v to the products tell the layouts and which KV head serves which query head;
+raw scores sent from the first product to the softmax tell scale and soft-cap; scores of 0 tell the mask, and which
+tensor it is. A mask that is causal for every size the program admits is not built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fxfuse.graph.region import Region
+from fxfuse.graph.view import GraphView, op_name
+from fxfuse.recognise.answers import Found, Proposal, Reason
+from fxfuse.recognise.attention_forms import attention_form, is_causal_here, mask_names
+from fxfuse.recognise.attention_parts import SDPA, SOFTMAX, find_parts, regions
+from fxfuse.recognise.heads import measure_heads
+from fxfuse.recognise.questions import Questions
+from fxfuse.recognise.scores import measure_scores
+
+
+class Attention:
+    """Multi-head, grouped-query and multi-query attention, fused or written out, with its masks."""
+
+    name = "attention"
+    operator = "Attention"
+    since_opset = 23
+
+    def key(self, region: Region) -> str:
+        return region.key + "|" + ",".join(n.name for n in region.others)
+
+    def propose(self, view: GraphView, ask: Questions) -> Iterator[Proposal]:
+        for node in view.nodes:
+            if op_name(node) in SOFTMAX or op_name(node) == SDPA:
+                parts = find_parts(node)
+                if isinstance(parts, Reason):
+                    yield Proposal(node, (), missed=parts)
+                else:
+                    yield Proposal(node, regions(view, parts, ask))
+
+    def recognise(self, region: Region, ask: Questions) -> Found | Reason:
+        anchor = next(n for n in region.nodes if op_name(n) in SOFTMAX or op_name(n) == SDPA)
+        parts = find_parts(anchor)
+        if isinstance(parts, Reason):
+            return parts
+        evaluator = ask.evaluator(0)
+        heads = measure_heads(region, parts, evaluator)
+        if isinstance(heads, Reason):
+            return heads
+        scores = measure_scores(region, parts, evaluator, ask)
+        if isinstance(scores, Reason):
+            return scores
+        lower = is_causal_here(region, scores, heads, ask)
+        masks = () if lower else scores.masks
+        causal = lower or scores.causal
+        parameters = {
+            "q_num_heads": heads.q_heads,
+            "kv_num_heads": heads.kv_heads,
+            "head_size": heads.head_size,
+            "scale": scores.scale * heads.scale,
+            "is_causal": int(causal),
+            "softcap": scores.softcap,
+            "attn_mask": mask_names(region, masks),
+        }
+        form = attention_form(region, heads, scores, causal=causal, masks=masks)
+        return Found(self.operator, parameters, (form,), ulp=4.0, averaging=True, from_leaves=lower)
+
+
+PATTERN = Attention()
