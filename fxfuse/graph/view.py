@@ -161,7 +161,10 @@ class GraphView:
 
 
 def storage_roots(node: Node) -> set[Node]:
-    """The nodes whose storage this node may share: itself, and back through everything that may be a view."""
+    """The nodes whose storage this node may share: itself, and back through everything that may be a view.
+
+    A view's first argument is what it is a view of.
+    """
     roots: set[Node] = set()
     stack = [node]
     while stack:
@@ -169,13 +172,13 @@ def storage_roots(node: Node) -> set[Node]:
         if current in roots:
             continue
         roots.add(current)
-        if _may_alias(current):
-            stack.extend(i for i in current.all_input_nodes if i.meta.get("val") is not None)
+        if _may_alias(current) and isinstance(current.args[0], Node):
+            stack.append(current.args[0])
     return roots
 
 
 def _may_alias(node: Node) -> bool:
-    if node.op != "call_function":
+    if node.op != "call_function" or not node.args:
         return False
     name = op_name(node)
     if name in {"getitem", "reshape", "flatten", "contiguous", "to", "type_as"} or name in NO_OP:
