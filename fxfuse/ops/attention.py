@@ -23,7 +23,7 @@ from torch import Tensor
 from fxfuse.errors import FxfuseError
 from fxfuse.ops import attention_math as math_
 from fxfuse.ops.attention_math import Attributes, Inputs, Sizes
-from fxfuse.ops.registry import as_laid_out, define_op, non_defaults, require
+from fxfuse.ops.registry import as_laid_out, define_op, equal, non_defaults, require
 
 ARGUMENTS = (
     "(Tensor Q, Tensor K, Tensor V, Tensor? attn_mask=None, Tensor? past_key=None, Tensor? past_value=None, "
@@ -32,7 +32,7 @@ ARGUMENTS = (
 )
 DEFAULTS = Attributes()._asdict()
 
-Outputs = Tensor | tuple[Tensor, ...]
+Outputs = Tensor | tuple[Tensor | None, ...]
 
 
 def composite(count: int) -> Callable[..., Outputs]:
@@ -109,7 +109,7 @@ def decomposition(count: int) -> Callable[..., Outputs]:
             p = p._replace(mask=math_.padded(p.mask, sizes.T))
             plain = a.is_causal and p.mask is None and i.past_key is None and p.lengths is None
             mask = None if plain else math_.combined(p, a.is_causal)
-            gqa = not math_.equal(sizes.Hq, sizes.Hkv)
+            gqa = not equal(sizes.Hq, sizes.Hkv)
             y = torch.nn.functional.scaled_dot_product_attention(
                 p.Q, K, V, mask, is_causal=bool(plain), scale=a.scale, enable_gqa=gqa
             )
@@ -169,9 +169,9 @@ def make_translation(count: int) -> Callable[[int], Callable[..., Any]]:
     """The translation that gives the first `count` outputs of an Attention node."""
 
     def for_opset(opset: int) -> Callable[..., Any]:
-        import onnxscript
+        from onnxscript.onnx_opset import opset23, opset24
 
-        op = getattr(onnxscript, f"opset{min(opset, 24)}")
+        op = opset24 if opset >= 24 else opset23
 
         def attention(
             Q: Any,

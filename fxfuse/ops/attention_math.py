@@ -9,16 +9,15 @@ T = P + Skv keys in all, of which P come from the past. `attention.py` makes ope
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxfuse.ops.registry import differ, equal, onnx_float, require, show
+from fxfuse.ops.registry import differ, equal, exceeds, onnx_float, require, show
 
-Size = int | torch.SymInt
-Maybe = Optional[Tensor]  # noqa: UP007, UP045 (evaluated at import, where Python 3.10 needs it spelled so)
+Maybe = Tensor | None
 
 
 class Inputs(NamedTuple):
@@ -48,14 +47,14 @@ class Attributes(NamedTuple):
 class Sizes(NamedTuple):
     """The sizes of a call, each an int or a symbol."""
 
-    B: Size
-    Hq: Size
-    Hkv: Size
-    Sq: Size
-    P: Size
-    T: Size
-    D: Size
-    Dv: Size
+    B: int
+    Hq: int
+    Hkv: int
+    Sq: int
+    P: int
+    T: int
+    D: int
+    Dv: int
 
 
 class Problem(NamedTuple):
@@ -67,7 +66,7 @@ class Problem(NamedTuple):
     mask: Maybe
     lengths: Maybe
     """How many keys are valid, per batch element [B]; None: all."""
-    offset: Size
+    offset: int
     """With is_causal: query i sees key j if j <= i + offset. Unused when `lengths` is given."""
 
 
@@ -90,7 +89,7 @@ def check(i: Inputs, a: Attributes) -> Sizes:
     fits = not (differ(Hkv, Hv) or differ(Skv, Sv))
     require(fits, f"K {show(K)} and V {show(V)} differ in heads or length", "V")
     require(not differ(Hq % Hkv, 0), f"{Hq} query heads do not divide into {Hkv} key heads", "q_num_heads")
-    P: Size = 0
+    P: int = 0
     require((i.past_key is None) == (i.past_value is None), "past_key and past_value go together", "past_key")
     for name, past, size in (("past_key", i.past_key, D), ("past_value", i.past_value, Dv)):
         if past is not None:
@@ -115,7 +114,7 @@ def check(i: Inputs, a: Attributes) -> Sizes:
     return Sizes(B, Hq, Hkv, Sq, P, T, D, Dv)
 
 
-def _heads(tensor: Tensor, count: int, name: str, attribute: str) -> tuple[Size, Size, Size]:
+def _heads(tensor: Tensor, count: int, name: str, attribute: str) -> tuple[int, int, int]:
     """Heads, length and head size of a query, key or value."""
     if tensor.dim() == 4:
         heads, length, size = tensor.shape[1:]
@@ -128,21 +127,20 @@ def _heads(tensor: Tensor, count: int, name: str, attribute: str) -> tuple[Size,
     return count, tensor.shape[1], hidden // count
 
 
-def _check_mask(mask: Tensor, dtype: torch.dtype, full: tuple[Size, ...]) -> None:
+def _check_mask(mask: Tensor, dtype: torch.dtype, full: tuple[int, ...]) -> None:
     require(mask.dtype in (torch.bool, dtype), f"attn_mask must be bool or {dtype}, it is {mask.dtype}", "attn_mask")
     want = f"attn_mask must broadcast to [{', '.join(map(str, full))}], it is {show(mask)}"
     require(1 <= mask.dim() <= 4, want, "attn_mask")
     for have, size in zip(mask.shape[-2::-1], full[-2::-1], strict=False):
         require(not (differ(have, size) and differ(have, 1)), want, "attn_mask")
-    have, size = mask.shape[-1], full[-1]
-    require(not (isinstance(have, int) and isinstance(size, int) and have > size), want, "attn_mask")
+    require(not exceeds(mask.shape[-1], full[-1]), want, "attn_mask")
 
 
 def split_heads(tensor: Tensor, count: int) -> Tensor:
     """[B, S, H*D] as [B, H, S, D], a view; four dims as they are."""
     if tensor.dim() == 4:
         return tensor
-    return tensor.unflatten(2, (count, tensor.shape[2] // count)).transpose(1, 2)
+    return torch.unflatten(tensor, 2, (count, tensor.shape[2] // count)).transpose(1, 2)
 
 
 def merge_heads(tensor_BHSD: Tensor, rank: int) -> Tensor:
@@ -178,10 +176,10 @@ def combined(p: Problem, is_causal: int) -> Maybe:
     seen, mask = allowed(p, is_causal), p.mask
     if mask is None or seen is None:
         return seen if mask is None else mask
-    return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -math.inf)
+    return mask.logical_and(seen) if mask.dtype == torch.bool else mask.masked_fill(~seen, -math.inf)
 
 
-def padded(mask: Maybe, T: Size) -> Maybe:
+def padded(mask: Maybe, T: int) -> Maybe:
     """A mask that is shorter than the keys hides the rest, even if it has but one column (no broadcasting)."""
     if mask is None or equal(mask.shape[-1], T):
         return mask
@@ -222,9 +220,9 @@ def grouped_matmul(x: Tensor, y: Tensor) -> Tensor:
     return ungrouped(grouped(x, y.shape[1]) @ y, x)
 
 
-def grouped(x: Tensor, heads: Size) -> Tensor:
+def grouped(x: Tensor, heads: int) -> Tensor:
     """[B, Hq, S, N] as [B, Hkv, G*S, N]."""
-    return x.unflatten(1, (heads, x.shape[1] // heads)).flatten(2, 3)
+    return torch.unflatten(x, 1, (heads, x.shape[1] // heads)).flatten(2, 3)
 
 
 def ungrouped(x: Tensor, like: Tensor) -> Tensor:

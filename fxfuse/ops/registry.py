@@ -120,22 +120,29 @@ def require(condition: bool, what: str, where: str, hint: str | None = None) -> 
         raise FxfuseError(what, where=where, hint=hint)
 
 
-def differ(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
-    """Are two sizes known to differ? Unknown symbolic sizes do not: asking must not put a guard on them."""
-    if isinstance(a, int) and isinstance(b, int):
-        return a != b
+# Sizes can be symbols, which type checkers take for ints. What is not known of a symbol must not be asked of it
+# either: the answer would be a guard on the program's input.
+
+
+def differ(a: int, b: int) -> bool:
+    """Are the sizes known to differ?"""
+    return a != b if type(a) is type(b) is int else _known(a != b)
+
+
+def equal(a: int, b: int) -> bool:
+    """Are the sizes known to be equal?"""
+    return a == b if type(a) is type(b) is int else _known(a == b)
+
+
+def exceeds(a: int, b: int) -> bool:
+    """Is `a` known to be larger than `b`?"""
+    return a > b if type(a) is type(b) is int else _known(a > b)
+
+
+def _known(condition: bool) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    return statically_known_true(a != b)
-
-
-def equal(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
-    """Are two sizes known to be equal? See `differ`."""
-    if isinstance(a, int) and isinstance(b, int):
-        return a == b
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    return statically_known_true(a == b)
+    return statically_known_true(condition)
 
 
 def show(tensor: torch.Tensor) -> str:

@@ -89,7 +89,7 @@ def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
 
 
 def make_translation(opset: int) -> Any:
-    from onnxscript import opset23 as op
+    from onnxscript.onnx_opset import opset23 as op
 
     def rms_norm(X: Any, scale: Any, *, axis: int = -1, epsilon: float = 1e-05, stash_type: int = 1) -> Any:
         attributes = {"axis": axis, "epsilon": epsilon, "stash_type": stash_type}

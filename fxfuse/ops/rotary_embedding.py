@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxfuse.ops.registry import define_op, differ, non_defaults, require, show
+from fxfuse.ops.registry import define_op, differ, exceeds, non_defaults, require, show
 
 SCHEMA = (
     "(Tensor X, Tensor cos_cache, Tensor sin_cache, Tensor? position_ids=None, *, "
@@ -30,7 +30,7 @@ def check(
     interleaved: int,
     num_heads: int,
     rotary_dim: int,
-) -> int | torch.SymInt:
+) -> int:
     """The number of rotated elements of a head; raises FxfuseError on arguments that do not fit."""
     require(X.is_floating_point(), f"X must be floating point, it is {X.dtype}", "X")
     require(X.dim() in (3, 4), f"X must be [B, S, H*D] or [B, H, S, D], it is {show(X)}", "X")
@@ -42,7 +42,7 @@ def check(
     size = X.shape[2] // num_heads if X.dim() == 3 else X.shape[3]
     D = rotary_dim or size
     require(not differ(D % 2, 0), f"the rotated part of a head must be even, it is {D}", "rotary_embedding_dim")
-    fits = rotary_dim >= 0 and (isinstance(size, torch.SymInt) or rotary_dim <= size)
+    fits = rotary_dim >= 0 and not exceeds(rotary_dim, size)
     require(fits, f"rotary_embedding_dim {rotary_dim} does not fit heads of {size}", "rotary_embedding_dim")
     B, S = X.shape[0], X.shape[-2]
     for name, cache in (("cos_cache", cos), ("sin_cache", sin)):
@@ -62,7 +62,7 @@ def check(
     return D
 
 
-def halves(x_BSHD: Tensor, interleaved: int, D: int | torch.SymInt) -> tuple[Tensor, Tensor]:
+def halves(x_BSHD: Tensor, interleaved: int, D: int) -> tuple[Tensor, Tensor]:
     if interleaved:
         return x_BSHD[..., 0:D:2], x_BSHD[..., 1:D:2]
     return x_BSHD[..., : D // 2], x_BSHD[..., D // 2 : D]
@@ -70,7 +70,7 @@ def halves(x_BSHD: Tensor, interleaved: int, D: int | torch.SymInt) -> tuple[Ten
 
 def heads_last(X: Tensor, num_heads: int) -> Tensor:
     """X as [B, S, H, D], a view."""
-    return X.transpose(1, 2) if X.dim() == 4 else X.unflatten(2, (num_heads, X.shape[2] // num_heads))
+    return X.transpose(1, 2) if X.dim() == 4 else torch.unflatten(X, 2, (num_heads, X.shape[2] // num_heads))
 
 
 def angles(cache: Tensor, position_ids: Tensor | None) -> Tensor:
@@ -160,7 +160,7 @@ def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tens
 
 
 def make_translation(opset: int) -> Any:
-    from onnxscript import opset23 as op
+    from onnxscript.onnx_opset import opset23 as op
 
     def rotary_embedding(
         X: Any,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxfuse.ops.registry import define_op, differ, non_defaults, require, show
+from fxfuse.ops.registry import define_op, differ, exceeds, non_defaults, require, show
 
 SCHEMA = "(Tensor past_cache, Tensor update, Tensor? write_indices=None, *, int axis=-2, str mode='linear') -> Tensor"
 DEFAULTS = {"axis": -2, "mode": "linear"}
@@ -32,9 +32,7 @@ def check(past_cache: Tensor, update: Tensor, write_indices: Tensor | None, axis
     sizes = f"update {show(update)}, past_cache {show(past_cache)}"
     require(fits, f"{sizes}: they may differ in dimension {axis} only", "update")
     S, T = update.shape[axis], past_cache.shape[axis]
-    require(
-        not (isinstance(S, int) and isinstance(T, int) and S > T), f"{sizes}: it is longer than the cache", "update"
-    )
+    require(not exceeds(S, T), f"{sizes}: it is longer than the cache", "update")
     if write_indices is not None:
         require(write_indices.dtype == torch.int64, "write_indices must be int64", "write_indices")
         fits = write_indices.dim() == 1 and not differ(write_indices.shape[0], past_cache.shape[0])
@@ -112,7 +110,7 @@ def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None
 
 
 def make_translation(opset: int) -> Any:
-    from onnxscript import opset24 as op
+    from onnxscript.onnx_opset import opset24 as op
 
     def tensor_scatter(
         past_cache: Any, update: Any, write_indices: Any = None, *, axis: int = -2, mode: str = "linear"
