@@ -15,9 +15,7 @@ from fxfuse.errors import FxfuseError
 from fxfuse.onnx.capture import capture, check_program, named
 from fxfuse.onnx.files import save
 from fxfuse.ops import translation_table
-
-OPSETS = (23, 24, 25)
-"""The ONNX opsets that hold RMSNormalization, RotaryEmbedding and Attention and that torch.onnx can write."""
+from fxfuse.ops.registry import check_opset
 
 
 def export(
@@ -75,7 +73,7 @@ def export(
         raise FxfuseError(
             "f must be a path, not an open file", where="f", hint="or f=None, then .save() or .model_proto"
         )
-    opset = check_opset(opset_version)
+    opset = as_opset(opset_version)
     program = as_program(model, args, kwargs, dynamic_shapes)
     fused = fxfuse.fuse(program, opset=opset, patterns=patterns, verify=prove)
     onnx_program = translate(
@@ -147,18 +145,15 @@ def translate(
     return onnx_program
 
 
-def check_opset(opset: int | None) -> int:
+def as_opset(opset: int | None) -> int:
     """`opset` if fused operators can be written at it; None is 24.
 
     Raises:
-        FxfuseError: it is outside 23 to 25.
+        FxfuseError: it is outside 23 to 25, or no number.
     """
     if opset is None:
         return 24
-    if isinstance(opset, bool) or not isinstance(opset, int) or opset not in OPSETS:
-        raise FxfuseError(
-            f"opset {opset!r} is outside 23 to 25",
-            where="opset_version",
-            hint="23 is the first with RMSNormalization, RotaryEmbedding and Attention; 24 is best supported",
-        )
+    if isinstance(opset, bool) or not isinstance(opset, int):
+        raise FxfuseError(f"an opset is a whole number, not {opset!r}", where="opset_version")
+    check_opset(opset)
     return opset

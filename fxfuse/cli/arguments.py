@@ -1,0 +1,68 @@
+"""What the command line takes."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fxfuse.cli import commands
+
+SOURCES = """\
+SOURCE is one of
+  torchtune:BUILDER       a model of torchtune by its builder's name: torchtune:llama3_2_1b, torchtune:gemma2
+  FILE.pt2                a program saved with torch.export.save
+  PACKAGE.MODULE:NAME     a function that returns (model, args[, kwargs[, dynamic_shapes]])
+
+exit codes: 0 done; 2 bad input; 3 the exported model does not compute what the original does
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser; `run` of the parsed arguments is the command."""
+    top = argparse.ArgumentParser(
+        prog="fxfuse",
+        description="Fuse RMSNorm, rotary embeddings and attention in a PyTorch model, and export it to ONNX.",
+    )
+    subparsers = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: commands.Command, summary: str, epilog: str | None = None) -> argparse.ArgumentParser:
+        sub = subparsers.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    export = command("export", commands.export, "fuse a model, prove it, write it as ONNX and compare it", SOURCES)
+    _source(export)
+    export.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="folder for model.onnx, its weights and report.json"
+    )
+    export.add_argument("--no-parity", dest="parity", action="store_false", help="do not compare with eager")
+    inspect = command("inspect", commands.inspect, "fuse a model and report; export nothing", SOURCES)
+    _source(inspect)
+    command("patterns", commands.patterns, "list the catalogue")
+    return top
+
+
+def _source(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("source", metavar="SOURCE", help="the model; see below")
+    sub.add_argument("--opset", type=int, default=24, help="ONNX opset, 23 to 25 (default 24)")
+    sub.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float32, or what the source has)")
+    sub.add_argument(
+        "--set",
+        dest="options",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an argument of the builder or factory, as a Python literal; repeatable",
+    )
+    sub.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="weights: safetensors, .pt, .pth or .bin, whole or sharded"
+    )
+    sub.add_argument("--batch", type=int, help="batch size of the sample inputs of a torchtune model (default 2)")
+    sub.add_argument("--seq", type=int, help="their length (default 16)")
+    sub.add_argument("--json", type=Path, metavar="FILE", help="also write the report here")

@@ -1,0 +1,178 @@
+"""The commands: each takes the parsed arguments, a console for results and one for progress."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch.export import ExportedProgram
+
+import fxfuse
+from fxfuse.cli import source, tables
+from fxfuse.cli.progress import Stages, human, peak_memory
+from fxfuse.cli.verify import Check, check_fused, check_model, expectations
+from fxfuse.errors import FxfuseError, ParityError
+from fxfuse.onnx.capture import named
+from fxfuse.onnx.exporter import as_program, translate
+from fxfuse.onnx.files import move_into, save, staging
+from fxfuse.ops.registry import check_opset
+from fxfuse.parity import shape_cases
+from fxfuse.recognise.catalogue import catalogue
+
+Command = Callable[[argparse.Namespace, Console, Console], None]
+
+MODEL, DATA, REPORT = "model.onnx", "model.onnx.data", "report.json"
+
+
+def export(arguments: argparse.Namespace, out: Console, err: Console) -> None:
+    """Fuse, export, compare, and only then move the files into place.
+
+    Raises:
+        FxfuseError: bad input. What stood in the folder before still does.
+        ParityError: the model computes something else. The folder holds no model then.
+    """
+    request = _request(arguments)
+    target: Path = arguments.out
+    if target.exists() and not target.is_dir():
+        raise FxfuseError("the output folder is a file", where=str(target))
+    stages = Stages(err)
+    with staging(target.absolute().parent, target.name) as folder, _json_file(arguments.json) as write_json:
+        loaded, program = _load(request, stages)
+        with stages.stage("fuse"):
+            fused = fxfuse.fuse(program, opset=arguments.opset)
+        report = fxfuse.report(fused)
+
+        expected, checks = [], list[Check]()
+        if arguments.parity:
+            with stages.stage("eager"):
+                expected = expectations(loaded.model, program, shape_cases(program))
+            with stages.stage("fused"):
+                checks += check_fused(fused, expected)
+        with stages.stage("translate"):
+            names = loaded.dynamic_shapes if any(named(loaded.dynamic_shapes)) else None
+            onnx_program = translate(fused, opset=arguments.opset, dynamic_shapes=names, verbose=False)
+        with stages.stage("write"):
+            save(onnx_program, folder / MODEL, external_data=True)
+        notes = loaded.notes
+        # The session below maps the file; the model's own copy of the weights would be a second one.
+        del loaded, program, fused, onnx_program
+        gc.collect()
+        if arguments.parity:
+            with stages.stage("onnxruntime"):
+                checks += check_model(folder / MODEL, expected)
+
+        sizes = {name: (folder / name).stat().st_size for name in (MODEL, DATA) if (folder / name).exists()}
+        record = _record(arguments, report, stages, checks, sizes)
+        tables.show_report(out, report)
+        if arguments.parity:
+            tables.show_checks(out, checks)
+        tables.show_costs(out, stages, {str(target / name): size for name, size in sizes.items()})
+        for note in notes:
+            out.print(f"note: {note}", markup=False, highlight=False)
+        write_json(record)
+        failed = [check for check in checks if not check.result.passed]
+        if failed:
+            for name in (MODEL, DATA, REPORT):
+                (target / name).unlink(missing_ok=True)
+            raise ParityError(
+                f"the exported model does not compute what the original does: {failed[0].result.reason}",
+                where=f"{failed[0].backend}, {failed[0].case} ({failed[0].sizes})",
+                hint=f"{target} holds no model; `fxfuse inspect` shows what was fused",
+            )
+        (folder / REPORT).write_text(json.dumps(record, indent=2, default=str))
+        target.mkdir(exist_ok=True)
+        move_into(folder, target, model=MODEL)
+
+
+def inspect(arguments: argparse.Namespace, out: Console, err: Console) -> None:
+    """Fuse and report.
+
+    Raises:
+        FxfuseError: bad input.
+    """
+    request = _request(arguments)
+    stages = Stages(err)
+    with _json_file(arguments.json) as write_json:
+        _, program = _load(request, stages)
+        with stages.stage("fuse"):
+            report = fxfuse.report(fxfuse.fuse(program, opset=arguments.opset))
+        tables.show_report(out, report)
+        out.print(
+            f"{sum(stages.seconds.values()):.1f} s, of which fusing {stages.seconds['fuse']:.1f} s; "
+            f"peak memory {human(peak_memory())}",
+            highlight=False,
+        )
+        write_json(_record(arguments, report, stages, [], {}))
+
+
+def patterns(arguments: argparse.Namespace, out: Console, err: Console) -> None:
+    """List the catalogue."""
+    tables.show_patterns(out, list(catalogue()))
+
+
+def _request(arguments: argparse.Namespace) -> source.Request:
+    """Everything that can be wrong with the arguments alone, before any of the long work."""
+    check_opset(arguments.opset)
+    return source.Request(
+        arguments.source,
+        source.parse_dtype(arguments.dtype),
+        source.parse_options(arguments.options),
+        arguments.checkpoint,
+        arguments.batch,
+        arguments.seq,
+    )
+
+
+def _load(request: source.Request, stages: Stages) -> tuple[source.Loaded, ExportedProgram]:
+    # torch.onnx says at every export that torchvision is not there.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with stages.stage("load"):
+        loaded = source.load(request)
+    with stages.stage("capture"):
+        program = as_program(loaded.model, loaded.args, loaded.kwargs, loaded.dynamic_shapes)
+    return loaded, program
+
+
+@contextmanager
+def _json_file(path: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Something that writes a record to `path`; that it can is found out now, not after the long work."""
+    if path is None:
+        yield lambda record: None
+        return
+    if path.is_dir():
+        raise FxfuseError("the report's file is a folder", where=f"--json {path}")
+    with staging(path.absolute().parent, path.name) as folder:
+
+        def write(record: dict[str, Any]) -> None:
+            (folder / path.name).write_text(json.dumps(record, indent=2, default=str))
+            (folder / path.name).replace(path)
+
+        yield write
+
+
+def _record(
+    arguments: argparse.Namespace,
+    report: Any,
+    stages: Stages,
+    checks: list[Check],
+    sizes: dict[str, int],
+) -> dict[str, Any]:
+    return {
+        "source": arguments.source,
+        "fxfuse": fxfuse.__version__,
+        "torch": torch.__version__,
+        "report": report.to_dict(),
+        "counts": report.counts,
+        "parity": [check.to_dict() for check in checks],
+        "bytes": sizes,
+        "seconds": stages.seconds,
+        "peak_memory_bytes": peak_memory(),
+    }

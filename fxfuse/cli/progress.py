@@ -1,0 +1,52 @@
+"""Where the time and the memory went, said while it happens and again at the end."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from rich.console import Console
+
+
+@dataclass
+class Stages:
+    """The steps of one command. On a terminal the running one spins; elsewhere each prints a line when it is done."""
+
+    console: Console
+    seconds: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
+    """Peak memory of the process so far, in bytes, when each stage ended."""
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Times the block. Its line is printed even if it fails, so that the reader sees how far things came."""
+        started = time.perf_counter()
+        try:
+            if self.console.is_terminal:
+                with self.console.status(f"{name} …"):
+                    yield
+            else:
+                yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+            self.peaks[name] = peak_memory()
+            self.console.print(f"  {name:<10} {self.seconds[name]:8.1f} s", highlight=False)
+
+
+def peak_memory() -> int:
+    """The most memory that this process has had in use, in bytes, file mappings included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def human(size: float) -> str:
+    """``"2.31 GB"``: powers of ten, as disks and file listings count."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"

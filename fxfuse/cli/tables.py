@@ -1,0 +1,82 @@
+"""The tables that a person reads at the end."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fxfuse.cli.progress import Stages, human, peak_memory
+from fxfuse.cli.verify import Check
+from fxfuse.recognise.answers import Pattern
+from fxfuse.report.model import Report
+from fxfuse.report.text import tallies, unfused
+
+
+def show_report(console: Console, report: Report) -> None:
+    """What was fused, and what was not and why."""
+    table = _table(
+        f"Fused at opset {report.opset}: {report.nodes_before} → {report.nodes_after} nodes",
+        "operator",
+        ("fused", "refused", "near misses"),
+        "parameters",
+    )
+    for row in tallies(report):
+        counts = (str(count) if count else "–" for count in (row.fused, row.refused, row.near_misses))
+        table.add_row(escape(row.operator), *counts, escape(row.parameters))
+    console.print(table) if table.row_count else console.print("Nothing to fuse was found.")
+    for case in unfused(report):
+        times = f" ×{case.count}" if case.count > 1 else ""
+        console.print(f"{case.status}: {case.operator}{times}: {case.reason}", markup=False, highlight=False)
+        if case.where:
+            console.print(f"  {case.where}", markup=False, highlight=False)
+
+
+def show_checks(console: Console, checks: list[Check]) -> None:
+    """Parity, a row per shape and backend. Errors are in units in the last place at the output's own magnitude."""
+    table = _table(
+        "Against eager PyTorch", "what", ("inputs", "max abs", "max rel", "ulp", "eager's own ulp"), "result"
+    )
+    for check in checks:
+        result = check.result
+        own = "–" if result.own_ulp is None else f"{result.own_ulp:.3g}"
+        table.add_row(
+            f"{check.backend}, {check.case}",
+            check.sizes,
+            *(f"{number:.2g}" for number in (result.max_abs, result.max_rel)),
+            f"{result.max_ulp:.3g}",
+            own,
+            "[green]same[/]" if result.passed else f"[red]{escape(result.reason or 'different')}[/]",
+        )
+    console.print(table)
+
+
+def show_costs(console: Console, stages: Stages, sizes: dict[str, int]) -> None:
+    """Where the time went, the peak memory by then, and the sizes of the files."""
+    total = sum(stages.seconds.values())
+    table = _table("Where the time went", "stage", ("seconds", "share", "peak memory by then"))
+    for name, seconds in stages.seconds.items():
+        table.add_row(name, f"{seconds:.1f}", f"{seconds / total:.0%}" if total else "–", human(stages.peaks[name]))
+    table.add_row("total", f"{total:.1f}", "", human(peak_memory()))
+    console.print(table)
+    for name, size in sizes.items():
+        console.print(f"{name}  {human(size)}", markup=False, highlight=False)
+
+
+def show_patterns(console: Console, patterns: list[Pattern]) -> None:
+    """The catalogue."""
+    table = _table("Patterns", "name", (), "operator", "what it is")
+    for pattern in patterns:
+        summary = (pattern.__doc__ or "").strip().split("\n\n")[0]
+        table.add_row(escape(pattern.name), escape(pattern.operator), escape(" ".join(summary.split())))
+    console.print(table)
+
+
+def _table(title: str, first: str, numbers: tuple[str, ...], *rest: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column(first, overflow="fold")
+    for name in numbers:
+        table.add_column(name, justify="right")
+    for name in rest:
+        table.add_column(name, overflow="fold")
+    return table

@@ -1,0 +1,84 @@
+"""Parity of an exported model with eager PyTorch, at several shapes, one copy of the weights at a time."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from fxfuse.parity import OnnxRuntime, Result, ShapeCase, check_onnx, compare, float32_twin, wide_outputs
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison with eager."""
+
+    backend: str
+    """``"fused, PyTorch"`` or ``"ONNX Runtime"``."""
+    case: str
+    sizes: str
+    result: Result
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Expected:
+    """What the original computes for one case: in its own dtype, and without its rounding."""
+
+    case: ShapeCase
+    eager: list[torch.Tensor]
+    wide: list[torch.Tensor]
+
+    def check(self, backend: str, outputs: list[torch.Tensor]) -> Check:
+        return Check(backend, self.case.label, self.case.sizes, compare(self.eager, outputs, self.wide))
+
+
+def expectations(
+    model: torch.nn.Module | ExportedProgram, program: ExportedProgram, cases: list[ShapeCase]
+) -> list[Expected]:
+    """Runs the original, `model`, and its capture, `program`, in a wider dtype."""
+    eager = model.module(check_guards=False) if isinstance(model, ExportedProgram) else model
+    return [Expected(case, _run(eager, case), wide_outputs(program, case.args, case.kwargs)) for case in cases]
+
+
+def check_fused(fused: ExportedProgram, expected: list[Expected]) -> list[Check]:
+    """The fused program in PyTorch."""
+    module = fused.module(check_guards=False)
+    return [e.check("fused, PyTorch", _run(module, e.case)) for e in expected]
+
+
+def check_model(path: Path, expected: list[Expected]) -> list[Check]:
+    """The written file: the ONNX checker with full shape inference, then ONNX Runtime.
+
+    A bfloat16 model runs as its float32 twin: ONNX Runtime's CPU provider has no kernels for bfloat16.
+
+    Raises:
+        FxfuseError: the checker or ONNX Runtime refuses the file, or onnxruntime is not installed.
+    """
+    check_onnx(path)
+    narrow = {t.dtype for e in expected for t in (*e.case.inputs, *e.eager)}
+    if torch.bfloat16 not in narrow:
+        session = OnnxRuntime(path)
+        return [e.check("ONNX Runtime", session(*e.case.inputs)) for e in expected]
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        twin = Path(folder) / "twin.onnx"
+        float32_twin(path, twin)
+        session = OnnxRuntime(twin)
+        return [e.check("ONNX Runtime, as float32", session(*(_float32(t) for t in e.case.inputs))) for e in expected]
+
+
+def _run(module: torch.nn.Module, case: ShapeCase) -> list[torch.Tensor]:
+    with torch.no_grad():
+        outputs = module(*case.args, **case.kwargs)
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+
+
+def _float32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
