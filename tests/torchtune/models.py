@@ -102,6 +102,8 @@ class Case:
     """Which of the two the model's own code leaves dynamic."""
     axes: dict[str, dict[int, str]] = field(default_factory=dict)
     """Per input, the dimensions that are batch or sequence."""
+    onnx: bool = True
+    """Whether torch.onnx can write the rest of the model."""
 
     def model(self, dtype: torch.dtype = torch.float32, *, cast: bool = False) -> nn.Module:
         """The model in eval mode with random weights.
@@ -343,6 +345,13 @@ def tiny_vision_decoder() -> nn.Module:
     )
 
 
+def tiny_vision_decoder_one_table() -> nn.Module:
+    """The same decoder with one embedding table for all tokens, since torch.onnx cannot write `FusionEmbedding`."""
+    model = tiny_vision_decoder()
+    model.tok_embeddings = nn.Embedding(VOCAB + 8, TEXT["embed_dim"])
+    return model
+
+
 def tiny_vision_encoder(max_num_tiles: int) -> nn.Module:
     return vision_models.llama3_2_vision_encoder(
         patch_size=8,
@@ -391,6 +400,14 @@ CASES: tuple[Case, ...] = (
     Case(
         "llama3_2_vision_decoder",
         tiny_vision_decoder,
+        vision_text,
+        ("plain", "cross"),
+        axes=TEXT_AXES,
+        onnx=False,
+    ),
+    Case(
+        "llama3_2_vision_decoder_one_table",
+        tiny_vision_decoder_one_table,
         vision_text,
         (*TEXT_VARIANTS, "cross", "cross_mask"),
         axes=TEXT_AXES,
