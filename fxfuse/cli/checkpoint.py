@@ -1,4 +1,4 @@
-"""Real weights: safetensors and torchtune's checkpoint files, whole or sharded, in torchtune's, Meta's or HF's names."""
+"""Real weights: safetensors and torchtune's files, whole or sharded, under torchtune's, Meta's or HF's names."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def _from_hf(model: torch.nn.Module, family: str) -> Callable[[Weights], Mapping
     sizes = {
         "num_heads": attention.num_heads,
         "num_kv_heads": attention.num_kv_heads,
-        "dim": model.get_submodule("tok_embeddings").embedding_dim,  # type: ignore[union-attr]
+        "dim": model.get_submodule("tok_embeddings").embedding_dim,
         "head_dim": attention.head_dim,
     }
     if name == "phi3_hf_to_tune":

@@ -150,7 +150,8 @@ def _factory(module: str, name: str, request: Request) -> Loaded:
             where=request.source,
             hint="return (model, args[, kwargs[, dynamic_shapes]]), the model a torch.nn.Module",
         )
-    model, args, kwargs, dynamic_shapes = (*made, *[None] * (4 - len(made)))
+    parts: list[Any] = [*made, None, None]
+    model, args, kwargs, dynamic_shapes = parts[:4]
     args = (args,) if isinstance(args, torch.Tensor) else args
     if request.checkpoint is not None:
         load_checkpoint(model, request.checkpoint)

@@ -68,13 +68,13 @@ def find(name: str) -> tuple[Builder, str]:
             found.setdefault(candidate, (function, family))
     if wanted in found:
         return found[wanted]
-    for family, error in absent.items():
+    for family, reason in absent.items():
         if wanted.startswith(family):
             raise FxfuseError(
-                f"torchtune.models.{family} cannot be imported: {error}",
+                f"torchtune.models.{family} cannot be imported: {reason}",
                 where=f"torchtune:{name}",
                 hint="install what it names (torchvision must match torch), or write a factory function",
-            ) from error
+            ) from reason
     close = difflib.get_close_matches(wanted, found, n=4, cutoff=0.5)
     raise FxfuseError(
         "torchtune has no builder of that name",
@@ -93,7 +93,7 @@ def sample(
     """
     embedding = getattr(model, "tok_embeddings", None) or getattr(model, "token_embedding", None)
     parameters = inspect.signature(model.forward).parameters
-    limit = getattr(model, "max_seq_len", None) or getattr(model, "decoder_max_cache_seq_len", None)
+    limit: Any = getattr(model, "max_seq_len", None)
     if not isinstance(embedding, torch.nn.Embedding) or next(iter(parameters), None) != "tokens":
         raise FxfuseError(
             f"no sample inputs are known for {type(model).__name__}({', '.join(parameters)})",
@@ -104,9 +104,10 @@ def sample(
     if fixed and seq not in (None, limit):
         raise FxfuseError(f"{type(model).__name__} takes {limit} tokens", where=f"--seq {seq}")
     batch = BATCH if batch is None else batch
-    seq = limit if fixed else min(SEQ, limit or SEQ) if seq is None else seq
+    if seq is None:
+        seq = int(limit) if fixed else min(SEQ, limit or SEQ)
     for option, value in (("--batch", batch), ("--seq", seq)):
-        if value is None or value < 2:
+        if value < 2:
             raise FxfuseError("a dimension that varies needs a sample of at least 2", where=f"{option} {value}")
     if limit is not None and seq > limit:
         raise FxfuseError(f"the model takes at most {limit} tokens", where=f"--seq {seq}")

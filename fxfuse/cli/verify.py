@@ -11,7 +11,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from fxfuse.parity import OnnxRuntime, Result, ShapeCase, check_onnx, compare, float32_twin, wide_outputs
+from fxfuse.parity import OnnxRuntime, Result, ShapeCase, check_onnx, compare, float32_twin, wide_outputs, working_dtype
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Check:
     """One comparison with eager."""
 
     backend: str
-    """``"fused, PyTorch"`` or ``"ONNX Runtime"``."""
+    """``"PyTorch, fused"`` or ``"ONNX Runtime"``."""
     case: str
     sizes: str
     result: Result
@@ -33,11 +33,12 @@ class Expected:
     """What the original computes for one case: in its own dtype, and without its rounding."""
 
     case: ShapeCase
+    dtype: torch.dtype
     eager: list[torch.Tensor]
     wide: list[torch.Tensor]
 
     def check(self, backend: str, outputs: list[torch.Tensor]) -> Check:
-        return Check(backend, self.case.label, self.case.sizes, compare(self.eager, outputs, self.wide))
+        return Check(backend, self.case.label, self.case.sizes, compare(self.eager, outputs, self.wide, self.dtype))
 
 
 def expectations(
@@ -45,13 +46,14 @@ def expectations(
 ) -> list[Expected]:
     """Runs the original, `model`, and its capture, `program`, in a wider dtype."""
     eager = model.module(check_guards=False) if isinstance(model, ExportedProgram) else model
-    return [Expected(case, _run(eager, case), wide_outputs(program, case.args, case.kwargs)) for case in cases]
+    dtype = working_dtype(program)
+    return [Expected(case, dtype, _run(eager, case), wide_outputs(program, case.args, case.kwargs)) for case in cases]
 
 
 def check_fused(fused: ExportedProgram, expected: list[Expected]) -> list[Check]:
     """The fused program in PyTorch."""
     module = fused.module(check_guards=False)
-    return [e.check("fused, PyTorch", _run(module, e.case)) for e in expected]
+    return [e.check("PyTorch, fused", _run(module, e.case)) for e in expected]
 
 
 def check_model(path: Path, expected: list[Expected]) -> list[Check]:
@@ -63,15 +65,14 @@ def check_model(path: Path, expected: list[Expected]) -> list[Check]:
         FxfuseError: the checker or ONNX Runtime refuses the file, or onnxruntime is not installed.
     """
     check_onnx(path)
-    narrow = {t.dtype for e in expected for t in (*e.case.inputs, *e.eager)}
-    if torch.bfloat16 not in narrow:
+    if all(e.dtype != torch.bfloat16 for e in expected):
         session = OnnxRuntime(path)
         return [e.check("ONNX Runtime", session(*e.case.inputs)) for e in expected]
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         twin = Path(folder) / "twin.onnx"
         float32_twin(path, twin)
         session = OnnxRuntime(twin)
-        return [e.check("ONNX Runtime, as float32", session(*(_float32(t) for t in e.case.inputs))) for e in expected]
+        return [e.check("ONNX Runtime (f32)", session(*(_float32(t) for t in e.case.inputs))) for e in expected]
 
 
 def _run(module: torch.nn.Module, case: ShapeCase) -> list[torch.Tensor]:

@@ -133,11 +133,12 @@ def translate(
     **options: Any,
 ) -> torch.onnx.ONNXProgram:
     """The ONNX program of one that `fxfuse.fuse` returned; `options` go to ``torch.onnx.export``."""
+    table: dict[Any, Any] = {**translation_table(opset), **(custom_translation_table or {})}
     onnx_program = torch.onnx.export(
         fused,
         opset_version=opset,
         dynamo=True,
-        custom_translation_table={**translation_table(opset), **(custom_translation_table or {})},
+        custom_translation_table=table,
         **options,
     )
     assert onnx_program is not None  # None is what the TorchScript exporter returns

@@ -31,13 +31,16 @@ def save(
     """
     target = Path(f)
     with staging(target.parent, target.name) as folder:
-        program.save(
-            folder / target.name,
-            external_data=external_data,
-            include_initializers=include_initializers,
-            keep_initializers_as_inputs=keep_initializers_as_inputs,
-        )
-        move_into(folder, target.parent, model=target.name)
+        try:
+            program.save(
+                folder / target.name,
+                external_data=external_data,
+                include_initializers=include_initializers,
+                keep_initializers_as_inputs=keep_initializers_as_inputs,
+            )
+            move_into(folder, target.parent, model=target.name)
+        except OSError as error:
+            raise FxfuseError(f"writing failed: {error.strerror or error}", where=str(target)) from error
 
 
 @contextmanager
@@ -54,8 +57,6 @@ def staging(parent: Path, name: str) -> Iterator[Path]:
         ) from error
     try:
         yield folder
-    except OSError as error:
-        raise FxfuseError(f"writing failed: {error.strerror or error}", where=str(parent / name)) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

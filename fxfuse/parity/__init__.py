@@ -3,7 +3,7 @@
 from fxfuse.parity.compare import Result, compare
 from fxfuse.parity.ort import OnnxRuntime, check_onnx, float32_twin, onnxruntime_outputs
 from fxfuse.parity.shapes import ShapeCase, shape_cases
-from fxfuse.parity.wide import wide_outputs
+from fxfuse.parity.wide import wide_outputs, working_dtype
 
 __all__ = [
     "OnnxRuntime",
@@ -15,4 +15,5 @@ __all__ = [
     "onnxruntime_outputs",
     "shape_cases",
     "wide_outputs",
+    "working_dtype",
 ]

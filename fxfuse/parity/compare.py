@@ -44,7 +44,7 @@ class Result:
 
     passed: bool
     dtype: str
-    """dtype of the first floating-point output."""
+    """What the model computes in: the unit of `max_ulp`."""
     max_abs: float
     """Largest |other - eager|."""
     max_rel: float
@@ -64,6 +64,7 @@ def compare(
     eager: Sequence[torch.Tensor],
     other: Sequence[torch.Tensor],
     wide: Sequence[torch.Tensor] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Result:
     """Compares the outputs of two implementations on the same inputs, output by output.
 
@@ -71,6 +72,8 @@ def compare(
         eager: what the original computes, in its own dtypes.
         other: what is to be judged; same shapes. Integer and bool outputs must be equal.
         wide: the original evaluated in a wider dtype: `fxfuse.parity.wide_outputs`.
+        dtype: what the model computes in, where that is narrower than an output: `fxfuse.parity.working_dtype`.
+            Many 16-bit models return float32 logits.
 
     Returns:
         The worst output's result; `reason` names the first output that failed.
@@ -79,7 +82,7 @@ def compare(
         return _failed(f"{len(other)} outputs instead of {len(eager)}")
     worst: Result | None = None
     for index, (e, o) in enumerate(zip(eager, other, strict=True)):
-        result = _compare_one(e.detach().cpu(), o.detach().cpu(), None if wide is None else wide[index].detach().cpu())
+        result = _compare_one(e, o, None if wide is None else wide[index], dtype)
         if not result.passed:
             where = f"output {index}: " if len(eager) > 1 else ""
             return Result(**{**result.to_dict(), "reason": f"{where}{result.reason}"})
@@ -88,26 +91,29 @@ def compare(
     return worst or _failed("there are no outputs to compare")
 
 
-def _compare_one(eager: torch.Tensor, other: torch.Tensor, wide: torch.Tensor | None) -> Result:
+def _compare_one(
+    eager: torch.Tensor, other: torch.Tensor, wide: torch.Tensor | None, working: torch.dtype | None
+) -> Result:
     if eager.shape != other.shape:
         return _failed(f"shape {list(other.shape)} instead of {list(eager.shape)}")
     if not eager.is_floating_point():
-        wrong = int((eager != other).sum())
+        wrong = int((eager.cpu() != other.cpu()).sum())
         return _exact(eager.dtype) if not wrong else _failed(f"{wrong} of {eager.numel()} elements differ")
     if eager.numel() == 0:
         return _exact(eager.dtype)
 
-    dtype, e, o = eager.dtype, eager.double(), other.double()
+    dtype = working if working is not None and _eps(working) > _eps(eager.dtype) else eager.dtype
+    e, o = eager.detach().cpu().double(), other.detach().cpu().double()
     finite = e.isfinite()
     if not torch.equal(e[~finite].nan_to_num(), o[~finite].nan_to_num()) or not bool(o[finite].isfinite().all()):
         return _failed(f"{int((~o.isfinite()).sum())} elements are not finite; in eager {int((~finite).sum())}")
     if not bool(finite.any()):
         return _failed("eager has no finite element")
-    w = (e if wide is None else wide.double())[finite]
+    w = (e if wide is None else wide.detach().cpu().double())[finite]
     e, o = e[finite], o[finite]
 
     scale = _rms(w) or 1.0
-    ulp = torch.finfo(dtype).eps * scale
+    ulp = _eps(dtype) * scale
     max_abs = float((o - e).abs().max())
     own_max, own_rms = float((e - w).abs().max()), _rms(e - w)
     its_max, its_rms = float((o - w).abs().max()), _rms(o - w)
@@ -134,6 +140,10 @@ def _compare_one(eager: torch.Tensor, other: torch.Tensor, wide: torch.Tensor | 
         own_ulp=None if wide is None else own_max / ulp,
         reason=reason,
     )
+
+
+def _eps(dtype: torch.dtype) -> float:
+    return float(torch.finfo(dtype).eps)
 
 
 def _rms(x: torch.Tensor) -> float:

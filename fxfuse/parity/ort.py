@@ -131,7 +131,7 @@ def _widen_value(value: ir.Value) -> None:
 def _widen_tensor(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     # Made when it is written and dropped after that: the weights are never in memory twice.
     make: Callable[[], Any] = lambda: ir.tensor(tensor.numpy().astype(np.float32), name=tensor.name)  # noqa: E731
-    return ir.LazyTensor(make, dtype=ir.DataType.FLOAT, shape=ir.Shape(tensor.shape), name=tensor.name)
+    return ir.LazyTensor(make, dtype=ir.DataType.FLOAT, shape=ir.Shape(tensor.numpy().shape), name=tensor.name)
 
 
 def _as_file(model: Model, folder: str) -> Path:

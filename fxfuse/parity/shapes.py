@@ -62,11 +62,10 @@ def shape_cases(
     batches: set[Any] = set()
     for fake, leaf in zip(fakes, leaves, strict=True):
         if isinstance(fake, torch.Tensor):
-            for axis, size in enumerate(fake.shape):
-                if isinstance(size, torch.SymInt):
-                    if size.node.expr.is_symbol:
-                        sizes.setdefault(size.node.expr, leaf.shape[axis])
-                    batches |= size.node.expr.free_symbols if axis == 0 else set()
+            for axis, expression in _symbolic(fake):
+                if expression.is_symbol:
+                    sizes.setdefault(expression, leaf.shape[axis])
+                batches |= expression.free_symbols if axis == 0 else set()
 
     def at(label: str, wanted: dict[Any, int]) -> None:
         chosen = {symbol: _within(program, symbol, size) for symbol, size in wanted.items()}
@@ -98,8 +97,13 @@ def _within(program: ExportedProgram, symbol: Any, size: int) -> int:
 def _resize(fake: Any, leaf: Any, sizes: Mapping[Any, int]) -> Any:
     if not isinstance(leaf, torch.Tensor):
         return leaf
-    for axis, size in enumerate(fake.shape):
-        if isinstance(size, torch.SymInt):
-            wanted = int(size.node.expr.subs(sizes))
-            leaf = leaf.index_select(axis, torch.arange(wanted, device=leaf.device) % leaf.shape[axis])
+    for axis, expression in _symbolic(fake):
+        wanted = int(expression.subs(sizes))
+        leaf = leaf.index_select(axis, torch.arange(wanted, device=leaf.device) % leaf.shape[axis])
     return leaf
+
+
+def _symbolic(fake: torch.Tensor) -> list[tuple[int, Any]]:
+    """The dynamic dimensions of `fake`: axis and sympy expression."""
+    shape: list[Any] = list(fake.shape)
+    return [(axis, size.node.expr) for axis, size in enumerate(shape) if isinstance(size, torch.SymInt)]

@@ -10,8 +10,6 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
-_WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
-
 
 def wide_outputs(
     program: ExportedProgram, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
@@ -27,22 +25,22 @@ def wide_outputs(
         kwargs: the same by name.
     """
     module = program.module(check_guards=False)
-    inputs = [leaf for leaf in pytree.tree_leaves((tuple(args), dict(kwargs or {}))) if isinstance(leaf, torch.Tensor)]
-    dtypes = {t.dtype for t in (*inputs, *program.state_dict.values(), *_tensors(program.constants.values()))}
-    wide = torch.float64 if dtypes & {torch.float32, torch.float64} - _low(dtypes) else torch.float32
-    leaves, _ = pytree.tree_flatten((tuple(args), dict(kwargs or {})))
+    wide = torch.float32 if working_dtype(program) in (torch.float16, torch.bfloat16) else torch.float64
+    leaves = pytree.tree_leaves((tuple(args), dict(kwargs or {})))
     with torch.no_grad():
         outputs = _Wide(module, wide).run(*leaves)
     return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
 
 
-def _low(dtypes: set[torch.dtype]) -> set[torch.dtype]:
-    """float32 beside 16-bit weights (a norm's weight, a rotary table) does not make a float32 program."""
-    return {torch.float32} if dtypes & _WIDER.keys() else set()
-
-
-def _tensors(values: Any) -> list[torch.Tensor]:
-    return [value for value in values if isinstance(value, torch.Tensor)]
+def working_dtype(program: ExportedProgram) -> torch.dtype:
+    """The narrowest floating-point dtype in the graph: what a model of that dtype rounds to."""
+    seen = {
+        value.dtype
+        for node in program.graph.nodes
+        for value in pytree.tree_leaves(node.meta.get("val"))
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+    }
+    return max(seen, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
 
 class _Wide(Interpreter):
@@ -70,7 +68,7 @@ class _Wide(Interpreter):
         # The body of a higher-order operator, such as wrap_with_set_grad_enabled.
         return _Wide(value, self.dtype).run if isinstance(value, GraphModule) else value
 
-    def call_function(self, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def call_function(self, target: Callable[..., Any] | str, args: Any, kwargs: Any) -> Any:
         if target is torch.ops.aten.embedding.default:  # a row at a time: the table stays as it is
             return self.widen(super().call_function(target, args, kwargs))
         args, kwargs = pytree.tree_map(self.widen, (args, kwargs))

@@ -82,9 +82,8 @@ def render(report: Report) -> str:
     near miss: RotaryEmbedding, but cos and sin belong to different positions
       model.py:42: return x * cos; in layers.1.attn; nodes mul_3 … add_4
     """
-    lines = [
-        f"opset {report.opset}, {report.nodes_before} → {report.nodes_after} nodes in {report.seconds.get('total', 0):.2f} s"
-    ]
+    seconds = report.seconds.get("total", 0.0)
+    lines = [f"opset {report.opset}, {report.nodes_before} → {report.nodes_after} nodes in {seconds:.2f} s"]
     rows = tallies(report)
     if not rows:
         lines.append("nothing to fuse was found")
