@@ -138,6 +138,8 @@ class _Run:
             answer = self._recognise(pattern, region, ask)
             if isinstance(answer, Found):
                 found.append((region, answer))
+                if proposal.first_wins and isinstance(body := self._prove(pattern, region, answer, ask), Graph):
+                    return _Match(region, answer, body)
             elif nearest is None or answer.closeness > nearest[0].closeness:
                 nearest = (answer, region.nodes)
         refusal: tuple[str, Region, Found] | None = None

@@ -43,7 +43,7 @@ class Attention:
                 if isinstance(parts, Reason):
                     yield Proposal(node, (), missed=parts)
                 else:
-                    yield Proposal(node, regions(view, parts, ask))
+                    yield Proposal(node, regions(view, parts, ask), first_wins=True)
 
     def recognise(self, region: Region, ask: Questions) -> Found | Reason:
         anchor = next(n for n in region.nodes if op_name(n) in SOFTMAX or op_name(n) == SDPA)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch.fx import Node
 
 from fxfuse.graph.view import CAST, fake, op_name, tensor
@@ -16,24 +17,34 @@ _SWAPS = frozenset("transpose swapaxes swapdims".split())
 def cancel_layouts(inserted: Iterable[Node]) -> None:
     """Where an inserted layout gives back a tensor that is already there, read that tensor.
 
-    Only inserted nodes are rewired; what they made superfluous is left for dead code removal.
+    A cast on the way is done on that tensor instead: reshape(cast(reshape(x))) becomes cast(x). Only inserted nodes
+    are rewired; what they made superfluous is left for dead code removal.
     """
     for node in inserted:
         original = _before_reshapes(node) or _before_swaps(node)
-        if original is not None:
-            node.replace_all_uses_with(original, propagate_meta=False)
+        if original is None:
+            continue
+        if fake(original).dtype != fake(node).dtype:
+            with node.graph.inserting_before(node):
+                cast = node.graph.call_function(torch.ops.aten.to.dtype, (original, fake(node).dtype))
+            cast.meta = {**node.meta}
+            original = cast
+        node.replace_all_uses_with(original, propagate_meta=False)
 
 
 def _before_reshapes(node: Node) -> Node | None:
-    """The earliest tensor that a chain of reshapes ending here started from with this very shape and strides."""
+    """The earliest tensor of this very shape and strides that reshapes, and casts of one kind, lead here from."""
     found = None
     current = node
+    casts: list[torch.dtype] = []
     while op_name(current) in RESHAPES or (op_name(current) in CAST and current is not node):
         source = current.args[0]
         if not isinstance(source, Node) or tensor(source) is None:
             break
         if fake(source).dtype != fake(current).dtype:
-            break
+            casts.append(fake(current).dtype)
+            if len(casts) > 1 or not fake(source).dtype.is_floating_point:
+                break  # of two casts the inner one rounds
         current = source
         if _geometry(current) == _geometry(node):
             found = current

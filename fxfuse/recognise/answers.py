@@ -62,6 +62,8 @@ class Proposal:
     missed: Reason | None = None
     """Why no region could be proposed, where that is already known."""
     nodes: tuple[Node, ...] = field(default=())
+    first_wins: bool = False
+    """Regions are in order of preference: the first that is the operator and proves it is taken."""
 
 
 @runtime_checkable
