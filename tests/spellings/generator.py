@@ -205,8 +205,9 @@ class Model(nn.Module):
         raise NotImplementedError
 
     def dynamic_shapes(self) -> tuple[dict[int, Any], ...]:
-        """All dimensions that grow with batch or length; `Dim.AUTO` leaves it to export which ones really do."""
-        return tuple(dict.fromkeys(range(value.ndim), Dim.AUTO) for value in self.inputs(*EXPORT_SHAPE))
+        """The dimensions that follow batch or length; `Dim.AUTO` lets export find out which of them are one."""
+        both = zip(self.inputs(*EXPORT_SHAPE), self.inputs(*SECOND_SHAPE), strict=True)
+        return tuple({i: Dim.AUTO for i in range(a.ndim) if a.shape[i] != b.shape[i]} for a, b in both)
 
     def reference(self, *inputs: Tensor) -> Tensor:
         """What it means, said plainly."""
@@ -379,9 +380,7 @@ def data_nodes(program: ExportedProgram, data_inputs: tuple[str, ...]) -> list[t
     return [n for n in program.graph.nodes if n in tainted and n.op == "call_function"]
 
 
-def unfused(
-    program: ExportedProgram, data_inputs: tuple[str, ...], context: frozenset[str] = CONTEXT
-) -> list[str]:
+def unfused(program: ExportedProgram, data_inputs: tuple[str, ...], context: frozenset[str] = CONTEXT) -> list[str]:
     """Nodes that still compute with the data and are neither the context nor fused."""
     return [
         f"{node.name}: {operator_name(node)}"

@@ -194,7 +194,10 @@ class Rotary(Model):
                 y = c.add("sum", c.mul("straight", h, cos), self.crossed(h, sin))
             case "permuting_matrix":
                 cos, sin = fit(cache.full("cos")), fit(cache.full("sin"))
-                y = c.add("sum", c.mul("straight", h, cos), c.mul("across", h @ self.turn.to(h.dtype), sin))
+                dense = (
+                    h.contiguous() if self.layout == "sbhd" else h
+                )  # else export fixes the batch: matmul asks strides
+                y = c.add("sum", c.mul("straight", h, cos), c.mul("across", dense @ self.turn.to(h.dtype), sin))
             case "parts":
                 y = self.parts(h, fit(cache.half("cos")), fit(cache.half("sin")))
             case "complex":
