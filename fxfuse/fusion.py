@@ -1,8 +1,8 @@
 """The story: propose, recognise, prove, rewrite, report.
 
-    program = torch.export.export(model, args)
-    fused = fxfuse.fuse(program)
-    print(fxfuse.report(fused))
+program = torch.export.export(model, args)
+fused = fxfuse.fuse(program)
+print(fxfuse.report(fused))
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ def report(program: object) -> Report:
         found = program.graph_module.meta.get(_META)
     if not isinstance(found, Report):
         raise FxfuseError(
-            f"this {type(program).__name__} has no fusion report", where="program", hint="pass what fxfuse.fuse returned"
+            f"this {type(program).__name__} has no fusion report",
+            where="program",
+            hint="pass what fxfuse.fuse returned",
         )
     return found
 
@@ -244,4 +246,5 @@ def unfuse(program: ExportedProgram) -> ExportedProgram:
 
     Other operators keep their names; like any `run_decompositions`, it retraces (and functionalises) the program.
     """
-    return program.run_decompositions(fxfuse.ops.decompositions())
+    unfused: ExportedProgram = program.run_decompositions(fxfuse.ops.decompositions())
+    return unfused

@@ -158,7 +158,9 @@ def _epsilon(f: _Function, x: Node, scale: torch.Tensor) -> float | Reason:
         measured = (tiny * scale / f(tiny)).square() - tiny.square().mean(-1, keepdim=True)
         epsilon = measured.mean().item()
         if not torch.allclose(measured, torch.full_like(measured, epsilon), rtol=1e-3, atol=1e-12):
-            return Reason("RMSNorm, but epsilon is not added to the mean square under the root (outside it, or clamped)", 3)
+            return Reason(
+                "RMSNorm, but epsilon is not added to the mean square under the root (outside it, or clamped)", 3
+            )
         found.append(epsilon)
     if abs(found[0] - found[1]) > 1e-3 * abs(found[1]) + 1e-12 or found[1] < -1e-15:
         return Reason("RMSNorm, but epsilon is not added to the mean square under the root (outside it, or clamped)", 3)

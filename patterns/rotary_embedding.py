@@ -21,8 +21,8 @@ from fxfuse.graph.view import ARITHMETIC, CAST, LAYOUT, GraphView, fake, is_floa
 from fxfuse.recognise.answers import Found, Proposal, Reason
 from fxfuse.recognise.caches import read_caches
 from fxfuse.recognise.questions import Questions
-from fxfuse.recognise.rotation import Rotation, measure_rotation
 from fxfuse.recognise.rotary_forms import rotary_forms
+from fxfuse.recognise.rotation import Rotation, measure_rotation
 from fxfuse.recognise.walk import backward, forward
 
 _SUMS = frozenset({"add", "sub", "addcmul", "rsub"})

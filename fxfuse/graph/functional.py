@@ -37,7 +37,7 @@ def functionalise(graph: Graph) -> list[InPlace]:
         if not isinstance(target, Node) or not _private(node, target, order):
             continue
         users = tuple(u for u in target.users if order[u] > order[node])
-        writes.append(InPlace(node, target, node.target, users))  # type: ignore[arg-type]
+        writes.append(InPlace(node, target, node.target, users))
         node.target = functional
         for user in users:
             user.replace_input_with(target, node)

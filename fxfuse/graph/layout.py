@@ -9,9 +9,9 @@ from torch.fx import Node
 
 from fxfuse.graph.view import CAST, fake, op_name, tensor
 
-RESHAPES = frozenset("view reshape flatten unflatten _unsafe_view unsqueeze squeeze".split())
+RESHAPES = frozenset(["view", "reshape", "flatten", "unflatten", "_unsafe_view", "unsqueeze", "squeeze"])
 """Operators that keep the order of the elements."""
-_SWAPS = frozenset("transpose swapaxes swapdims".split())
+_SWAPS = frozenset(["transpose", "swapaxes", "swapdims"])
 
 
 def cancel_layouts(inserted: Iterable[Node]) -> None:

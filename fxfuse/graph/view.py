@@ -13,20 +13,92 @@ import torch
 from torch.fx import Graph, Node
 
 LAYOUT = frozenset(
-    "view reshape flatten unflatten _unsafe_view view_as reshape_as transpose swapaxes swapdims permute t mT adjoint "
-    "movedim moveaxis unsqueeze squeeze expand expand_as broadcast_to clone contiguous alias detach lift_fresh_copy "
-    "select slice narrow split split_with_sizes chunk tensor_split unbind unsafe_split unsafe_chunk cat concat "
-    "concatenate stack hstack repeat repeat_interleave tile index_select index take_along_dim gather flip roll "
-    "view_as_complex view_as_real real imag getitem numpy_T T".split()
+    [
+        "view",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "_unsafe_view",
+        "view_as",
+        "reshape_as",
+        "transpose",
+        "swapaxes",
+        "swapdims",
+        "permute",
+        "t",
+        "mT",
+        "adjoint",
+        "movedim",
+        "moveaxis",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "expand_as",
+        "broadcast_to",
+        "clone",
+        "contiguous",
+        "alias",
+        "detach",
+        "lift_fresh_copy",
+        "select",
+        "slice",
+        "narrow",
+        "split",
+        "split_with_sizes",
+        "chunk",
+        "tensor_split",
+        "unbind",
+        "unsafe_split",
+        "unsafe_chunk",
+        "cat",
+        "concat",
+        "concatenate",
+        "stack",
+        "hstack",
+        "repeat",
+        "repeat_interleave",
+        "tile",
+        "index_select",
+        "index",
+        "take_along_dim",
+        "gather",
+        "flip",
+        "roll",
+        "view_as_complex",
+        "view_as_real",
+        "real",
+        "imag",
+        "getitem",
+        "numpy_T",
+        "T",
+    ]
 )
 """Operators that only move elements."""
-CAST = frozenset("to _to_copy type_as float half bfloat16 double".split())
-NO_OP = frozenset("dropout feature_dropout native_dropout alpha_dropout identity".split())
+CAST = frozenset(["to", "_to_copy", "type_as", "float", "half", "bfloat16", "double"])
+NO_OP = frozenset(["dropout", "feature_dropout", "native_dropout", "alpha_dropout", "identity"])
 """Random in training, the identity in evaluation: allowed only as the identity."""
-ARITHMETIC = frozenset("mul add sub rsub neg negative div true_divide addcmul complex polar conj _conj".split())
-ROOTS = frozenset("pow square rsqrt sqrt reciprocal mean sum rms_norm linalg_vector_norm norm einsum".split())
-CONTRACTION = frozenset("matmul bmm mm einsum baddbmm linear".split())
-ASSERTIONS = frozenset("_assert_tensor_metadata _assert_scalar _assert_async sym_constrain_range_for_size".split())
+ARITHMETIC = frozenset(
+    [
+        "mul",
+        "add",
+        "sub",
+        "rsub",
+        "neg",
+        "negative",
+        "div",
+        "true_divide",
+        "addcmul",
+        "complex",
+        "polar",
+        "conj",
+        "_conj",
+    ]
+)
+ROOTS = frozenset(
+    ["pow", "square", "rsqrt", "sqrt", "reciprocal", "mean", "sum", "rms_norm", "linalg_vector_norm", "norm", "einsum"]
+)
+CONTRACTION = frozenset(["matmul", "bmm", "mm", "einsum", "baddbmm", "linear"])
+ASSERTIONS = frozenset(["_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range_for_size"])
 
 
 def op_name(node: Node) -> str:
@@ -80,8 +152,8 @@ def is_random(node: Node) -> bool:
     tags = getattr(node.target, "tags", ())
     name = op_name(node)
     if name in NO_OP:
-        p, train = (list(node.args) + [True, True])[1:3]
-        return bool(train) and p != 0.0
+        p, train = [*node.args, True, True][1:3]
+        return bool(train) and not (isinstance(p, (int, float)) and p == 0)
     if name == "scaled_dot_product_attention":
         p = argument(node, "dropout_p")
         return not (isinstance(p, (int, float)) and p == 0)

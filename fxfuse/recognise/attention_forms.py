@@ -38,10 +38,20 @@ def attention_form(region: Region, heads: Heads, scores: Scores, *, causal: bool
         mask = _mask(masks, inputs[3:], scores.rank, heads.q_heads, lengths, q.dtype)
         if causal and not square:
             lower = torch.ones(lengths, dtype=torch.bool, device=q.device).tril()
-            mask = lower if mask is None else mask & lower if mask.dtype == torch.bool else mask.masked_fill(~lower, -math.inf)
+            mask = (
+                lower
+                if mask is None
+                else mask & lower
+                if mask.dtype == torch.bool
+                else mask.masked_fill(~lower, -math.inf)
+            )
         operands = [
             _to(t, axes, flat, count)
-            for t, axes, count in ((q, heads.q, heads.q_heads), (k, heads.k, heads.kv_heads), (v, heads.v, heads.kv_heads))
+            for t, axes, count in (
+                (q, heads.q, heads.q_heads),
+                (k, heads.k, heads.kv_heads),
+                (v, heads.v, heads.kv_heads),
+            )
         ]
         y = torch.ops.fxfuse.attention(*operands, mask, **attributes)
         y = _from(y, flat, heads)
@@ -123,12 +133,16 @@ def _to_four_axes(mask: torch.Tensor, rank: int, heads: int) -> torch.Tensor:
     if rank == 3 and mask.dim() == 3:
         if mask.shape[0] == 1:
             return mask.unsqueeze(0)
-        return mask.unflatten(0, (-1, heads))
+        return torch.unflatten(mask, 0, (-1, heads))
     if rank == 5 and mask.dim() > 3:
         while mask.dim() < 5:
             mask = mask.unsqueeze(0)
         if mask.shape[1] == 1:
-            return mask.squeeze(1) if mask.shape[2] == 1 else mask.expand(-1, heads // mask.shape[2], -1, -1, -1).flatten(1, 2)
+            return (
+                mask.squeeze(1)
+                if mask.shape[2] == 1
+                else mask.expand(-1, heads // mask.shape[2], -1, -1, -1).flatten(1, 2)
+            )
         return mask.expand(-1, -1, heads // mask.shape[1], -1, -1).flatten(1, 2)
     return mask
 
@@ -142,7 +156,7 @@ def _to(t: torch.Tensor, axes: Axes, flat: bool, heads: int) -> torch.Tensor:
     if flat:
         return t.flatten(2) if axes == "BSHD" else t
     if axes == "BSX":
-        t = t.unflatten(2, (heads, -1))
+        t = torch.unflatten(t, 2, (heads, -1))
     return t if axes == "BHSD" else t.transpose(1, 2)
 
 
@@ -150,7 +164,7 @@ def _from(y: torch.Tensor, flat: bool, heads: Heads) -> torch.Tensor:
     if flat:
         if heads.out == "BSX":
             return y
-        y = y.unflatten(2, (heads.q_heads, heads.v_head_size))
+        y = torch.unflatten(y, 2, (heads.q_heads, heads.v_head_size))
         return y if heads.out == "BSHD" else y.transpose(1, 2)
     if heads.out == "BHSD":
         return y

@@ -18,8 +18,30 @@ from fxfuse.recognise.walk import chain_back, chain_forward
 SOFTMAX = frozenset({"softmax", "_softmax"})
 SDPA = "scaled_dot_product_attention"
 _ELEMENTWISE = frozenset(
-    "tanh where masked_fill clamp clamp_min clamp_max minimum maximum sigmoid exp log pow square abs softplus relu "
-    "logical_not logical_and logical_or bitwise_and bitwise_or bitwise_not".split()
+    [
+        "tanh",
+        "where",
+        "masked_fill",
+        "clamp",
+        "clamp_min",
+        "clamp_max",
+        "minimum",
+        "maximum",
+        "sigmoid",
+        "exp",
+        "log",
+        "pow",
+        "square",
+        "abs",
+        "softplus",
+        "relu",
+        "logical_not",
+        "logical_and",
+        "logical_or",
+        "bitwise_and",
+        "bitwise_or",
+        "bitwise_not",
+    ]
 )
 _SCALED = frozenset({"mul", "div", "neg", "true_divide", "multiply"})
 

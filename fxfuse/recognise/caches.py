@@ -68,7 +68,11 @@ class Cache:
                     source = source.unsqueeze(at).expand(shape).flatten(at, at + 1)
                 order[axes.index(step.axis)] = at
                 at += 1
-        source = source.permute([order[a] for a in sorted(order)]) if sorted(order.values()) != list(order.values()) else source
+        source = (
+            source.permute([order[a] for a in sorted(order)])
+            if sorted(order.values()) != list(order.values())
+            else source
+        )
         for position in range(len(axes)):
             if position not in order:
                 source = source.unsqueeze(position)
@@ -125,9 +129,7 @@ def _places(values: torch.Tensor, source: torch.Tensor) -> torch.Tensor | None:
     return index[near] if bool(found.all()) else None
 
 
-def _steps(
-    places: torch.Tensor, source: tuple[int, ...], shape: torch.Size, what: str
-) -> tuple[Step, ...] | Reason:
+def _steps(places: torch.Tensor, source: tuple[int, ...], shape: torch.Size, what: str) -> tuple[Step, ...] | Reason:
     """The role of every axis of the source: what its coordinate is a function of."""
     steps = []
     stride = 1

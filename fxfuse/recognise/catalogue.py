@@ -42,7 +42,9 @@ def catalogue() -> list[Pattern]:
         try:
             loaded = point.load()
         except Exception as error:
-            raise FxfuseError(f"pattern {point.name} cannot be loaded: {error}", where=f"entry point {point.value}") from error
+            raise FxfuseError(
+                f"pattern {point.name} cannot be loaded: {error}", where=f"entry point {point.value}"
+            ) from error
         if not isinstance(loaded, Pattern):
             raise FxfuseError(f"{point.value} is not a pattern", where=f"entry point {point.name}")
         found.append(loaded)

@@ -40,7 +40,9 @@ class Evaluator:
             return torch.float64
         return torch.complex128 if self.exact and dtype.is_complex else dtype
 
-    def run(self, nodes: Iterable[Node], env: Mapping[Node, Any], aliases: Mapping[Node, Node] | None = None) -> dict[Node, Any]:
+    def run(
+        self, nodes: Iterable[Node], env: Mapping[Node, Any], aliases: Mapping[Node, Node] | None = None
+    ) -> dict[Node, Any]:
         """Values of `nodes` (in graph order) given `env`; `aliases` maps a node to the equal one that `env` holds."""
         values = dict(env)
         aliases = aliases or {}
@@ -111,7 +113,9 @@ class Evaluator:
         return value
 
 
-def draw(node: Node, evaluator: Evaluator, generator: torch.Generator, *, scale: float = 1.0, high: int = 4) -> torch.Tensor:
+def draw(
+    node: Node, evaluator: Evaluator, generator: torch.Generator, *, scale: float = 1.0, high: int = 4
+) -> torch.Tensor:
     """Random valid values for a region input: normal floats times `scale`, integers below `high`, coin tosses.
 
     In the graph's own dtypes the values are drawn in float64 and rounded, so that both modes see the same numbers.

@@ -37,14 +37,16 @@ class Heads:
 def measure_heads(region: Region, parts: Parts, evaluator: Evaluator) -> Heads | Reason:
     """Send element numbers from each source to its operand, and compare where they arrive."""
     q_src, k_src, v_src = region.sources
-    arrived = [
-        _arrivals(region, source, operand, evaluator)
-        for source, operand in ((q_src, parts.q), (k_src, parts.k), (v_src, parts.v))
-    ]
-    for what, found in zip("qkv", arrived, strict=True):
-        if isinstance(found, Reason):
-            return Reason(f"attention, but {what} {found.text}", 2)
-    (q, q_scale), (k, k_scale), (v, v_scale) = arrived  # type: ignore[misc]
+    arrived: list[torch.Tensor] = []
+    scales: list[float] = []
+    for what, source, operand in (("q", q_src, parts.q), ("k", k_src, parts.k), ("v", v_src, parts.v)):
+        arrival = _arrivals(region, source, operand, evaluator)
+        if isinstance(arrival, Reason):
+            return Reason(f"attention, but {what} {arrival.text}", 2)
+        arrived.append(arrival[0])
+        scales.append(arrival[1])
+    q, k, v = arrived
+    q_scale, k_scale, v_scale = scales
     if v_scale != 1.0:
         return Reason("attention, but v is scaled", 2)
     if parts.scores is not None and parts.weighted is not None:
@@ -53,7 +55,9 @@ def measure_heads(region: Region, parts: Parts, evaluator: Evaluator) -> Heads |
     elif op_name(parts.softmax) == SDPA and argument(parts.softmax, "enable_gqa") and k.shape[-3] != q.shape[-3]:
         repeats = q.shape[-3] // k.shape[-3]
         k, v = k.repeat_interleave(repeats, -3), v.repeat_interleave(repeats, -3)
-    lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
+    lead: tuple[int, ...] = torch.broadcast_shapes(  # type: ignore[no-untyped-call]
+        q.shape[:-2], k.shape[:-2], v.shape[:-2]
+    )
     q, k, v = (t.expand(*lead, *t.shape[-2:]).reshape(-1, *t.shape[-2:]) for t in (q, k, v))
     batch = evaluator.sizes.shape(q_src)[0]
     if q.shape[0] % batch:
@@ -63,23 +67,24 @@ def measure_heads(region: Region, parts: Parts, evaluator: Evaluator) -> Heads |
     kv_heads = _kv_heads(k_src, k.shape[-1], batch, k.shape[-2], evaluator)
     if kv_heads is None or heads % kv_heads or _kv_heads(v_src, v.shape[-1], batch, v.shape[-2], evaluator) != kv_heads:
         return Reason("attention, but the KV heads cannot be told from the shapes of k and v", 2)
-    layouts: list[Axes] = []
+    layouts: dict[str, Axes] = {}
     for what, source, found, own in (("q", q_src, q, heads), ("k", k_src, k, kv_heads), ("v", v_src, v, kv_heads)):
         layout = _layout(found, evaluator.sizes.shape(source), batch, own, heads // own)
         if layout is None and _layout(found, evaluator.sizes.shape(source), batch, own, heads // own, tiled=True):
-            return Reason(f"attention, but {what} repeats its heads in turn (0 1 0 1), where groups (0 0 1 1) are GQA", 3)
+            return Reason(
+                f"attention, but {what} repeats its heads in turn (0 1 0 1), where groups (0 0 1 1) are GQA", 3
+            )
         if layout is None:
             return Reason(f"attention, but the elements of {what} are not heads of a batch in order", 2)
-        layouts.append(layout)
+        layouts[what] = layout
     out = _out_layout(region, parts, evaluator, batch, heads, (q.shape[-2], v.shape[-1]))
     if out is None:
         return Reason("attention, but its result is in another order", 2)
-    return Heads(*layouts, out, heads, kv_heads, q.shape[-1], v.shape[-1], q_scale * k_scale)
+    sizes = (heads, kv_heads, q.shape[-1], v.shape[-1])
+    return Heads(layouts["q"], layouts["k"], layouts["v"], out, *sizes, q_scale * k_scale)
 
 
-def _arrivals(
-    region: Region, source: Node, operand: Node, evaluator: Evaluator
-) -> tuple[torch.Tensor, float] | Reason:
+def _arrivals(region: Region, source: Node, operand: Node, evaluator: Evaluator) -> tuple[torch.Tensor, float] | Reason:
     """Element numbers of `source` as they arrive in `operand`, and the constant they were multiplied with."""
     shape = evaluator.sizes.shape(source)
     numbers = torch.arange(1, torch.Size(shape).numel() + 1, dtype=torch.float64).reshape(shape)

@@ -18,7 +18,7 @@ def snap(measured: float, region: Region, *, tolerance: float = 1e-4) -> float:
     for value in sorted(literals(region), key=lambda v: abs(v - measured)):
         for candidate in (value, -value, *((1 / value,) if value else ())):
             if abs(candidate - measured) <= tolerance * max(abs(candidate), 1e-30):
-                return candidate
+                return float(candidate)
     return float(f"{measured:.12g}") if abs(measured) > 1e-12 else 0.0
 
 

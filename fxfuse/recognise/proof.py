@@ -58,10 +58,10 @@ def _same_function(region: Region, found: Found, form: Form, ask: Questions) -> 
             continue
         actual = _apply(form, inputs)
         _same_shape(expected, actual)
-        error = (actual - expected).abs().max().item() if expected.numel() else 0.0
+        difference = (actual - expected).abs().max().item() if expected.numel() else 0.0
         size = expected.abs().max().item() if expected.numel() else 1.0
-        if not error <= EXACT_TOLERANCE * max(size, 1e-30):
-            raise Refused(f"differs in float64 by {error:.3g} where values are up to {size:.3g}")
+        if not difference <= EXACT_TOLERANCE * max(size, 1e-30):
+            raise Refused(f"differs in float64 by {difference:.3g} where values are up to {size:.3g}")
         compared += 1
     if compared < DRAWS:
         raise Refused(f"could not be compared at {DRAWS} sets of sizes: {why}")

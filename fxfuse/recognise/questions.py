@@ -49,7 +49,7 @@ class Questions:
             largest = max([largest, *(abs(n) for n in numbers if abs(n) < 2**31 - 1)])
         symbols = {
             symbol
-            for dim in fake(node).shape[-2:]
+            for dim in map(_any, fake(node).shape[-2:])
             if isinstance(dim, torch.SymInt)
             for symbol in dim.node.expr.free_symbols
         }
@@ -145,6 +145,11 @@ def _ancestors(nodes: Iterable[Node]) -> list[Node]:
         stack.append((node, True))
         stack.extend((i, False) for i in node.all_input_nodes if not _is_size(i))
     return order
+
+
+def _any(value: Any) -> Any:
+    """Sizes are typed `int` where they may be symbols."""
+    return value
 
 
 def _integers(arg: Any) -> Iterable[int]:

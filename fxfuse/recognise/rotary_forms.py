@@ -60,6 +60,7 @@ def _rotate(
     shape = x.shape
     axes = (*range(layout.batch), layout.sequence)
     sizes = [shape[a] for a in axes]
+    y: torch.Tensor
     x = x if x.dtype == dtype else x.to(dtype)
     tables = []
     for cache in (caches.cos, caches.sin):

@@ -132,9 +132,8 @@ def _same_angles_here(region: Region, ask: Questions, first: list[int], second: 
         except CannotEvaluate as error:
             return Reason(f"a rotation, but whether both rows of a pair use one angle cannot be told: {error}", 3)
         cos, sin, minus_sin, other_cos = matrix
-        close = {"rtol": 1e-6, "atol": 1e-9}
-        if not torch.allclose(cos, other_cos, **close) or not torch.allclose(sin, -minus_sin, **close):
-            opposite = torch.allclose(sin, minus_sin, **close)
+        if not _close(cos, other_cos) or not _close(sin, -minus_sin):
+            opposite = _close(sin, minus_sin)
             why = "the signs of sin agree (a reflection)" if opposite else "their cos or sin differ"
             return Reason(f"a rotation but for the angles of the two rows of a pair: {why}", 3)
     return None
@@ -151,6 +150,10 @@ def _rows_of(
         x[..., ones] = 1
         read.append(evaluator.region(region, [x, *others]))
     return read[0][..., first], read[0][..., second], read[1][..., first], read[1][..., second]
+
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.allclose(a, b, rtol=1e-6, atol=1e-9)
 
 
 def _elements(region: Region, evaluator: Evaluator) -> int:

@@ -154,4 +154,6 @@ def _explain(bias: torch.Tensor, values: list[torch.Tensor], f: _Way) -> tuple[M
             return tuple(Mask(i, k) for i, k in zip(f.indices, keeps, strict=True))
     if not values and not hard.any() and bias.abs().max() == 0:
         return ()
-    return Reason("softmax attention, but its mask is neither added to the scores nor a boolean that keeps or drops keys", 3)
+    return Reason(
+        "softmax attention, but its mask is neither added to the scores nor a boolean that keeps or drops keys", 3
+    )

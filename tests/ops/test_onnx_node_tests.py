@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import torch
 from onnx.backend.test.runner import Runner
@@ -21,8 +24,82 @@ _spec.loader.exec_module(onnx_cases)
 # Opset 25 adds windows, which 24 does not have.
 CASES = onnx_cases.load(lambda name, opset: opset <= 24)
 
+NO_BF16 = "NOT_IMPLEMENTED"
+ORT_FAILS: dict[str, str] = {}
+"""What ONNX Runtime's CPU provider cannot do, and a part of its error that says so."""
+
+
+def test_cases_are_all_there() -> None:
+    count = {name: sum(case.operator.name().startswith(f"fxfuse::{name}") for case in CASES) for name in
+             ("attention", "rms_norm", "rotary_embedding", "tensor_scatter")}
+    assert count == {"attention": 82, "rms_norm": 19, "rotary_embedding": 8, "tensor_scatter": 3}
+
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_torch_operator(case: Any) -> None:
     outputs = [onnx_cases.to_numpy(output) for output in case.call(*case.inputs)]
     Runner.assert_similar_outputs(case.expected, outputs, case.rtol, case.atol)
+
+
+class Everything(torch.nn.Module):
+    """All cases of one opset in one program: exporting them one by one would take minutes."""
+
+    def __init__(self, cases: list[Any]) -> None:
+        super().__init__()
+        self.cases = cases
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        rest = iter(tensors)
+        outputs: list[torch.Tensor] = []
+        for case in self.cases:
+            outputs += case.call(*(None if given is None else next(rest) for given in case.inputs))
+        return tuple(outputs)
+
+
+@cache
+def exported(opset: int) -> dict[str, onnx.ModelProto]:
+    """The cases of `opset`, each as a model of the one node that our translation wrote for it."""
+    cases = [case for case in CASES if case.opset == opset]
+    tensors = [(case, given) for case in cases for given in case.inputs if given is not None]
+    program = torch.onnx.export(
+        Everything(cases),
+        tuple(given for _, given in tensors),
+        dynamo=True,
+        opset_version=opset,
+        custom_translation_table=fxfuse.ops.translation_table(opset),
+        verbose=False,
+    )
+    assert program is not None
+    graph = program.model_proto.graph
+    owner = {value.name: case for value, (case, _) in zip(graph.input, tensors, strict=True)}
+    types = {value.name: value for value in (*graph.input, *graph.value_info, *graph.output)}
+    models = {}
+    for node in graph.node:
+        case = owner[node.input[0]]
+        assert case.name not in models, f"{case.name} became more than one node"
+        read = [node.output[i] for i in case.outputs]
+        own = onnx.helper.make_graph([node], case.name, [types[n] for n in node.input if n], [types[n] for n in read])
+        models[case.name] = onnx.helper.make_model(own, opset_imports=[onnx.helper.make_opsetid("", opset)])
+    assert len(models) == len(cases)
+    return models
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_exported_node(case: Any) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the exported nodes run in ONNX Runtime")
+    model = exported(case.opset)[case.name]
+    onnx.checker.check_model(model, full_check=True)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+
+    def run() -> list[np.ndarray]:
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+        given = (onnx_cases.to_numpy(tensor) for tensor in case.inputs if tensor is not None)
+        names = (value.name for value in model.graph.input)
+        return session.run(None, dict(zip(names, given, strict=True)))
+
+    if case.name in ORT_FAILS:
+        with pytest.raises(Exception, match=ORT_FAILS[case.name]):
+            Runner.assert_similar_outputs(case.expected, run(), case.rtol, case.atol)
+        return
+    Runner.assert_similar_outputs(case.expected, run(), case.rtol, case.atol)
