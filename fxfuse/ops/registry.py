@@ -105,10 +105,11 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     return {overload: op.decomposition for overload, op in OPS.items()}
 
 
-def check_opset(opset: int) -> None:
-    if not FIRST_OPSET <= opset <= LAST_OPSET:
+def check_opset(opset: object) -> None:
+    """Raise FxfuseError unless the fused operators exist in this opset."""
+    if not isinstance(opset, int) or isinstance(opset, bool) or not FIRST_OPSET <= opset <= LAST_OPSET:
         raise FxfuseError(
-            f"the fused operators exist in ONNX opsets {FIRST_OPSET} to {LAST_OPSET}, the export asks for {opset}",
+            f"the fused operators exist in ONNX opsets {FIRST_OPSET} to {LAST_OPSET}, not in opset {opset!r}",
             where="opset",
             hint="use 24: it has all of them, and ONNX Runtime has kernels for all of them",
         )
