@@ -199,13 +199,14 @@ class Attention(Model):
     def additive(self, allowed: Tensor, dtype: torch.dtype) -> Tensor:
         """A mask to add: zero where allowed, hugely negative elsewhere."""
         c = self.c
-        low = c("never", infinity=lambda: -math.inf, smallest=lambda: torch.finfo(dtype).min, large=lambda: -3e4)
+        smallest = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
+        low = c("never", infinity=lambda: -math.inf, smallest=lambda: smallest, large=lambda: -3e4)
         return c(
             "additive",
             masked_fill=lambda: torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, low),
             where=lambda: torch.where(allowed, 0.0, low).to(dtype),
             filled=lambda: torch.full(allowed.shape, low, dtype=dtype).masked_fill(allowed, 0.0),
-            arithmetic=lambda: (1.0 - allowed.to(dtype)) * max(low, torch.finfo(dtype).min),
+            arithmetic=lambda: (1.0 - allowed.to(dtype)) * max(low, smallest),
         )
 
     # Whole calls.

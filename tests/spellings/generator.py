@@ -285,9 +285,10 @@ def alone(meaning: type[Model]) -> Iterator[Spelling]:
         spelling = Spelling(meaning, None, fixed)
         choices = spelling.build().c
         yield spelling
+        seen.update(choices.made.items())
         for choice, options in choices.options.items():
             for option in options:
-                if option != choices.made[choice] and (choice, option) not in seen:
+                if (choice, option) not in seen:
                     seen.add((choice, option))
                     queue.append({**fixed, choice: option})
 
