@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
@@ -25,7 +25,7 @@ from fxfuse.graph.source import module_path, source_line
 from fxfuse.graph.splice import Guarded, Splicer, trace
 from fxfuse.graph.view import GraphView
 from fxfuse.ops.registry import check_opset
-from fxfuse.recognise.answers import NEAR, Form, Found, Pattern, Proposal, Reason
+from fxfuse.recognise.answers import NEAR, Form, Found, Input, Pattern, Proposal, Reason
 from fxfuse.recognise.catalogue import catalogue
 from fxfuse.recognise.evaluate import CannotEvaluate
 from fxfuse.recognise.proof import Refused, prove
@@ -140,8 +140,10 @@ class _Run:
             answer = self._recognise(pattern, region, ask)
             if isinstance(answer, Found):
                 found.append((region, answer))
-                if proposal.first_wins and isinstance(body := self._prove(pattern, region, answer, ask), Graph):
-                    return _Match(region, answer, body)
+                if proposal.best_rank is not None and answer.rank >= proposal.best_rank:
+                    body = self._prove(pattern, region, answer, ask)
+                    if isinstance(body, Graph):
+                        return _Match(region, answer, body)
             elif nearest is None or answer.closeness > nearest[0].closeness:
                 nearest = (answer, region.nodes)
         refusal: tuple[str, Region, Found] | None = None
@@ -152,24 +154,35 @@ class _Run:
             refusal = refusal or (body, region, answer)
         if refusal is not None:
             why, region, answer = refusal
-            self._note(pattern, "refused", region.nodes, proposal.anchor, reason=why, parameters=answer.parameters)
+            self._note(
+                pattern,
+                "refused",
+                region.nodes,
+                proposal.anchor,
+                reason=why,
+                parameters=_named(answer.parameters, region),
+            )
         elif nearest is not None and nearest[0].closeness >= NEAR:
             self._note(pattern, "near miss", nearest[1], proposal.anchor, reason=nearest[0].text)
         return None
 
     def _recognise(self, pattern: Pattern, region: Region, ask: Questions) -> Found | Reason:
         with self._clock("recognise"):
-            key = (pattern.name, pattern.key(region))
-            if key not in self.answers:
-                try:
-                    self.answers[key] = pattern.recognise(region, ask)
-                except CannotEvaluate as error:
-                    self.answers[key] = Reason(str(error))
-            return self.answers[key]
+            for key in (_key(pattern, region), _own_key(pattern, region)):
+                if key in self.answers:
+                    return self.answers[key]
+            ask.read_leaves = False
+            try:
+                answer = pattern.recognise(region, ask)
+            except CannotEvaluate as error:
+                answer = Reason(str(error))
+            key = _own_key(pattern, region) if ask.read_leaves else _key(pattern, region)
+            self.answers[key] = answer
+            return answer
 
     def _prove(self, pattern: Pattern, region: Region, found: Found, ask: Questions) -> Graph | str:
         with self._clock("prove"):
-            key = (pattern.name, pattern.key(region))
+            key = _own_key(pattern, region) if found.from_leaves else _key(pattern, region)
             if key not in self.proofs:
                 try:
                     form: Form = prove(region, found, ask) if self.verified else found.forms[0]
@@ -188,7 +201,7 @@ class _Run:
                     status="fused",
                     nodes=match.region.names,
                     result=node.name,
-                    parameters=match.found.parameters,
+                    parameters=_named(match.found.parameters, match.region),
                     source=source_line(match.region.output),
                     module=module_path(match.region.output),
                 )
@@ -235,6 +248,26 @@ class _Run:
                 except StopIteration:
                     return
             yield item
+
+
+def _key(pattern: Pattern, region: Region) -> tuple[str, str]:
+    return pattern.name, region.key
+
+
+def _own_key(pattern: Pattern, region: Region) -> tuple[str, str]:
+    """For answers that hold for the values which these very inputs take in the program."""
+    return pattern.name, region.key + "|" + ",".join(n.name for n in region.others)
+
+
+def _named(parameters: dict[str, Any], region: Region) -> dict[str, Any]:
+    """Parameters with the names of the tensors that they are."""
+
+    def name(value: Any) -> Any:
+        if isinstance(value, list):
+            return [name(v) for v in value]
+        return region.inputs[value.position].name if isinstance(value, Input) else value
+
+    return {key: name(value) for key, value in parameters.items()}
 
 
 def _calls(graph: Graph) -> int:

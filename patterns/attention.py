@@ -18,8 +18,8 @@ from collections.abc import Iterator
 
 from fxfuse.graph.region import Region
 from fxfuse.graph.view import GraphView, op_name
-from fxfuse.recognise.answers import Found, Proposal, Reason
-from fxfuse.recognise.attention_forms import attention_form, is_causal_here, mask_names
+from fxfuse.recognise.answers import Found, Input, Proposal, Reason
+from fxfuse.recognise.attention_forms import attention_form, is_causal_here
 from fxfuse.recognise.attention_parts import SDPA, SOFTMAX, find_parts, regions
 from fxfuse.recognise.heads import measure_heads
 from fxfuse.recognise.questions import Questions
@@ -33,9 +33,6 @@ class Attention:
     operator = "Attention"
     since_opset = 23
 
-    def key(self, region: Region) -> str:
-        return region.key + "|" + ",".join(n.name for n in region.others)
-
     def propose(self, view: GraphView, ask: Questions) -> Iterator[Proposal]:
         for node in view.nodes:
             if op_name(node) in SOFTMAX or op_name(node) == SDPA:
@@ -43,7 +40,7 @@ class Attention:
                 if isinstance(parts, Reason):
                     yield Proposal(node, (), missed=parts)
                 else:
-                    yield Proposal(node, regions(view, parts, ask), first_wins=True)
+                    yield Proposal(node, regions(view, parts, ask), best_rank=0)
 
     def recognise(self, region: Region, ask: Questions) -> Found | Reason:
         anchor = next(n for n in region.nodes if op_name(n) in SOFTMAX or op_name(n) == SDPA)
@@ -67,7 +64,7 @@ class Attention:
             "scale": scores.scale * heads.scale,
             "is_causal": int(causal),
             "softcap": scores.softcap,
-            "attn_mask": mask_names(region, masks),
+            "attn_mask": [Input(3 + m.index) for m in masks],
         }
         form = attention_form(region, heads, scores, causal=causal, masks=masks)
         return Found(self.operator, parameters, (form,), ulp=4.0, averaging=True, from_leaves=lower)

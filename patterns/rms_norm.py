@@ -18,13 +18,15 @@ from torch.fx import Node
 
 from fxfuse.graph.region import Region, between
 from fxfuse.graph.view import ARITHMETIC, CAST, LAYOUT, ROOTS, GraphView, argument, fake, is_float, op_name, static
-from fxfuse.recognise.answers import Form, Found, Proposal, Reason
+from fxfuse.recognise.answers import Form, Found, Input, Proposal, Reason
 from fxfuse.recognise.evaluate import draw, generator
 from fxfuse.recognise.literals import snap
 from fxfuse.recognise.questions import Questions
 from fxfuse.recognise.walk import backward, forward
 
 _ANCHORS = frozenset({"rsqrt", "sqrt", "rms_norm", "linalg_vector_norm", "norm"})
+_SCALED = 2
+_WHOLE = _SCALED + 1
 _DOUBLE = 11
 """`onnx.TensorProto.DOUBLE`: the default stash_type would round a float64 model to float32."""
 
@@ -40,13 +42,10 @@ class RMSNorm:
     operator = "RMSNormalization"
     since_opset = 23
 
-    def key(self, region: Region) -> str:
-        return region.key
-
     def propose(self, view: GraphView, ask: Questions) -> Iterator[Proposal]:
         for node in view.nodes:
             if op_name(node) in _ANCHORS or _is_root_power(node):
-                yield Proposal(node, self._around(view, node))
+                yield Proposal(node, self._around(view, node), best_rank=_WHOLE)
 
     def _around(self, view: GraphView, anchor: Node) -> Iterator[Region]:
         """Outputs after the root, nearest first, each with the nearest inputs of its shape before it."""
@@ -94,11 +93,11 @@ class RMSNorm:
             return epsilon
         epsilon = snap(epsilon, region)
         index, constant = scale
-        parameters = {"epsilon": epsilon, "scale": region.others[index].name if index is not None else constant}
+        parameters = {"epsilon": epsilon, "scale": Input(1 + index) if index is not None else constant}
         position = None if index is None else 1 + index
         forms = _forms(region, position, constant, epsilon)
         # Of two regions of equal standing the one that needs no casts around it is the better.
-        rank = (2 if position is not None else 0) + (fake(x).dtype == fake(region.output).dtype)
+        rank = (_SCALED if position is not None else 0) + (fake(x).dtype == fake(region.output).dtype)
         return Found(self.operator, parameters, forms, rank=rank)
 
     def _near(self, f: _Function, x: Node, size: int) -> Reason:

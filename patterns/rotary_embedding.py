@@ -18,14 +18,15 @@ from torch.fx import Node
 
 from fxfuse.graph.region import Region, between
 from fxfuse.graph.view import ARITHMETIC, CAST, LAYOUT, GraphView, fake, is_float, op_name, static
-from fxfuse.recognise.answers import Found, Proposal, Reason
+from fxfuse.recognise.answers import Found, Input, Proposal, Reason
 from fxfuse.recognise.caches import read_caches
 from fxfuse.recognise.questions import Questions
 from fxfuse.recognise.rotary_forms import rotary_forms
 from fxfuse.recognise.rotation import Rotation, measure_rotation
 from fxfuse.recognise.walk import backward, forward
 
-_SUMS = frozenset({"add", "sub", "addcmul", "rsub"})
+_PRODUCTS = frozenset({"mul", "addcmul", "einsum"})
+_SUMS = frozenset({"add", "sub", "addcmul", "rsub", "sum"})
 
 
 def _walked(name: str) -> bool:
@@ -39,18 +40,18 @@ class RotaryEmbedding:
     operator = "RotaryEmbedding"
     since_opset = 23
 
-    def key(self, region: Region) -> str:
-        return region.key + "|" + ",".join(n.name for n in region.others)
-
     def propose(self, view: GraphView, ask: Questions) -> Iterator[Proposal]:
         for node in view.nodes:
-            if _mixes(node):
-                yield Proposal(node, self._around(view, node))
+            if _mixes(view, node):
+                outputs = forward(view, node, _walked, depth=7, limit=24)
+                # A concatenation further on may add the features that pass.
+                wider = any(op_name(n) in ("cat", "concat") for n in outputs)
+                yield Proposal(node, self._around(view, node, outputs), best_rank=int(wider))
 
-    def _around(self, view: GraphView, anchor: Node) -> Iterator[Region]:
+    def _around(self, view: GraphView, anchor: Node, outputs: list[Node]) -> Iterator[Region]:
         """Outputs after the sum of products, nearest first, each with the inputs of its shape before it."""
         sources = backward(view, anchor, _walked, depth=10, limit=40)
-        for output in forward(view, anchor, _walked, depth=7, limit=24):
+        for output in outputs:
             if not is_float(output) or fake(output).dim() < 2:
                 continue
             tried = 0
@@ -77,8 +78,8 @@ class RotaryEmbedding:
         parameters = {
             "interleaved": int(rotation.interleaved),
             "rotary_embedding_dim": rotation.rotary_dim if rotation.rotary_dim < rotation.dim else 0,
-            "cos": region.others[caches.cos.index].name,
-            "sin": region.others[caches.sin.index].name,
+            "cos": Input(1 + caches.cos.index),
+            "sin": Input(1 + caches.sin.index),
         }
         return Found(
             self.operator,
@@ -94,15 +95,16 @@ def _rank(region: Region, rotation: Rotation) -> int:
     return 1 if rotation.rotary_dim < rotation.dim else 0
 
 
-def _mixes(node: Node) -> bool:
-    """A sum of two products, or a complex product."""
-    if op_name(node) in _SUMS:
-        return is_float(node) and fake(node).dim() >= 2
+def _mixes(view: GraphView, node: Node) -> bool:
+    """A sum of products, or a complex product."""
+    if op_name(node) in _SUMS or op_name(node) == "einsum":
+        near = [node, *backward(view, node, _walked, depth=4, limit=16)]
+        return is_float(node) and fake(node).dim() >= 2 and any(op_name(n) in _PRODUCTS for n in near)
     return op_name(node) == "mul" and fake(node).dtype.is_complex
 
 
 def _multiplies(region: Region) -> bool:
-    return any(op_name(n) in ("mul", "addcmul", "einsum") for n in region.nodes) and bool(region.others)
+    return any(op_name(n) in _PRODUCTS for n in region.nodes) and bool(region.others)
 
 
 PATTERN = RotaryEmbedding()

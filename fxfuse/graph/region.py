@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fxfuse.graph.view import ASSERTIONS, GraphView, is_pure, op_name, tensor
+from fxfuse.graph.view import ASSERTIONS, GraphView, is_pure, op_name, size_text, tensor
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Region:
         def spell(arg: Any) -> str:
             if isinstance(arg, Node):
                 canonical = self.view.canonical(arg)
-                return ids.get(arg) or ids.get(canonical) or str(arg.meta.get("val"))
+                return ids.get(arg) or ids.get(canonical) or size_text(arg.meta.get("val"))
             if isinstance(arg, (list, tuple)):
                 return "[" + ",".join(map(spell, arg)) + "]"
             return repr(arg)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -130,6 +131,16 @@ def is_float(node: Node) -> bool:
     return value is not None and value.dtype.is_floating_point
 
 
+def size_text(size: Any) -> str:
+    """A size as text; printing a symbolic expression is slow, and the same few are printed over and over."""
+    return _text(size.node.expr) if isinstance(size, torch.SymInt) else str(size)
+
+
+@lru_cache(maxsize=4096)
+def _text(expr: Any) -> str:
+    return str(expr)
+
+
 def static(dim: Any) -> int | None:
     """The size if it is a plain int (never guards on a symbol)."""
     return dim if isinstance(dim, int) else None
@@ -188,7 +199,7 @@ class GraphView:
         found = self._shapes.get(node)
         if found is None:
             value = tensor(node)
-            found = () if value is None else tuple(str(d) for d in value.shape)
+            found = () if value is None else tuple(map(size_text, value.shape))
             self._shapes[node] = found
         return found
 

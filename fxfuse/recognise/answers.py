@@ -15,6 +15,14 @@ from fxfuse.graph.view import GraphView
 if TYPE_CHECKING:
     from fxfuse.recognise.questions import Questions
 
+
+@dataclass(frozen=True)
+class Input:
+    """A parameter that is a tensor: the report names the node at this position of `Region.inputs`."""
+
+    position: int
+
+
 Form = Callable[..., torch.Tensor]
 """A plain function of the region's inputs, in the order of `Region.inputs`. The same function is proven and traced
 into the graph, so what is proven is what is spliced."""
@@ -62,8 +70,8 @@ class Proposal:
     missed: Reason | None = None
     """Why no region could be proposed, where that is already known."""
     nodes: tuple[Node, ...] = field(default=())
-    first_wins: bool = False
-    """Regions are in order of preference: the first that is the operator and proves it is taken."""
+    best_rank: int | None = None
+    """No region around this anchor can rank higher: the first of this rank that proves itself is taken."""
 
 
 @runtime_checkable
@@ -79,9 +87,8 @@ class Pattern(Protocol):
         ...
 
     def recognise(self, region: Region, ask: Questions) -> Found | Reason:
-        """Is the region this operator? Asked by evaluating it."""
-        ...
+        """Is the region this operator? Asked by evaluating it.
 
-    def key(self, region: Region) -> str:
-        """Regions of equal key get the same answer."""
+        Regions of equal `Region.key` get one answer, unless it was found with the values of this program's leaves.
+        """
         ...

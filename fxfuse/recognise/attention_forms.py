@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.fx import Node
 
 from fxfuse.graph.region import Region
 from fxfuse.graph.view import fake
@@ -170,8 +169,3 @@ def _from(y: torch.Tensor, flat: bool, heads: Heads) -> torch.Tensor:
         return y
     y = y.transpose(1, 2)
     return y.flatten(2) if heads.out == "BSX" else y
-
-
-def mask_names(region: Region, masks: tuple[Mask, ...]) -> list[str]:
-    names: list[Node] = [region.others[m.index] for m in masks]
-    return [n.name for n in names]

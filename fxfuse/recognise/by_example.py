@@ -21,7 +21,7 @@ from torch.fx import Node
 from fxfuse.errors import FxfuseError
 from fxfuse.graph.region import Region, between
 from fxfuse.graph.view import GraphView, is_float, is_pure, op_name, tensor
-from fxfuse.recognise.answers import Form, Found, Proposal, Reason
+from fxfuse.recognise.answers import Form, Found, Input, Proposal, Reason
 from fxfuse.recognise.catalogue import register
 from fxfuse.recognise.literals import literals
 from fxfuse.recognise.questions import Questions
@@ -65,9 +65,6 @@ class Example:
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self.function(*args, **kwargs)
 
-    def key(self, region: Region) -> str:
-        return region.key
-
     def propose(self, view: GraphView, ask: Questions) -> Iterator[Proposal]:
         """Every float node with the regions before it; of nodes that look the same MAX_NODES back only one is asked,
         unless it matched."""
@@ -90,9 +87,7 @@ class Example:
                 continue
             error = ((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
             if error < 1e-9:
-                parameters: dict[str, Any] = {
-                    n: region.inputs[i].name for n, i in zip(self.tensors, order, strict=True)
-                }
+                parameters: dict[str, Any] = {n: Input(i) for n, i in zip(self.tensors, order, strict=True)}
                 return Found(self.operator, {**parameters, **scalars}, (self._form(order, scalars),), ulp=self.ulp)
             best = min(best, error)
         if best < 0.3:

@@ -34,6 +34,7 @@ class Evaluator:
     def __init__(self, sizes: Sizes, *, exact: bool = True) -> None:
         self.sizes = sizes
         self.exact = exact
+        self._affordable: set[Node] = set()
 
     def dtype(self, dtype: torch.dtype) -> torch.dtype:
         if self.exact and dtype.is_floating_point:
@@ -74,8 +75,10 @@ class Evaluator:
         name = op_name(node)
         if node.op != "call_function" or name in ASSERTIONS:
             return None
-        if math.prod(_shape(node, self.sizes)) > MAX_ELEMENTS:
-            raise CannotEvaluate(f"{node.name} is too large to evaluate: {list(_shape(node, self.sizes))}")
+        if node not in self._affordable:
+            if math.prod(_shape(node, self.sizes)) > MAX_ELEMENTS:
+                raise CannotEvaluate(f"{node.name} is too large to evaluate: {list(_shape(node, self.sizes))}")
+            self._affordable.add(node)
         args = self._retype(map_arg(node.args, concrete))
         kwargs = self._retype(map_arg(dict(node.kwargs), concrete))
         if self.exact and name == "rms_norm" and argument(node, "eps") is None:

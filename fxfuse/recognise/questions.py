@@ -25,6 +25,8 @@ class Questions:
     def __init__(self, program: ExportedProgram) -> None:
         self.ranges = ranges_of(program)
         self._constants = _constants(program)
+        self.read_leaves = False
+        """Set when an answer came from this program's own constants: it holds for no other region."""
 
     def evaluator(self, profile: int = 0, *, exact: bool = True) -> Evaluator:
         return Evaluator(Sizes(self.ranges, profile), exact=exact)
@@ -81,6 +83,7 @@ class Questions:
         Raises:
             CannotEvaluate: a leaf has no data (meta), or too much would have to be computed.
         """
+        self.read_leaves = True
         wanted = list(nodes)
         ancestors = _ancestors(wanted)
         gen = generator(seed)
@@ -105,6 +108,7 @@ class Questions:
 
     def depends_on_input(self, node: Node) -> bool:
         """Does the value depend on anything but constants and sizes?"""
+        self.read_leaves = True
         try:
             ancestors = _ancestors([node])
         except CannotEvaluate:

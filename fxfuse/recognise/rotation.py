@@ -38,61 +38,53 @@ class Rotation:
 
 
 def measure_rotation(region: Region, ask: Questions) -> Rotation | Reason:
-    """Ask the region for its matrix at every position, and read the pairing off it."""
+    """Ask the region which features reach which, then for cos and sin at every position, then whether that is all."""
     evaluator = ask.evaluator(0)
     others = [_unique(t, i) for i, t in enumerate(ask.draws(region.others, evaluator, seed=3))]
-    matrix = _matrix(region, evaluator, others)
-    if isinstance(matrix, Reason):
-        return matrix
-    pairing = _pairing(matrix)
+    (x,) = region.sources
+    shape = evaluator.sizes.shape(x)
+    sample = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    y = evaluator.region(region, [sample, *others])
+    if y.shape != sample.shape or y.is_complex():
+        return Reason("its output has another shape than its input at the probed sizes")
+    if evaluator.region(region, [torch.zeros_like(sample), *others]).abs().max() > 0:
+        return Reason("f(0) is not 0")
+    pairing = _pairing(_reaches(region, evaluator, others))
     if isinstance(pairing, Reason):
         return pairing
     first, second, interleaved = pairing
-    rotary = 2 * len(first)
-    cos, other_cos = matrix[..., first, first], matrix[..., second, second]
-    sin, minus_sin = matrix[..., second, first], matrix[..., first, second]
+    cos, sin, minus_sin, other_cos = _rows_of(region, evaluator, others, first, second)
+    expected = sample.clone()
+    expected[..., first] = cos * sample[..., first] + minus_sin * sample[..., second]
+    expected[..., second] = sin * sample[..., first] + other_cos * sample[..., second]
+    if not torch.allclose(expected, y, rtol=1e-9, atol=1e-9):
+        return Reason("pairs of features are mixed, but not linearly and position by position, or others are scaled", 1)
     together = torch.allclose(cos, other_cos, rtol=_CLOSE) and torch.allclose(sin, -minus_sin, rtol=_CLOSE)
     if not together:
         apart = _same_angles_here(region, ask, first, second)
         if apart is not None:
             return apart
-    return Rotation(evaluator, others, matrix.shape[-1], rotary, interleaved, cos, sin, from_leaves=not together)
+    return Rotation(evaluator, others, shape[-1], 2 * len(first), interleaved, cos, sin, from_leaves=not together)
 
 
-def _matrix(region: Region, evaluator: Evaluator, others: list[torch.Tensor]) -> torch.Tensor | Reason:
-    """``[*positions, D out, D in]``, or why the region is no linear map of each position's features."""
-    (x,) = region.sources
-    shape = evaluator.sizes.shape(x)
-    gen = torch.Generator().manual_seed(4)
-    sample = torch.randn(shape, dtype=torch.float64, generator=gen)
-
-    def f(values: torch.Tensor) -> torch.Tensor:
-        return evaluator.region(region, [values, *others])
-
-    y = f(sample)
-    if y.shape != sample.shape or y.is_complex():
-        return Reason("its output has another shape than its input at the probed sizes")
-    if f(torch.zeros_like(sample)).abs().max() > 0:
-        return Reason("f(0) is not 0")
-    if not torch.allclose(f(2 * sample), 2 * y, rtol=1e-9, atol=1e-9):
-        return Reason("not linear in x")
-    columns = []
-    for feature in range(shape[-1]):
-        one_hot = torch.zeros(shape, dtype=torch.float64)
-        one_hot[..., feature] = 1
-        columns.append(f(one_hot))
-    matrix = torch.stack(columns, -1)
-    mixed = (matrix @ sample.unsqueeze(-1)).squeeze(-1)
-    if not torch.allclose(mixed, y, rtol=1e-9, atol=1e-9):
-        return Reason("positions reach one another")
-    return matrix
+def _reaches(region: Region, evaluator: Evaluator, others: list[torch.Tensor]) -> torch.Tensor:
+    """``[D out, D in]``: which feature reaches which. Every position is asked about another one."""
+    shape = evaluator.sizes.shape(region.sources[0])
+    dim = shape[-1]
+    positions = torch.Size(shape[:-1]).numel()
+    reaches = torch.zeros(dim, dim, dtype=torch.bool)
+    for start in range(0, dim, positions):
+        asked = (torch.arange(positions) + start) % dim
+        one_hot = torch.nn.functional.one_hot(asked, dim).double().reshape(shape)
+        arrived = evaluator.region(region, [one_hot, *others]).reshape(positions, dim).abs() > _TINY
+        for position, feature in enumerate(asked.tolist()[:dim]):
+            reaches[:, feature] |= arrived[position]
+    return reaches
 
 
-def _pairing(matrix: torch.Tensor) -> tuple[list[int], list[int], bool] | Reason:
+def _pairing(reaches: torch.Tensor) -> tuple[list[int], list[int], bool] | Reason:
     """First and second feature of each pair, and whether pairs are interleaved."""
-    dim = matrix.shape[-1]
-    flat = matrix.reshape(-1, dim, dim)
-    reaches = (flat.abs() > _TINY).any(0)
+    dim = reaches.shape[-1]
     rows = [torch.nonzero(reaches[d]).flatten().tolist() for d in range(dim)]
     rotated = [d for d in range(dim) if rows[d] != [d]]
     if not rotated:
@@ -104,8 +96,6 @@ def _pairing(matrix: torch.Tensor) -> tuple[list[int], list[int], bool] | Reason
         if rotated == list(range(rotated[0], rotated[0] + count)):
             return Reason("a rotation, but not of the first features: ONNX rotates the head of each vector", 1)
         return Reason("a rotation of features that are not next to one another", 1)
-    if not torch.allclose(flat[:, range(count, dim), range(count, dim)], torch.ones(1, dtype=flat.dtype)):
-        return Reason("a rotation, but the features that are not rotated are scaled", 2)
     if any(d not in rows[d] for d in rotated):
         return Reason("a rotation whose result is permuted (its rows and columns pair differently)", 2)
     half = count // 2

@@ -32,19 +32,22 @@ class Sizes:
         self._stretch = stretch
         self._preset = preset or {}
         self._values: dict[Any, int] = {}
+        self._known: dict[Any, Any] = {}
 
     def __call__(self, size: Any) -> Any:
         """The concrete value of an int, float, bool or their symbolic kinds."""
         if not isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             return size
         expr = size.node.expr
+        if (known := self._known.get(expr)) is not None:
+            return known
         for symbol in sorted(expr.free_symbols, key=str):
             if symbol not in self._values:
                 self._values[symbol] = self._choose(symbol)
         value = expr.xreplace({s: self._values[s] for s in expr.free_symbols})
-        if isinstance(size, torch.SymInt):
-            return int(value)
-        return float(value) if isinstance(size, torch.SymFloat) else bool(value)
+        kind = int if isinstance(size, torch.SymInt) else float if isinstance(size, torch.SymFloat) else bool
+        self._known[expr] = kind(value)
+        return self._known[expr]
 
     def shape(self, node: Node) -> tuple[int, ...]:
         return tuple(self(d) for d in node.meta["val"].shape)
