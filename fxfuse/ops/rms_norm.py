@@ -39,16 +39,13 @@ def normalized(X: Tensor, axis: int, epsilon: float, stash: torch.dtype) -> Tens
 def composite(X: Tensor, scale: Tensor, *, axis: int = -1, epsilon: float = 1e-05, stash_type: int = 1) -> Tensor:
     axis = check(X, scale, axis)
     stash = onnx_float(stash_type, "stash_type")
-    if X.dtype == stash:
-        n = normalized(X, axis, epsilon, stash)
+    if X.dtype != stash and torch.promote_types(X.dtype, stash) == stash:
+        # Reducing in the wider type, and promoting in the product, spares a copy of X in it.
+        norm = torch.linalg.vector_norm(X, dim=list(range(axis, X.dim())), keepdim=True, dtype=stash)
+        count = max(X.shape[axis:].numel(), 1)
+        n = (X * norm.square_().div_(count).add_(epsilon).rsqrt_()).to(X.dtype)
     else:
-        # Reducing with a dtype, and promoting in the product, spares a copy of X in the wider type.
-        wide = torch.promote_types(X.dtype, stash) == stash
-        x = X if wide else X.to(stash)
-        dims = list(range(axis, X.dim()))
-        count = X.shape[axis:].numel()
-        norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=stash)
-        n = (x * norm.square_().div_(max(count, 1)).add_(epsilon).rsqrt_()).to(X.dtype)
+        n = normalized(X, axis, epsilon, stash)
     out = torch.empty(X.shape, dtype=scale.dtype, device=X.device)
     return torch.mul(n, scale, out=out)
 
