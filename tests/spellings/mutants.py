@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FunctionType
 
 import torch
 import torch.nn.functional as F
@@ -49,13 +50,25 @@ class Mutant:
 MUTANTS: list[Mutant] = []
 
 
+class Body(nn.Module):
+    """The function as a module's ``forward``: of the model's lines, export records only those."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        code = function.__code__.replace(co_name="forward")
+        self.body = FunctionType(code, function.__globals__, "forward")
+
+    def __call__(self, *args: Tensor) -> Tensor:
+        return self.body(*args)
+
+
 class Norm(nn.Module):
     def __init__(self, function: Callable[..., Tensor]) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.before, self.after = nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
         self.weight = nn.Parameter(torch.randn(WIDTH))
-        self.function = function
+        self.function = Body(function)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.after(self.function(self.before(x), self.weight))
@@ -261,7 +274,7 @@ class Rotation(nn.Module):
         angle = torch.outer(torch.arange(LENGTH).float() + 1, 20.0 ** -(torch.arange(SIZE // 2) / (SIZE // 2)))
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
-        self.function = function
+        self.function = Body(function)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.before(x).unflatten(-1, (HEADS, SIZE))
@@ -511,7 +524,7 @@ class SelfAttention(nn.Module):
         self.k = nn.Linear(WIDTH, KV_HEADS * SIZE, bias=False)
         self.v = nn.Linear(WIDTH, KV_HEADS * SIZE, bias=False)
         self.after = nn.Linear(HEADS * SIZE, WIDTH, bias=False)
-        self.function = function
+        self.function = Body(function)
 
     def forward(self, x: Tensor) -> Tensor:
         memory = torch.cat((x, x[:, :2].flip(-1)), 1) if self.keys_from_memory else x

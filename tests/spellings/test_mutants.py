@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -32,10 +35,12 @@ def worst_difference(mutant: Mutant, one: nn.Module, other: nn.Module) -> float:
             x = torch.randn(*shape, WIDTH, generator=draws) * magnitude
             with torch.no_grad():
                 a, b = one(x), other(x)
-            assert a.shape == b.shape, f"shape {tuple(b.shape)} instead of {tuple(a.shape)}"
-            assert torch.equal(a.isfinite(), b.isfinite()), "finite in other places"
-            a, b = a.nan_to_num(), b.nan_to_num()
-            worst = max(worst, ((a - b).abs().max() / a.abs().max().clamp_min(1e-30)).item())
+            finite = a.isfinite()
+            if a.shape != b.shape or not torch.equal(finite, b.isfinite()):
+                return math.inf
+            if finite.any():
+                a, b = a[finite], b[finite]
+                worst = max(worst, ((a - b).abs().max() / a.abs().max().clamp_min(1e-30)).item())
     return worst
 
 
@@ -68,7 +73,7 @@ def test_near_miss_is_explained(mutant: Mutant) -> None:
     print(mutant, *(f"\n    {e.reason}\n        {e.source}" for e in near))
     assert near, f"no near miss; the report:\n{fxfuse.report(fused)}"
     entry = near[-1]
-    words = (entry.reason or "").split()
-    assert len(words) >= 4 and words[0][:1].isupper(), f"not a sentence: {entry.reason!r}"
-    assert entry.source and entry.source.startswith("mutants.py:"), entry.source
-    assert int(entry.source.split(":")[1]) in mutant.lines(), entry.source
+    reason = entry.reason or ""
+    assert len(reason.split()) >= 5 and not re.search(r"Traceback|Error\b|[%_]\w", reason), f"no words: {reason!r}"
+    where = re.match(r"mutants\.py:(\d+) ", entry.source or "")
+    assert where and int(where[1]) in mutant.lines(), f"{entry.source}, and not lines {mutant.lines()}"
