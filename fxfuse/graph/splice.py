@@ -102,7 +102,6 @@ class Splicer:
         self._share()
         self._remove_dead([*self._dead, *self._inserted])
         self.graph.lint()
-        self.program.graph_module.recompile()
 
     def _known_size(self, node: Node, output: Node) -> Node | None:
         """A node of the graph, before `output`, that holds the same symbolic size."""
@@ -130,10 +129,9 @@ class Splicer:
             node = pending.pop()
             if node in erased or node.op != "call_function" or not is_pure(node):
                 continue
-            assertions = [u for u in node.users if op_name(u) in ASSERTIONS]
-            if len(assertions) < len(node.users):
+            if any(op_name(u) not in ASSERTIONS for u in node.users):
                 continue
-            for dead in (*assertions, node):
+            for dead in (*node.users, node):
                 inputs = dead.all_input_nodes
                 self.graph.erase_node(dead)
                 erased.add(dead)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,23 +12,40 @@ import torch
 from onnx.backend.test.runner import Runner
 
 import fxfuse.ops
-
-_spec = importlib.util.spec_from_file_location("onnx_cases", Path(__file__).with_name("onnx_cases.py"))
-assert _spec is not None and _spec.loader is not None
-onnx_cases = sys.modules.setdefault("onnx_cases", importlib.util.module_from_spec(_spec))
-_spec.loader.exec_module(onnx_cases)
+from tests.ops import onnx_cases
 
 # Opset 25 adds windows, which 24 does not have.
 CASES = onnx_cases.load(lambda name, opset: opset <= 24)
 
-NO_BF16 = "NOT_IMPLEMENTED"
-ORT_FAILS: dict[str, str] = {}
-"""What ONNX Runtime's CPU provider cannot do, and a part of its error that says so."""
+BF16, MASKED, SHORT, ULP = (
+    "NOT_IMPLEMENTED",
+    "inf location mismatch",
+    "inconsistent total_sequence",
+    "elements: 1 / 192",
+)
+ORT_FAILS = {
+    # ONNX Runtime's CPU provider has no bfloat16 Attention, and no bfloat16 Add or Expand to spell it with.
+    "attention_4d_causal_bf16": BF16,
+    "attention_3d_causal_bf16": BF16,
+    "attention_4d_padded_kv_bf16": BF16,
+    "attention_4d_causal_padded_kv_bf16": BF16,
+    "attention_4d_attn_mask_causal_bf16": BF16,
+    # Its masked scores (qk_matmul_output_mode 2) hold the lowest float where the specification has -inf.
+    "attention_4d_with_past_and_present_qk_matmul_bias_3d_mask_causal": MASKED,
+    "attention_4d_with_past_and_present_qk_matmul_bias_4d_mask_causal": MASKED,
+    # It wants a mask as long as the keys.
+    "attention_4d_diff_heads_mask4d_padded_kv": SHORT,
+    # One element of 192 is one float16 ulp off.
+    "attention_4d_causal_fp16": ULP,
+}
+"""What ONNX Runtime 1.32 cannot do on CPU, with the part of its answer that says so."""
 
 
 def test_cases_are_all_there() -> None:
-    count = {name: sum(case.operator.name().startswith(f"fxfuse::{name}") for case in CASES) for name in
-             ("attention", "rms_norm", "rotary_embedding", "tensor_scatter")}
+    count = {
+        name: sum(case.operator.name().startswith(f"fxfuse::{name}") for case in CASES)
+        for name in ("attention", "rms_norm", "rotary_embedding", "tensor_scatter")
+    }
     assert count == {"attention": 82, "rms_norm": 19, "rotary_embedding": 8, "tensor_scatter": 3}
 
 

@@ -140,7 +140,7 @@ def sum_for_mean(x: Tensor, weight: Tensor) -> Tensor:
     return x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + EPS) * weight
 
 
-@norm("divided by a norm that is clamped", explained=True)
+@norm("divided by a norm that is clamped")
 def clamped_norm(x: Tensor, weight: Tensor) -> Tensor:
     return x / x.norm(dim=-1, keepdim=True).clamp_min(1e-2) * weight
 
@@ -150,7 +150,7 @@ def normalize(x: Tensor, weight: Tensor) -> Tensor:
     return F.normalize(x, dim=-1, eps=1e-3) * weight
 
 
-@norm("mean square clamped under the root")
+@norm("mean square clamped under the root", explained=True)
 def clamped_mean(x: Tensor, weight: Tensor) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True).clamp(min=1e-2)) * weight
 
@@ -160,7 +160,7 @@ def clamped_above(x: Tensor, weight: Tensor) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True).clamp(max=50.0) + EPS) * weight
 
 
-@norm("layer norm: the mean is subtracted", explained=True)
+@norm("layer norm: the mean is subtracted")
 def layer_norm(x: Tensor, weight: Tensor) -> Tensor:
     centred = x - x.mean(-1, keepdim=True)
     return centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + EPS) * weight
@@ -176,7 +176,7 @@ def unbiased(x: Tensor, weight: Tensor) -> Tensor:
     return x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) / (WIDTH - 1) + EPS) * weight
 
 
-@norm("a weight that varies over the sequence: a gate", explained=True)
+@norm("a weight that varies over the sequence: a gate")
 def gated(x: Tensor, weight: Tensor) -> Tensor:
     gate = torch.sigmoid(x.flip(-1))
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * gate
@@ -349,7 +349,7 @@ def two_angles(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + rotate_half(x) * sin
 
 
-@rotation("sin of other frequencies on the second row only")
+@rotation("sin of other frequencies on the second row only", explained=True)
 def two_sines(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, -1)
     cos, sin = cos[:, None], sin[:, None]
@@ -376,7 +376,7 @@ def pairs_to_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
-@rotation("cos of other positions for half of the heads", explained=True)
+@rotation("cos of other positions for half of the heads")
 def half_of_the_heads(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos = torch.stack((cos, cos, cos.flip(0), cos.flip(0)), 1)
     sin = sin[:, None]
@@ -399,7 +399,7 @@ def by_batch(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), -1)
 
 
-@rotation("scaled by the length of what is turned", explained=True)
+@rotation("scaled by the length of what is turned")
 def scaled_by_norm(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, -1)
     cos, sin = cos[:, None] * x.norm(dim=-1, keepdim=True), sin[:, None] * x.norm(dim=-1, keepdim=True)
@@ -580,7 +580,7 @@ def attention(
     return register
 
 
-@attention("softmax over the queries", explained=True)
+@attention("softmax over the queries")
 def softmax_over_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return values_of(scores_of(q, k).softmax(-2), v)
 
