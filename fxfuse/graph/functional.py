@@ -81,11 +81,8 @@ def _private(node: Node, target: Node, order: dict[Node, int]) -> bool:
         # Views of an input or a buffer: the write is seen outside. A copy may have been made on the way, but
         # `storage_roots` cannot tell.
         return False
-    aliases = _aliases_of(roots)
-    allowed = {target, node}
-    later = [u for a in aliases - allowed for u in a.users if order[u] > order[node]]
-    own = _aliases_of({node})
-    return all(u in own or u in target.users for u in later)
+    stale = [a for a in _aliases_of(roots) if a is not target and order[a] < order[node]]
+    return not any(order[u] > order[node] for a in stale for u in a.users)
 
 
 def _aliases_of(roots: set[Node]) -> set[Node]:

@@ -122,7 +122,7 @@ def decomposition(count: int) -> Callable[..., Outputs]:
         if count == 1:
             return y
         present = tuple(tensor.clone(memory_format=torch.contiguous_format) for tensor in (K, V))
-        return (y, *present) if qk is None else (y, *present, qk)
+        return (y, *present, qk)[:count]
 
     return run
 

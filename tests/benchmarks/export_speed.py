@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import gc
 import io
+import logging
 import statistics
 import time
 import warnings
@@ -108,7 +109,11 @@ class Stopwatch:
 def quiet() -> Iterator[None]:
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        yield
+        logging.disable(logging.WARNING)  # torch.onnx says of every operator of torchvision that it skips it
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 def measure(layers: int, repeat: int, onnx: bool, narrow: bool) -> Stopwatch:

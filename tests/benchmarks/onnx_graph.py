@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import logging
 import warnings
 from collections import Counter
 
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=[*DTYPES], default="float32")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    logging.disable(logging.WARNING)  # torch.onnx says of every operator of torchvision that it skips it
     header = ["model", "nodes", "kinds of nodes", *OPERATORS]
     print("| " + " | ".join(header) + " |", "|" + " ---: |" * len(header), sep="\n", flush=True)
     for name in options.models:
