@@ -215,10 +215,14 @@ class RMSNorm(Model):
             gains = None if weight is None else weight.to(h.dtype)
             return self.c.back("back", F.rms_norm(h, (self.size,), gains, self.eps), x)
 
+        def weight_after() -> Tensor:
+            h = F.rms_norm(x, (self.size,), eps=self.eps)
+            return h if weight is None else h * weight
+
         return self.c(
             "builtin",
             functional=lambda: F.rms_norm(x, (self.size,), weight, self.eps),
             torch=lambda: torch.rms_norm(x, [self.size], weight, self.eps),
-            weight_after=lambda: F.rms_norm(x, (self.size,), eps=self.eps) * (1.0 if weight is None else weight),
+            weight_after=weight_after,
             wide=wide,
         )
