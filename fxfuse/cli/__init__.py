@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Deprecations inside torch and onnxscript, which the user of a command cannot act on.
             warnings.simplefilter("ignore", DeprecationWarning)
             warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
             arguments.run(arguments, out, err)
     except ParityError as error:
         err.print(f"fxfuse: {error}", style="bold red", markup=False, highlight=False)

@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 import fxfuse
 from fxfuse.cli import source, tables
 from fxfuse.cli.progress import Stages, human, peak_memory
-from fxfuse.cli.verify import Check, check_fused, check_model, expectations
+from fxfuse.cli.verify import Check, check_fused, check_model, eager_outputs, expectations
 from fxfuse.errors import FxfuseError, ParityError
 from fxfuse.onnx.capture import named
 from fxfuse.onnx.exporter import as_program, translate
@@ -53,7 +53,10 @@ def export(arguments: argparse.Namespace, out: Console, err: Console) -> None:
         expected, checks = [], list[Check]()
         if arguments.parity:
             with stages.stage("eager"):
-                expected = expectations(loaded.model, program, shape_cases(program))
+                cases = shape_cases(program)
+                eager = eager_outputs(loaded.model, cases)
+            with stages.stage("reference"):
+                expected = expectations(program, cases, eager)
             with stages.stage("fused"):
                 checks += check_fused(fused, expected)
         with stages.stage("translate"):

@@ -34,7 +34,7 @@ class Stages:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
             self.peaks[name] = peak_memory()
-            self.console.print(f"  {name:<10} {self.seconds[name]:8.1f} s", highlight=False)
+            self.console.print(f"  {name:<11} {self.seconds[name]:8.1f} s", highlight=False)
 
 
 def peak_memory() -> int:

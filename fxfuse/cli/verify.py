@@ -41,13 +41,19 @@ class Expected:
         return Check(backend, self.case.label, self.case.sizes, compare(self.eager, outputs, self.wide, self.dtype))
 
 
-def expectations(
-    model: torch.nn.Module | ExportedProgram, program: ExportedProgram, cases: list[ShapeCase]
-) -> list[Expected]:
-    """Runs the original, `model`, and its capture, `program`, in a wider dtype."""
-    eager = model.module(check_guards=False) if isinstance(model, ExportedProgram) else model
+def eager_outputs(model: torch.nn.Module | ExportedProgram, cases: list[ShapeCase]) -> list[list[torch.Tensor]]:
+    """Runs the original."""
+    module = model.module(check_guards=False) if isinstance(model, ExportedProgram) else model
+    return [_run(module, case) for case in cases]
+
+
+def expectations(program: ExportedProgram, cases: list[ShapeCase], eager: list[list[torch.Tensor]]) -> list[Expected]:
+    """Runs the capture of the original in a wider dtype, beside what the original gave."""
     dtype = working_dtype(program)
-    return [Expected(case, dtype, _run(eager, case), wide_outputs(program, case.args, case.kwargs)) for case in cases]
+    return [
+        Expected(case, dtype, outputs, wide_outputs(program, case.args, case.kwargs))
+        for case, outputs in zip(cases, eager, strict=True)
+    ]
 
 
 def check_fused(fused: ExportedProgram, expected: list[Expected]) -> list[Check]:
