@@ -271,14 +271,14 @@ class Rotary(Model):
             difference=lambda: c.sub("minus", c.mul("a_cos", a, cos), c.mul("b_sin", b, sin)),
             negative_sin=lambda: a * cos + b * self.negative(sin),
             negative_b=lambda: c.add("plus", a * cos, self.negative(b) * sin),
-            addcmul=lambda: torch.addcmul((a * cos).to(torch.result_type(b, sin)), b, sin, value=-1),
+            addcmul=lambda: torch.addcmul((a * cos).to(torch.promote_types(b.dtype, sin.dtype)), b, sin, value=-1),
         )
         second = c(
             "second",
             sum=lambda: c.add("plus", c.mul("b_cos", b, cos), c.mul("a_sin", a, sin)),
             sum_swapped=lambda: c.add("plus", c.mul("a_sin", a, sin), c.mul("b_cos", b, cos)),
             difference=lambda: b * cos - a * self.negative(sin),
-            addcmul=lambda: torch.addcmul((b * cos).to(torch.result_type(a, sin)), a, sin),
+            addcmul=lambda: torch.addcmul((b * cos).to(torch.promote_types(a.dtype, sin.dtype)), a, sin),
         )
         return self.joined(first, second)
 
