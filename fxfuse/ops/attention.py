@@ -23,7 +23,7 @@ from torch import Tensor
 from fxfuse.errors import FxfuseError
 from fxfuse.ops import attention_math as math_
 from fxfuse.ops.attention_math import Attributes, Inputs, Sizes
-from fxfuse.ops.registry import as_laid_out, define_op, equal, non_defaults, require
+from fxfuse.ops.registry import as_laid_out, define_op, equal, one_node, require
 
 ARGUMENTS = (
     "(Tensor Q, Tensor K, Tensor V, Tensor? attn_mask=None, Tensor? past_key=None, Tensor? past_value=None, "
@@ -117,7 +117,8 @@ def decomposition(count: int) -> Callable[..., Outputs]:
         else:
             stages = math_.scores(p, a, math_.softmax_dtype(a))
             y, qk = math_.grouped_matmul(stages.weights, V), stages[a.qk_matmul_output_mode]
-        y_BSHD = y.transpose(1, 2).contiguous()
+        # Not contiguous(): a kernel other than the one that was traced may give other strides.
+        y_BSHD = y.transpose(1, 2).clone(memory_format=torch.contiguous_format)
         y = y_BSHD.flatten(2) if i.Q.dim() == 3 else y_BSHD.transpose(1, 2)
         if count == 1:
             return y
@@ -196,16 +197,14 @@ def make_translation(count: int) -> Callable[[int], Callable[..., Any]]:
                     where="nonpad_kv_seqlen",
                     hint="export with opset_version=24",
                 )
-            inputs = [Q, K, V, attn_mask, past_key, past_value, nonpad_kv_seqlen]
-            while inputs[-1] is None:
-                inputs.pop()
+            inputs = Inputs(Q, K, V, attn_mask, past_key, past_value, nonpad_kv_seqlen)
             a = Attributes(
                 is_causal, kv_num_heads, q_num_heads, qk_matmul_output_mode, scale, softcap, softmax_precision
             )
             if len(Q.shape) == 4:
                 # Four dims say it themselves, and opset 25 forbids to repeat it.
                 a = a._replace(q_num_heads=0, kv_num_heads=0)
-            outputs = op.Attention(*inputs, **non_defaults(a._asdict(), DEFAULTS))
+            outputs = one_node(op.Attention, inputs, a._asdict(), DEFAULTS)
             return outputs[0] if count == 1 else tuple(outputs[:count])
 
         return attention

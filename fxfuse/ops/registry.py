@@ -173,6 +173,17 @@ def onnx_float(number: int, where: str) -> torch.dtype:
     return ONNX_FLOATS[number]
 
 
-def non_defaults(attributes: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """The attributes that an ONNX node has to carry: those that are not at their default."""
-    return {name: value for name, value in attributes.items() if value != defaults[name]}
+def one_node(operator: Callable[..., Any], inputs: Sequence[Any], attributes: dict[str, Any], defaults: Any) -> Any:
+    """What `operator` of an onnxscript opset returns: the outputs of one node.
+
+    Inputs that are None at the end are left out, and so are attributes at their default, which torch's recorder
+    would write down.
+    """
+    while inputs[-1] is None:
+        inputs = inputs[:-1]
+    given = {name: value for name, value in attributes.items() if value != defaults[name]}
+    outputs = operator(*inputs, **given)
+    node = (outputs[0] if isinstance(outputs, Sequence) else outputs).producer()
+    for name in set(node.attributes) - set(given):
+        del node.attributes[name]
+    return outputs

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxfuse.ops.registry import define_op, differ, non_defaults, onnx_float, require, show
+from fxfuse.ops.registry import define_op, differ, one_node, onnx_float, require, show
 
 SCHEMA = "(Tensor X, Tensor scale, *, int axis=-1, float epsilon=1e-05, int stash_type=1) -> Tensor"
 DEFAULTS = {"axis": -1, "epsilon": 1e-05, "stash_type": 1}
@@ -90,7 +90,7 @@ def make_translation(opset: int) -> Any:
 
     def rms_norm(X: Any, scale: Any, *, axis: int = -1, epsilon: float = 1e-05, stash_type: int = 1) -> Any:
         attributes = {"axis": axis, "epsilon": epsilon, "stash_type": stash_type}
-        return op.RMSNormalization(X, scale, **non_defaults(attributes, DEFAULTS))
+        return one_node(op.RMSNormalization, (X, scale), attributes, DEFAULTS)
 
     return rms_norm
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxfuse.ops.registry import define_op, differ, exceeds, non_defaults, require, show
+from fxfuse.ops.registry import define_op, differ, exceeds, one_node, require, show
 
 SCHEMA = (
     "(Tensor X, Tensor cos_cache, Tensor sin_cache, Tensor? position_ids=None, *, "
@@ -177,8 +177,7 @@ def make_translation(opset: int) -> Any:
             "num_heads": num_heads,
             "rotary_embedding_dim": rotary_embedding_dim,
         }
-        inputs = (X, cos_cache, sin_cache) if position_ids is None else (X, cos_cache, sin_cache, position_ids)
-        return op.RotaryEmbedding(*inputs, **non_defaults(attributes, DEFAULTS))
+        return one_node(op.RotaryEmbedding, (X, cos_cache, sin_cache, position_ids), attributes, DEFAULTS)
 
     return rotary_embedding
 

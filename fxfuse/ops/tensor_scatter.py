@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxfuse.ops.registry import define_op, differ, exceeds, non_defaults, require, show
+from fxfuse.ops.registry import define_op, differ, exceeds, one_node, require, show
 
 SCHEMA = "(Tensor past_cache, Tensor update, Tensor? write_indices=None, *, int axis=-2, str mode='linear') -> Tensor"
 DEFAULTS = {"axis": -2, "mode": "linear"}
@@ -115,8 +115,8 @@ def make_translation(opset: int) -> Any:
     def tensor_scatter(
         past_cache: Any, update: Any, write_indices: Any = None, *, axis: int = -2, mode: str = "linear"
     ) -> Any:
-        inputs = (past_cache, update) if write_indices is None else (past_cache, update, write_indices)
-        return op.TensorScatter(*inputs, **non_defaults({"axis": axis, "mode": mode}, DEFAULTS))
+        inputs = (past_cache, update, write_indices)
+        return one_node(op.TensorScatter, inputs, {"axis": axis, "mode": mode}, DEFAULTS)
 
     return tensor_scatter
 

@@ -145,7 +145,7 @@ def attention() -> Iterator[Sample]:
     yield sample("3d_past", present, *flat(), some(SQ, T), *past(), **heads)
     for mode in range(4):
         yield sample(f"mode_{mode}", qk, *qkv(), rand(SQ, SKV), qk_matmul_output_mode=mode, is_causal=1)
-    yield sample("softcap", qk, *flat(), some(SQ, T), *past(), **heads, softcap=2.0, qk_matmul_output_mode=1)
+    yield sample("softcap", qk, *flat(), some(B, 1, SQ, T), *past(), **heads, softcap=2.0, qk_matmul_output_mode=1)
 
 
 def tensor_scatter() -> Iterator[Sample]:

@@ -76,7 +76,7 @@ def exported(opset: int) -> dict[str, onnx.ModelProto]:
     cases = [case for case in CASES if case.opset == opset]
     tensors = [(case, given) for case in cases for given in case.inputs if given is not None]
     program = torch.onnx.export(
-        Everything(cases),
+        Everything(cases).eval(),
         tuple(given for _, given in tensors),
         dynamo=True,
         opset_version=opset,

@@ -19,7 +19,6 @@ COMPILED = (
     "rms_norm-transposed",
     "rotary_embedding-3d_ids_interleaved",
     "rotary_embedding-partial",
-    "attention-3d_mask",
     "attention-past_bias",
     "attention-lengths_mask",
     "attention_with_present-past",
