@@ -11,6 +11,8 @@ import torch
 from onnx import numpy_helper
 from torch.fx import Node
 
+import fxfuse.ops  # noqa: F401  (defines torch.ops.fxfuse)
+
 OPERATORS = {
     "RMSNormalization": torch.ops.fxfuse.rms_norm.default,
     "RotaryEmbedding": torch.ops.fxfuse.rotary_embedding.default,
