@@ -215,11 +215,11 @@ class Attention(Model):
         c = self.c
         rows, columns = q.shape[1], k.shape[1]
         q = self.headed(q, HEADS)
-        kr, vr = self.keys_and_values(k, v)
-        enable_gqa = False
-        if self.groups > 1 and c.name("grouping", "repeated", "enable_gqa") == "enable_gqa":
+        enable_gqa = self.groups > 1 and c.name("grouping", "repeated", "enable_gqa") == "enable_gqa"
+        if enable_gqa:
             kr, vr = self.headed(k, self.kv_heads), self.headed(v, self.kv_heads)
-            enable_gqa = True
+        else:
+            kr, vr = self.keys_and_values(k, v)
         is_causal = False
         if self.mask == "causal" and c.name("causal_as", "flag", "mask") == "flag":
             attn_mask, is_causal = None, True
