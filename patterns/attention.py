@@ -20,7 +20,7 @@ from fxfuse.graph.region import Region
 from fxfuse.graph.view import GraphView, op_name
 from fxfuse.recognise.answers import Found, Input, Proposal, Reason
 from fxfuse.recognise.attention_forms import attention_form, is_causal_here
-from fxfuse.recognise.attention_parts import SDPA, SOFTMAX, find_parts, regions
+from fxfuse.recognise.attention_parts import ANCHORS, SDPA, Parts, find_parts, regions
 from fxfuse.recognise.heads import measure_heads
 from fxfuse.recognise.questions import Questions
 from fxfuse.recognise.scores import measure_scores
@@ -35,20 +35,24 @@ class Attention:
 
     def propose(self, view: GraphView, ask: Questions) -> Iterator[Proposal]:
         for node in view.nodes:
-            if op_name(node) in SOFTMAX or op_name(node) == SDPA:
-                parts = find_parts(node)
-                if isinstance(parts, Reason):
-                    yield Proposal(node, (), missed=parts)
+            if op_name(node) in ANCHORS or op_name(node) == SDPA:
+                readings = find_parts(node)
+                if isinstance(readings, Reason):
+                    yield Proposal(node, (), missed=readings)
                 else:
-                    yield Proposal(node, regions(view, parts, ask), best_rank=0)
+                    yield Proposal(node, _all_regions(view, readings, ask), best_rank=0)
 
     def recognise(self, region: Region, ask: Questions) -> Found | Reason:
-        anchor = next(n for n in region.nodes if op_name(n) in SOFTMAX or op_name(n) == SDPA)
-        parts = find_parts(anchor)
-        if isinstance(parts, Reason):
-            return parts
+        anchor = next(n for n in region.nodes if op_name(n) in ANCHORS or op_name(n) == SDPA)
+        readings = find_parts(anchor)
+        if isinstance(readings, Reason):
+            return readings
+        answers = [self._read(region, parts, ask) for parts in readings]
+        return max(answers, key=lambda a: float("inf") if isinstance(a, Found) else a.closeness)
+
+    def _read(self, region: Region, parts: Parts, ask: Questions) -> Found | Reason:
         evaluator = ask.evaluator(0)
-        heads = measure_heads(region, parts, evaluator)
+        heads = measure_heads(region, parts, evaluator, ask)
         if isinstance(heads, Reason):
             return heads
         scores = measure_scores(region, parts, evaluator, ask)
@@ -68,6 +72,11 @@ class Attention:
         }
         form = attention_form(region, heads, scores, causal=causal, masks=masks)
         return Found(self.operator, parameters, (form,), ulp=4.0, averaging=True, from_leaves=lower)
+
+
+def _all_regions(view: GraphView, readings: tuple[Parts, ...], ask: Questions) -> Iterator[Region]:
+    for parts in readings:
+        yield from regions(view, parts, ask)
 
 
 PATTERN = Attention()

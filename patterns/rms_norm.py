@@ -12,6 +12,7 @@ tensor of the region has to be it. For tiny x, solve for epsilon. Nothing is rea
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
@@ -73,9 +74,9 @@ class RMSNorm:
             return Reason("the normalised axis has no fixed size")
         if not all(is_float(n) for n in region.others):
             return Reason("it also reads tensors that are not floating point")
-        scales, draws = [], []
-        for seed in (1, 2):
-            f, others = _function(region, ask, seed)
+        scales = []
+        functions = [_Function(region, ask, seed) for seed in (1, 2)]
+        for seed, f in enumerate(functions):
             big = draw(x, f.evaluator, generator(seed + 10)) * 1e4
             ratio = f(big) * big.square().mean(-1, keepdim=True).sqrt() / big
             rows = ratio.reshape(-1, size)
@@ -84,21 +85,19 @@ class RMSNorm:
             if not torch.allclose(rows, rows[:1].expand_as(rows), rtol=1e-6):
                 return self._near(f, x, size)
             scales.append(rows[0])
-            draws.append(others)
-        scale = _scale_source(region, scales, draws)
+        scale = _scale_source(region, functions, scales)
         if isinstance(scale, Reason):
             return scale
         epsilon = _epsilon(f, x, scales[-1])
         if isinstance(epsilon, Reason):
             return epsilon
         epsilon = snap(epsilon, region)
-        index, constant = scale
-        parameters = {"epsilon": epsilon, "scale": Input(1 + index) if index is not None else constant}
-        position = None if index is None else 1 + index
-        forms = _forms(region, position, constant, epsilon)
+        known = scale.offset if scale.position is None else Input(scale.position)
+        parameters = {"epsilon": epsilon, "scale": known}
+        forms = _forms(region, scale, epsilon)
         # Of two regions of equal standing the one that needs no casts around it is the better.
-        rank = (_SCALED if position is not None else 0) + (fake(x).dtype == fake(region.output).dtype)
-        return Found(self.operator, parameters, forms, rank=rank)
+        rank = (_SCALED if scale.position is not None else 0) + (fake(x).dtype == fake(region.output).dtype)
+        return Found(self.operator, parameters, forms, rank=rank, from_leaves=f.from_leaves)
 
     def _near(self, f: _Function, x: Node, size: int) -> Reason:
         """Scale-invariant per position, so a normalisation of some kind: which property fails?"""
@@ -124,29 +123,54 @@ class _Function:
         self.region = region
         self.evaluator = ask.evaluator(0)
         gen = generator(seed)
-        self.others = [draw(n, self.evaluator, gen).abs() + 0.5 for n in region.others]
+        size = fake(region.sources[0]).shape[-1]
+        # An epsilon or a 1 held in a tensor keeps its value; whatever may be the scale is drawn.
+        held = [n for n in region.others if fake(n).shape[-1:] != (size,) and not ask.depends_on_input(n)]
+        values = dict(zip(held, ask.leaf_values(held, self.evaluator, seed), strict=True)) if held else {}
+        self.others = [values[n] if n in values else draw(n, self.evaluator, gen).abs() + 0.5 for n in region.others]
+        self.free = [i for i, n in enumerate(region.others) if n not in values]
+        self.from_leaves = bool(held)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.evaluator.region(self.region, [x, *self.others])
 
 
-def _function(region: Region, ask: Questions, seed: int) -> tuple[_Function, list[torch.Tensor]]:
-    f = _Function(region, ask, seed)
-    return f, f.others
+@dataclass(frozen=True)
+class _Scale:
+    """factor · (the tensor at `position` of the inputs) + offset; the constant `offset` where there is no tensor."""
+
+    position: int | None
+    factor: float
+    offset: float
+
+    def __call__(self, inputs: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
+        if self.position is None:
+            return torch.full((inputs[0].shape[-1],), self.offset, dtype=dtype, device=inputs[0].device)
+        scale = _cast(inputs[self.position], dtype)
+        scale = scale.reshape(-1) if scale.dim() != 1 else scale
+        scale = scale if self.factor == 1 else scale * self.factor
+        return scale if self.offset == 0 else scale + self.offset
 
 
-def _scale_source(
-    region: Region, scales: list[torch.Tensor], draws: list[list[torch.Tensor]]
-) -> tuple[int | None, float] | Reason:
-    """Which tensor the scale is; or the constant it is, where no tensor is."""
-    for index in range(len(region.others)):
-        if all(o[index].numel() == s.numel() and torch.allclose(o[index].reshape(-1), s, rtol=1e-6)
-               for o, s in zip(draws, scales, strict=True)):  # fmt: skip
-            return (index, 1.0) if len(region.others) == 1 else Reason("it reads tensors besides its scale", 2)
-    constant = scales[0][0].item()
-    if region.others or not all(torch.allclose(s, torch.full_like(s, constant), rtol=1e-6) for s in scales):
+def _scale_source(region: Region, f: list[_Function], scales: list[torch.Tensor]) -> _Scale | Reason:
+    """Which tensor the scale is, or a multiple of and a constant more than; or the constant it is."""
+    if len(f[0].free) > 1:
+        return Reason("RMSNorm, but it reads more than one tensor besides x", 2)
+    for index in f[0].free:
+        drawn = [g.others[index].reshape(-1) for g in f]
+        if any(d.numel() != s.numel() for d, s in zip(drawn, scales, strict=True)):
+            continue
+        factor = (scales[0] - scales[1]) / (drawn[0] - drawn[1])
+        offset = scales[0] - factor * drawn[0]
+        if _constant(factor) and _constant(offset):
+            return _Scale(1 + index, snap(factor[0].item(), region), snap(offset[0].item(), region))
+    if f[0].free or not _constant(torch.cat(scales)):
         return Reason("RMSNorm, but its weight is none of the tensors it reads", 2)
-    return None, snap(constant, region)
+    return _Scale(None, 1.0, snap(scales[0][0].item(), region))
+
+
+def _constant(values: torch.Tensor) -> bool:
+    return torch.allclose(values, values[:1].expand_as(values), rtol=1e-5, atol=1e-5)
 
 
 def _epsilon(f: _Function, x: Node, scale: torch.Tensor) -> float | Reason:
@@ -166,7 +190,7 @@ def _epsilon(f: _Function, x: Node, scale: torch.Tensor) -> float | Reason:
     return max(found[1], 0.0)
 
 
-def _forms(region: Region, position: int | None, constant: float, epsilon: float) -> tuple[Form, ...]:
+def _forms(region: Region, scale: _Scale, epsilon: float) -> tuple[Form, ...]:
     """In x's own dtype if it is the scale's and the result's too; else float32 inside, cast back."""
     out = fake(region.output).dtype
     kinds = {fake(n).dtype for n in region.inputs} | {out}
@@ -176,12 +200,9 @@ def _forms(region: Region, position: int | None, constant: float, epsilon: float
             x = inputs[0]
             exact = x.dtype == torch.float64
             kind = x.dtype if exact else inside
-            if position is None:
-                scale = torch.full((x.shape[-1],), constant, dtype=kind, device=x.device)
-            else:
-                scale = inputs[position].reshape(-1) if inputs[position].dim() != 1 else inputs[position]
+            weight = scale(inputs, kind)
             stash = {"stash_type": _DOUBLE} if exact else {}
-            y: torch.Tensor = torch.ops.fxfuse.rms_norm(_cast(x, kind), _cast(scale, kind), epsilon=epsilon, **stash)
+            y: torch.Tensor = torch.ops.fxfuse.rms_norm(_cast(x, kind), weight, epsilon=epsilon, **stash)
             return y if exact else _cast(y, out)
 
         return rms_norm

@@ -43,8 +43,7 @@ def copy_program(program: ExportedProgram) -> ExportedProgram:
     graph.output_node().meta = copy.copy(old_output.meta)
     seen[old_output] = graph.output_node()
     for old, new in seen.items():
-        if new.name != old.name:
-            new._rename(old.name)
+        new.name = old.name  # not `_rename`: it refuses names of Python builtins, and an input may be called `input`
     graph._codegen = copy.deepcopy(program.graph._codegen)
     module = GraphModule(program.graph_module, graph)
     module.meta.update(program.graph_module.meta)

@@ -93,6 +93,8 @@ class Splicer:
         self.replaced[output] = result
         self._dead.extend(region.nodes)
         self._dead.extend(region.others)
+        # What the capture computed beside the region and never read (the repeats of `enable_gqa`).
+        self._dead.extend(u for n in (*region.sources, *region.nodes) for u in n.users if not u.users)
         self._dead.extend(i for n in region.nodes for i in n.all_input_nodes)
         return result
 

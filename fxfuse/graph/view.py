@@ -96,7 +96,23 @@ ARITHMETIC = frozenset(
     ]
 )
 ROOTS = frozenset(
-    ["pow", "square", "rsqrt", "sqrt", "reciprocal", "mean", "sum", "rms_norm", "linalg_vector_norm", "norm", "einsum"]
+    [
+        "pow",
+        "square",
+        "abs",
+        "rsqrt",
+        "sqrt",
+        "reciprocal",
+        "mean",
+        "sum",
+        "rms_norm",
+        "linalg_vector_norm",
+        "norm",
+        "einsum",
+        "linalg_vecdot",
+        "matmul",
+        "bmm",
+    ]
 )
 CONTRACTION = frozenset(["matmul", "bmm", "mm", "einsum", "baddbmm", "linear"])
 ASSERTIONS = frozenset(["_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range_for_size"])

@@ -23,7 +23,7 @@ from torch import Tensor
 from fxfuse.errors import FxfuseError
 from fxfuse.ops import attention_math as math_
 from fxfuse.ops.attention_math import Attributes, Inputs, Sizes
-from fxfuse.ops.registry import as_laid_out, define_op, equal, one_node, require
+from fxfuse.ops.registry import as_laid_out, define_op, equal, one_node, refuse
 
 ARGUMENTS = (
     "(Tensor Q, Tensor K, Tensor V, Tensor? attn_mask=None, Tensor? past_key=None, Tensor? past_value=None, "
@@ -76,7 +76,8 @@ def checked(i: Inputs, a: Attributes, count: int) -> Sizes:
     sizes = math_.check(i, a)
     if count > 1:
         what = "with nonpad_kv_seqlen the cache is in K and V: there is no present_key to give"
-        require(i.nonpad_kv_seqlen is None or count == 4, what, "nonpad_kv_seqlen")
+        if not (i.nonpad_kv_seqlen is None or count == 4):
+            refuse(what, "nonpad_kv_seqlen")
     return sizes
 
 

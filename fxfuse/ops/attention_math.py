@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxfuse.ops.registry import differ, equal, exceeds, onnx_float, require, show
+from fxfuse.ops.registry import differ, equal, exceeds, onnx_float, refuse, show
 
 Maybe = Tensor | None
 
@@ -73,42 +73,58 @@ class Problem(NamedTuple):
 def check(i: Inputs, a: Attributes) -> Sizes:
     """The sizes of the call; raises FxfuseError, naming the argument, if the arguments do not fit together."""
     Q, K, V = i.Q, i.K, i.V
-    require(Q.is_floating_point(), f"Q must be floating point, it is {Q.dtype}", "Q")
-    require(Q.dim() in (3, 4), f"Q must be [B, Hq, Sq, D] or [B, Sq, Hq*D], it is {show(Q)}", "Q")
+    if not Q.is_floating_point():
+        refuse(f"Q must be floating point, it is {Q.dtype}", "Q")
+    if Q.dim() not in (3, 4):
+        refuse(f"Q must be [B, Hq, Sq, D] or [B, Sq, Hq*D], it is {show(Q)}", "Q")
     for name, tensor in (("K", K), ("V", V), ("past_key", i.past_key), ("past_value", i.past_value)):
         if tensor is None:
             continue
         rank = 4 if name.startswith("past") else Q.dim()
-        require(tensor.dim() == rank, f"{name} must have {rank} dims, it is {show(tensor)}", name)
-        require(tensor.dtype == Q.dtype, f"{name} is {tensor.dtype}, Q is {Q.dtype}: they must be the same", name)
-        require(not differ(tensor.shape[0], Q.shape[0]), f"{name} {show(tensor)} and Q {show(Q)}: batch differs", name)
+        if tensor.dim() != rank:
+            refuse(f"{name} must have {rank} dims, it is {show(tensor)}", name)
+        if tensor.dtype != Q.dtype:
+            refuse(f"{name} is {tensor.dtype}, Q is {Q.dtype}: they must be the same", name)
+        if differ(tensor.shape[0], Q.shape[0]):
+            refuse(f"{name} {show(tensor)} and Q {show(Q)}: batch differs", name)
     Hq, Sq, D = _heads(Q, a.q_num_heads, "Q", "q_num_heads")
     Hkv, Skv, Dk = _heads(K, a.kv_num_heads, "K", "kv_num_heads")
     Hv, Sv, Dv = _heads(V, a.kv_num_heads, "V", "kv_num_heads")
-    require(not differ(D, Dk), f"the heads of Q have {D} elements, those of K {Dk}", "K")
+    if differ(D, Dk):
+        refuse(f"the heads of Q have {D} elements, those of K {Dk}", "K")
     fits = not (differ(Hkv, Hv) or differ(Skv, Sv))
-    require(fits, f"K {show(K)} and V {show(V)} differ in heads or length", "V")
-    require(not differ(Hq % Hkv, 0), f"{Hq} query heads do not divide into {Hkv} key heads", "q_num_heads")
+    if not fits:
+        refuse(f"K {show(K)} and V {show(V)} differ in heads or length", "V")
+    if differ(Hq % Hkv, 0):
+        refuse(f"{Hq} query heads do not divide into {Hkv} key heads", "q_num_heads")
     P: int = 0
-    require((i.past_key is None) == (i.past_value is None), "past_key and past_value go together", "past_key")
+    if (i.past_key is None) != (i.past_value is None):
+        refuse("past_key and past_value go together", "past_key")
     for name, past, size in (("past_key", i.past_key, D), ("past_value", i.past_value, Dv)):
         if past is not None:
             P = past.shape[2] if name == "past_key" else P
             fits = not (differ(past.shape[1], Hkv) or differ(past.shape[2], P) or differ(past.shape[3], size))
-            require(fits, f"{name} must be [B, {Hkv}, {P}, {size}], it is {show(past)}", name)
+            if not fits:
+                refuse(f"{name} must be [B, {Hkv}, {P}, {size}], it is {show(past)}", name)
     B, T = Q.shape[0], P + Skv
     if i.nonpad_kv_seqlen is not None:
         lengths, name = i.nonpad_kv_seqlen, "nonpad_kv_seqlen"
-        require(i.past_key is None, "nonpad_kv_seqlen is for a cache in K and V, without past_key", name)
-        require(lengths.dtype == torch.int64, f"{name} must be int64, it is {lengths.dtype}", name)
+        if i.past_key is not None:
+            refuse("nonpad_kv_seqlen is for a cache in K and V, without past_key", name)
+        if lengths.dtype != torch.int64:
+            refuse(f"{name} must be int64, it is {lengths.dtype}", name)
         fits = lengths.dim() == 1 and not differ(lengths.shape[0], B)
-        require(fits, f"{name} must be [{B}], it is {show(lengths)}", name)
+        if not fits:
+            refuse(f"{name} must be [{B}], it is {show(lengths)}", name)
     if i.attn_mask is not None:
         _check_mask(i.attn_mask, Q.dtype, (B, Hq, Sq, T))
-    require(a.is_causal in (0, 1), f"is_causal must be 0 or 1, it is {a.is_causal}", "is_causal")
+    if a.is_causal not in (0, 1):
+        refuse(f"is_causal must be 0 or 1, it is {a.is_causal}", "is_causal")
     mode = a.qk_matmul_output_mode
-    require(mode in (0, 1, 2, 3), f"qk_matmul_output_mode must be 0 to 3, it is {mode}", "qk_matmul_output_mode")
-    require(a.softcap >= 0.0, f"softcap must not be negative, it is {a.softcap}", "softcap")
+    if mode not in (0, 1, 2, 3):
+        refuse(f"qk_matmul_output_mode must be 0 to 3, it is {mode}", "qk_matmul_output_mode")
+    if a.softcap < 0.0:
+        refuse(f"softcap must not be negative, it is {a.softcap}", "softcap")
     if a.softmax_precision is not None:
         onnx_float(a.softmax_precision, "softmax_precision")
     return Sizes(B, Hq, Hkv, Sq, P, T, D, Dv)
@@ -119,21 +135,28 @@ def _heads(tensor: Tensor, count: int, name: str, attribute: str) -> tuple[int, 
     if tensor.dim() == 4:
         heads, length, size = tensor.shape[1:]
         fits = count == 0 or not differ(count, heads)
-        require(fits, f"{name} {show(tensor)} has {heads} heads, {attribute} says {count}", attribute)
+        if not fits:
+            refuse(f"{name} {show(tensor)} has {heads} heads, {attribute} says {count}", attribute)
         return heads, length, size
-    require(count > 0, f"{name} {show(tensor)} has three dims: its number of heads must be given", attribute)
+    if count <= 0:
+        refuse(f"{name} {show(tensor)} has three dims: its number of heads must be given", attribute)
     hidden = tensor.shape[2]
-    require(not differ(hidden % count, 0), f"{name} {show(tensor)} does not divide into {count} heads", attribute)
+    if differ(hidden % count, 0):
+        refuse(f"{name} {show(tensor)} does not divide into {count} heads", attribute)
     return count, tensor.shape[1], hidden // count
 
 
 def _check_mask(mask: Tensor, dtype: torch.dtype, full: tuple[int, ...]) -> None:
-    require(mask.dtype in (torch.bool, dtype), f"attn_mask must be bool or {dtype}, it is {mask.dtype}", "attn_mask")
+    if mask.dtype not in (torch.bool, dtype):
+        refuse(f"attn_mask must be bool or {dtype}, it is {mask.dtype}", "attn_mask")
     want = f"attn_mask must broadcast to [{', '.join(map(str, full))}], it is {show(mask)}"
-    require(1 <= mask.dim() <= 4, want, "attn_mask")
+    if not (1 <= mask.dim() <= 4):
+        refuse(want, "attn_mask")
     for have, size in zip(mask.shape[-2::-1], full[-2::-1], strict=False):
-        require(not (differ(have, size) and differ(have, 1)), want, "attn_mask")
-    require(not exceeds(mask.shape[-1], full[-1]), want, "attn_mask")
+        if differ(have, size) and differ(have, 1):
+            refuse(want, "attn_mask")
+    if exceeds(mask.shape[-1], full[-1]):
+        refuse(want, "attn_mask")
 
 
 def split_heads(tensor: Tensor, count: int) -> Tensor:

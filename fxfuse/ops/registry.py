@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch._ops import OpOverload
@@ -115,10 +115,9 @@ def check_opset(opset: object) -> None:
         )
 
 
-def require(condition: bool, what: str, where: str, hint: str | None = None) -> None:
-    """Raise FxfuseError unless `condition`; `where` names the argument."""
-    if not condition:
-        raise FxfuseError(what, where=where, hint=hint)
+def refuse(what: str, where: str, hint: str | None = None) -> NoReturn:
+    """Raise FxfuseError; `where` names the argument."""
+    raise FxfuseError(what, where=where, hint=hint)
 
 
 # Sizes can be symbols, which type checkers take for ints. What is not known of a symbol must not be asked of it
@@ -169,7 +168,8 @@ ONNX_FLOATS = {1: torch.float32, 10: torch.float16, 11: torch.float64, 16: torch
 
 
 def onnx_float(number: int, where: str) -> torch.dtype:
-    require(number in ONNX_FLOATS, f"{number} is no ONNX floating-point type; known are {list(ONNX_FLOATS)}", where)
+    if number not in ONNX_FLOATS:
+        refuse(f"{number} is no ONNX floating-point type; known are {list(ONNX_FLOATS)}", where)
     return ONNX_FLOATS[number]
 
 

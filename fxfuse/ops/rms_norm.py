@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxfuse.ops.registry import define_op, differ, one_node, onnx_float, require, show
+from fxfuse.ops.registry import define_op, differ, one_node, onnx_float, refuse, show
 
 SCHEMA = "(Tensor X, Tensor scale, *, int axis=-1, float epsilon=1e-05, int stash_type=1) -> Tensor"
 DEFAULTS = {"axis": -1, "epsilon": 1e-05, "stash_type": 1}
@@ -21,13 +21,17 @@ DEFAULTS = {"axis": -1, "epsilon": 1e-05, "stash_type": 1}
 
 def check(X: Tensor, scale: Tensor, axis: int) -> int:
     """The first normalised dimension, counted from the front; raises FxfuseError on arguments that do not fit."""
-    require(X.is_floating_point(), f"X must be floating point, it is {X.dtype}", "X")
-    require(scale.is_floating_point(), f"scale must be floating point, it is {scale.dtype}", "scale")
-    require(-X.dim() <= axis < X.dim(), f"axis {axis} is out of range for X of shape {show(X)}", "axis")
+    if not X.is_floating_point():
+        refuse(f"X must be floating point, it is {X.dtype}", "X")
+    if not scale.is_floating_point():
+        refuse(f"scale must be floating point, it is {scale.dtype}", "scale")
+    if not (-X.dim() <= axis < X.dim()):
+        refuse(f"axis {axis} is out of range for X of shape {show(X)}", "axis")
     fits = scale.dim() <= X.dim() and not any(
         differ(s, x) and differ(s, 1) for s, x in zip(reversed(scale.shape), reversed(X.shape), strict=False)
     )
-    require(fits, f"scale {show(scale)} does not broadcast to X {show(X)}", "scale")
+    if not fits:
+        refuse(f"scale {show(scale)} does not broadcast to X {show(X)}", "scale")
     return axis % X.dim()
 
 

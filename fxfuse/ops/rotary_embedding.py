@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxfuse.ops.registry import define_op, differ, exceeds, one_node, require, show
+from fxfuse.ops.registry import define_op, differ, exceeds, one_node, refuse, show
 
 SCHEMA = (
     "(Tensor X, Tensor cos_cache, Tensor sin_cache, Tensor? position_ids=None, *, "
@@ -32,33 +32,47 @@ def check(
     rotary_dim: int,
 ) -> int:
     """The number of rotated elements of a head; raises FxfuseError on arguments that do not fit."""
-    require(X.is_floating_point(), f"X must be floating point, it is {X.dtype}", "X")
-    require(X.dim() in (3, 4), f"X must be [B, S, H*D] or [B, H, S, D], it is {show(X)}", "X")
-    require(interleaved in (0, 1), f"interleaved must be 0 or 1, it is {interleaved}", "interleaved")
+    if not X.is_floating_point():
+        refuse(f"X must be floating point, it is {X.dtype}", "X")
+    if X.dim() not in (3, 4):
+        refuse(f"X must be [B, S, H*D] or [B, H, S, D], it is {show(X)}", "X")
+    if interleaved not in (0, 1):
+        refuse(f"interleaved must be 0 or 1, it is {interleaved}", "interleaved")
     if X.dim() == 3:
-        require(num_heads > 0, f"X {show(X)} has three dims: its number of heads must be given", "num_heads")
+        if num_heads <= 0:
+            refuse(f"X {show(X)} has three dims: its number of heads must be given", "num_heads")
         fits = not differ(X.shape[2] % num_heads, 0)
-        require(fits, f"X {show(X)} does not divide into {num_heads} heads", "num_heads")
+        if not fits:
+            refuse(f"X {show(X)} does not divide into {num_heads} heads", "num_heads")
     size = X.shape[2] // num_heads if X.dim() == 3 else X.shape[3]
     D = rotary_dim or size
-    require(not differ(D % 2, 0), f"the rotated part of a head must be even, it is {D}", "rotary_embedding_dim")
+    if differ(D % 2, 0):
+        refuse(f"the rotated part of a head must be even, it is {D}", "rotary_embedding_dim")
     fits = rotary_dim >= 0 and not exceeds(rotary_dim, size)
-    require(fits, f"rotary_embedding_dim {rotary_dim} does not fit heads of {size}", "rotary_embedding_dim")
+    if not fits:
+        refuse(f"rotary_embedding_dim {rotary_dim} does not fit heads of {size}", "rotary_embedding_dim")
     B, S = X.shape[0], X.shape[-2]
     for name, cache in (("cos_cache", cos), ("sin_cache", sin)):
-        require(cache.dtype == X.dtype, f"{name} is {cache.dtype}, X is {X.dtype}: they must be the same", name)
+        if cache.dtype != X.dtype:
+            refuse(f"{name} is {cache.dtype}, X is {X.dtype}: they must be the same", name)
         if position_ids is None:
             fits = cache.dim() == 3 and not (differ(cache.shape[0], B) or differ(cache.shape[1], S))
             hint = "expand it to the batch, or pass position_ids"
-            require(fits, f"{name} must be [{B}, {S}, {D // 2}] without position_ids, it is {show(cache)}", name, hint)
+            if not fits:
+                refuse(f"{name} must be [{B}, {S}, {D // 2}] without position_ids, it is {show(cache)}", name, hint)
         else:
-            require(cache.dim() == 2, f"{name} must be [positions, {D // 2}], it is {show(cache)}", name)
-        require(not differ(cache.shape[-1], D // 2), f"{name} {show(cache)} must end in {D // 2}", name)
-    require(cos.dim() == 3 or not differ(cos.shape[0], sin.shape[0]), "cos and sin differ in length", "sin_cache")
+            if cache.dim() != 2:
+                refuse(f"{name} must be [positions, {D // 2}], it is {show(cache)}", name)
+        if differ(cache.shape[-1], D // 2):
+            refuse(f"{name} {show(cache)} must end in {D // 2}", name)
+    if not (cos.dim() == 3 or not differ(cos.shape[0], sin.shape[0])):
+        refuse("cos and sin differ in length", "sin_cache")
     if position_ids is not None:
-        require(position_ids.dtype == torch.int64, "position_ids must be int64", "position_ids")
+        if position_ids.dtype != torch.int64:
+            refuse("position_ids must be int64", "position_ids")
         fits = position_ids.dim() == 2 and not (differ(position_ids.shape[0], B) or differ(position_ids.shape[1], S))
-        require(fits, f"position_ids must be [{B}, {S}], it is {show(position_ids)}", "position_ids")
+        if not fits:
+            refuse(f"position_ids must be [{B}, {S}], it is {show(position_ids)}", "position_ids")
     return D
 
 

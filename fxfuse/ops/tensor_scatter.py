@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxfuse.ops.registry import define_op, differ, exceeds, one_node, require, show
+from fxfuse.ops.registry import define_op, differ, exceeds, one_node, refuse, show
 
 SCHEMA = "(Tensor past_cache, Tensor update, Tensor? write_indices=None, *, int axis=-2, str mode='linear') -> Tensor"
 DEFAULTS = {"axis": -2, "mode": "linear"}
@@ -21,22 +21,29 @@ DEFAULTS = {"axis": -2, "mode": "linear"}
 def check(past_cache: Tensor, update: Tensor, write_indices: Tensor | None, axis: int, mode: str) -> int:
     """The sequence dimension, counted from the front; raises FxfuseError on arguments that do not fit."""
     rank = past_cache.dim()
-    require(mode in ("linear", "circular"), f"mode must be linear or circular, it is {mode!r}", "mode")
+    if mode not in ("linear", "circular"):
+        refuse(f"mode must be linear or circular, it is {mode!r}", "mode")
     in_range = -rank <= axis < rank and axis % rank != 0
-    require(in_range, f"axis {axis} is no sequence dimension of past_cache {show(past_cache)}", "axis")
+    if not in_range:
+        refuse(f"axis {axis} is no sequence dimension of past_cache {show(past_cache)}", "axis")
     axis %= rank
-    require(update.dtype == past_cache.dtype, f"update is {update.dtype}, past_cache {past_cache.dtype}", "update")
+    if update.dtype != past_cache.dtype:
+        refuse(f"update is {update.dtype}, past_cache {past_cache.dtype}", "update")
     fits = update.dim() == rank and not any(
         differ(update.shape[d], past_cache.shape[d]) for d in range(rank) if d != axis
     )
     sizes = f"update {show(update)}, past_cache {show(past_cache)}"
-    require(fits, f"{sizes}: they may differ in dimension {axis} only", "update")
+    if not fits:
+        refuse(f"{sizes}: they may differ in dimension {axis} only", "update")
     S, T = update.shape[axis], past_cache.shape[axis]
-    require(not exceeds(S, T), f"{sizes}: it is longer than the cache", "update")
+    if exceeds(S, T):
+        refuse(f"{sizes}: it is longer than the cache", "update")
     if write_indices is not None:
-        require(write_indices.dtype == torch.int64, "write_indices must be int64", "write_indices")
+        if write_indices.dtype != torch.int64:
+            refuse("write_indices must be int64", "write_indices")
         fits = write_indices.dim() == 1 and not differ(write_indices.shape[0], past_cache.shape[0])
-        require(fits, f"write_indices must be [{past_cache.shape[0]}], it is {show(write_indices)}", "write_indices")
+        if not fits:
+            refuse(f"write_indices must be [{past_cache.shape[0]}], it is {show(write_indices)}", "write_indices")
     return axis
 
 
@@ -66,7 +73,8 @@ def composite(
         low, high = write_indices.aminmax()
         fits = low.item() >= 0 and high.item() + S <= T
         what = f"{S} entries at {write_indices.tolist()} do not fit a cache of {T}"
-        require(fits, what, "write_indices", "use mode='circular' for a cache that wraps around")
+        if not fits:
+            refuse(what, "write_indices", "use mode='circular' for a cache that wraps around")
     index = slots(past_cache, update, write_indices, axis, mode)
     out.movedim(axis, 1).index_put_(index, update.movedim(axis, 1))
     return out

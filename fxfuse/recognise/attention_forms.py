@@ -103,8 +103,14 @@ def _mask(
     result: torch.Tensor | None = None
     for mask in masks:
         value = _to_four_axes(others[mask.index], rank, heads)
+        if value.dtype != torch.bool and not mask.keeps:
+            value = -value
         if value.dtype == torch.bool:
             value = value if mask.keeps else ~value
+            if mask.finite:
+                # Rows with no key: the fill is lost against itself, and the row averages, as the model's does.
+                value = torch.zeros_like(value, dtype=dtype).masked_fill(~value, torch.finfo(dtype).min / 2)
+        if value.dtype == torch.bool:
             if result is None or result.dtype == torch.bool:
                 result = value if result is None else result & value
             else:

@@ -11,11 +11,12 @@ from torch.fx import Node
 from fxfuse.graph.region import Region, between, real_users
 from fxfuse.graph.view import ARITHMETIC, CAST, LAYOUT, NO_OP, GraphView, argument, fake, is_random, op_name, tensor
 from fxfuse.recognise.answers import Reason
-from fxfuse.recognise.contraction import Product, product
+from fxfuse.recognise.contraction import Product, product, swapped
 from fxfuse.recognise.questions import Questions
 from fxfuse.recognise.walk import chain_back, chain_forward
 
 SOFTMAX = frozenset({"softmax", "_softmax"})
+ANCHORS = SOFTMAX | {"exp"}
 SDPA = "scaled_dot_product_attention"
 _ELEMENTWISE = frozenset(
     [
@@ -43,6 +44,9 @@ _ELEMENTWISE = frozenset(
         "bitwise_not",
     ]
 )
+_WRITTEN_OUT = ARITHMETIC | CAST | NO_OP | {"exp", "sum", "amax", "max", "log_softmax", "logsumexp", "softmax", "log"}
+"""What a softmax may be written out with, and what may lie between the weights and their product."""
+_TRANSPOSES = frozenset({"transpose", "permute", "mT", "t", "swapaxes", "swapdims", "movedim", "moveaxis", "adjoint"})
 _SCALED = frozenset({"mul", "div", "neg", "true_divide", "multiply"})
 
 
@@ -59,14 +63,17 @@ class Parts:
     output: Node
 
 
-def find_parts(anchor: Node) -> Parts | Reason:
-    """The products before and after a softmax; or the operands of an SDPA call."""
-    if is_random(anchor):
-        return Reason("attention, but its dropout is active", 2)
+def find_parts(anchor: Node) -> tuple[Parts, ...] | Reason:
+    """The products before and after a softmax; or the operands of an SDPA call.
+
+    More than one reading where the scores are transposed on the way: which side is q shows when it is asked.
+    """
     if op_name(anchor) == SDPA:
+        if is_random(anchor):
+            return Reason("attention, but its dropout is active", 2)
         q, k, v = (argument(anchor, n) for n in ("query", "key", "value"))
-        return Parts(anchor, q, k, v, None, None, anchor)
-    if argument(anchor, "dim") not in (-1, fake(anchor).dim() - 1):
+        return (Parts(anchor, q, k, v, None, None, anchor),)
+    if op_name(anchor) in SOFTMAX and argument(anchor, "dim") not in (-1, fake(anchor).dim() - 1):
         return Reason("a softmax, but not over the last axis")
     before = _scores(anchor)
     if before is None:
@@ -74,49 +81,52 @@ def find_parts(anchor: Node) -> Parts | Reason:
     after = _weighted(anchor)
     if isinstance(after, Reason):
         return after
-    return Parts(anchor, before.left, before.right, after.right, before, after, after.node)
+    readings = (before[0], swapped(before[0])) if before[1] else before[:1]
+    return tuple(Parts(anchor, r.left, r.right, after.right, r, after, after.node) for r in readings)
 
 
-def _scores(softmax: Node) -> Product | None:
-    """The nearest product behind the softmax's input, through whatever is elementwise."""
-    source = softmax.args[0]
+def _scores(anchor: Node) -> tuple[Product, bool] | None:
+    """The nearest product behind the anchor's input, through whatever is elementwise; and is it transposed there?"""
+    source = anchor.args[0]
     assert isinstance(source, Node)
     seen, level = {source}, [source]
+    transposed = False
     for _ in range(16):
         for node in level:
             if (found := product(node)) is not None:
-                return found
+                return found, transposed
         following = []
         for node in level:
             name = op_name(node)
-            if name in ARITHMETIC or name in CAST or name in LAYOUT or name in _ELEMENTWISE or name in NO_OP:
+            transposed = transposed or name in _TRANSPOSES
+            if name in _WRITTEN_OUT or name in LAYOUT or name in _ELEMENTWISE:
                 for i in node.all_input_nodes:
-                    if i not in seen and tensor(i) is not None:
+                    if i not in seen and (tensor(i) is not None or op_name(node) == "getitem"):
                         seen.add(i)
                         following.append(i)
         level = following
     return None
 
 
-def _weighted(softmax: Node) -> Product | Reason:
-    """The product that the weights go into, as ``weights · V``."""
-    node = softmax
-    for _ in range(8):
-        users = real_users(node)
-        users = [u for u in users if tensor(u) is not None]
-        if len(users) != 1:
-            return Reason("softmax of a product, but the weights are read elsewhere too", 1)
-        user = users[0]
-        found = product(user)
-        if found is not None and found.left is node:
-            # `columns` brings V from [*lead, T, Dv] to [*lead, Dv, T].
-            return found
-        if is_random(user):
-            return Reason("attention, but its dropout is active", 2)
-        if op_name(user) not in CAST and op_name(user) not in LAYOUT and op_name(user) not in NO_OP:
-            return Reason(f"softmax of a product, but then {op_name(user)} where weights · V was expected", 1)
-        node = user
-    return Reason("softmax of a product, but no second product", 1)
+def _weighted(anchor: Node) -> Product | Reason:
+    """The nearest product that the weights go into, as ``weights · V``."""
+    seen, level = {anchor}, [anchor]
+    for _ in range(10):
+        following = []
+        for node in level:
+            for user in real_users(node):
+                found = product(user)
+                if found is not None and found.left is node:
+                    return found
+                if found is not None and found.right is node:
+                    return swapped(found)
+                if is_random(user):
+                    return Reason("attention, but its dropout is active", 2)
+                if user not in seen and (op_name(user) in _WRITTEN_OUT or op_name(user) in LAYOUT):
+                    seen.add(user)
+                    following.append(user)
+        level = following
+    return Reason("softmax of a product, but no product of the weights", 1)
 
 
 def regions(view: GraphView, parts: Parts, ask: Questions) -> Iterator[Region]:
@@ -126,7 +136,7 @@ def regions(view: GraphView, parts: Parts, ask: Questions) -> Iterator[Region]:
 
     def deepest(operand: Node, ranks: tuple[int, ...]) -> Node | None:
         chain = []
-        for node in chain_back(operand, lambda name: name in reach):
+        for node in chain_back(view, operand, lambda name: name in reach):
             if tensor(node) is None:
                 continue
             if fake(node).dtype != fake(operand).dtype:

@@ -62,7 +62,10 @@ def _einsum(node: Node, equation: str, left: Node, right: Node) -> Product | Non
     """Letters in both operands and the result are lead; of the left's own, the last in the result is M."""
     inputs, _, out = equation.replace(" ", "").partition("->")
     a, _, b = inputs.partition(",")
-    if not out or "." in equation or any(len(set(t)) < len(t) for t in (a, b, out)):
+    if "..." in a and "..." in b and "..." in out and fake(left).dim() - len(a) == fake(right).dim() - len(b):
+        spare = "ZYXWVU"[: fake(left).dim() - len(a) + 3]
+        a, b, out = (t.replace("...", spare) for t in (a, b, out))
+    if not out or "." in a + b + out or any(len(set(t)) < len(t) for t in (a, b, out)):
         return None
     summed = [c for c in a if c in b and c not in out]
     rows = [c for c in out if c in a and c not in b]

@@ -128,7 +128,10 @@ def draw(
     if math.prod(shape) > MAX_ELEMENTS:
         raise CannotEvaluate(f"input {node.name} is too large to draw: {list(shape)}")
     if value.dtype == torch.bool:
-        return torch.rand(shape, generator=generator) < 0.7
+        drawn = torch.rand(shape, generator=generator) < 0.7
+        if shape and shape[-1] > 1:  # as a mask, whichever way it is read, it leaves every row something
+            drawn[..., 0], drawn[..., 1] = True, False
+        return drawn
     if value.dtype.is_complex:
         parts = torch.randn((*shape, 2), dtype=torch.float64, generator=generator) * scale
         return torch.view_as_complex(parts).to(evaluator.dtype(value.dtype))

@@ -13,6 +13,7 @@ from fxfuse.graph.view import argument, fake, op_name
 from fxfuse.recognise.answers import Reason
 from fxfuse.recognise.attention_parts import SDPA, Parts
 from fxfuse.recognise.evaluate import Evaluator
+from fxfuse.recognise.questions import Questions
 
 Axes = Literal["BSX", "BSHD", "BHSD"]
 """``[B, S, H·D]``, ``[B, S, H, D]``, ``[B, H, S, D]``."""
@@ -34,13 +35,13 @@ class Heads:
     """What q and k are multiplied with on their way to the product."""
 
 
-def measure_heads(region: Region, parts: Parts, evaluator: Evaluator) -> Heads | Reason:
+def measure_heads(region: Region, parts: Parts, evaluator: Evaluator, ask: Questions) -> Heads | Reason:
     """Send element numbers from each source to its operand, and compare where they arrive."""
     q_src, k_src, v_src = region.sources
     arrived: list[torch.Tensor] = []
     scales: list[float] = []
     for what, source, operand in (("q", q_src, parts.q), ("k", k_src, parts.k), ("v", v_src, parts.v)):
-        arrival = _arrivals(region, source, operand, evaluator)
+        arrival = _arrivals(region, source, operand, evaluator, ask)
         if isinstance(arrival, Reason):
             return Reason(f"attention, but {what} {arrival.text}", 2)
         arrived.append(arrival[0])
@@ -84,20 +85,23 @@ def measure_heads(region: Region, parts: Parts, evaluator: Evaluator) -> Heads |
     return Heads(layouts["q"], layouts["k"], layouts["v"], out, *sizes, q_scale * k_scale)
 
 
-def _arrivals(region: Region, source: Node, operand: Node, evaluator: Evaluator) -> tuple[torch.Tensor, float] | Reason:
+def _arrivals(
+    region: Region, source: Node, operand: Node, evaluator: Evaluator, ask: Questions
+) -> tuple[torch.Tensor, float] | Reason:
     """Element numbers of `source` as they arrive in `operand`, and the constant they were multiplied with."""
     shape = evaluator.sizes.shape(source)
     numbers = torch.arange(1, torch.Size(shape).numel() + 1, dtype=torch.float64).reshape(shape)
     if operand is source:
         return numbers, 1.0
     way = between(region.view, operand, [source], lambda _: True)
-    if way is None or way.others:
+    if way is None or any(fake(n).dtype.is_floating_point for n in way.others):
         return Reason("is mixed with other tensors on the way")
-    scale = evaluator.region(way, [torch.ones_like(numbers)])
+    indices = ask.draws(way.others, evaluator, 51)
+    scale = evaluator.region(way, [torch.ones_like(numbers), *indices])
     if not torch.allclose(scale, scale.flatten()[:1], rtol=1e-12) or scale.flatten()[0] == 0:
         return Reason("is not only moved and scaled on the way")
     factor = scale.flatten()[0].item()
-    arrived = evaluator.region(way, [numbers]) / factor
+    arrived = evaluator.region(way, [numbers, *indices]) / factor
     whole = arrived.round()
     return (whole, factor) if torch.allclose(arrived, whole, atol=1e-3) else Reason("is not only moved and scaled")
 

@@ -18,6 +18,8 @@ EXACT_TOLERANCE = 1e-9
 """Largest float64 difference, relative to the output's size: summation order, never meaning."""
 DRAWS = 2
 """Draws that must agree at least."""
+DEFINED = 0.5
+"""Share of the region's values that must be finite for a draw to count (rows masked whole may be nan)."""
 MISMATCHES = 0.02
 """Share of elements that may differ in a low-precision dtype where the same rounding is asked for."""
 
@@ -58,8 +60,11 @@ def _same_function(region: Region, found: Found, form: Form, ask: Questions) -> 
             continue
         actual = _apply(form, inputs)
         _same_shape(expected, actual)
-        difference = (actual - expected).abs().max().item() if expected.numel() else 0.0
-        size = expected.abs().max().item() if expected.numel() else 1.0
+        defined = expected.isfinite()
+        if defined.double().mean() < DEFINED:
+            continue
+        difference = (actual - expected)[defined].abs().max().item()
+        size = expected[defined].abs().max().item()
         if not difference <= EXACT_TOLERANCE * max(size, 1e-30):
             raise Refused(f"differs in float64 by {difference:.3g} where values are up to {size:.3g}")
         compared += 1
@@ -80,6 +85,10 @@ def _same_rounding(region: Region, found: Found, form: Form, ask: Questions) -> 
     _same_shape(expected, actual)
     if actual.dtype != expected.dtype:
         raise Refused(f"gives {actual.dtype} for {expected.dtype}")
+    defined = expected.isfinite() & reference.isfinite()
+    actual, expected, reference = actual[defined], expected[defined], reference[defined]
+    if not defined.any():
+        raise Refused(f"gives nothing finite in {dtype}")
     unit = torch.finfo(dtype).eps * reference.abs().clamp(min=float(reference.square().mean().sqrt()) + 1e-30)
     off = ((actual.double() - expected.double()).abs() / unit).max().item()
     if found.averaging:
@@ -112,5 +121,5 @@ def _same_shape(expected: torch.Tensor, actual: torch.Tensor) -> None:
     if not isinstance(actual, torch.Tensor) or actual.shape != expected.shape:
         shape = list(actual.shape) if isinstance(actual, torch.Tensor) else type(actual).__name__
         raise Refused(f"gives {shape} where the region gives {list(expected.shape)}")
-    if not torch.isfinite(actual).all() and torch.isfinite(expected).all():
+    if not actual.isfinite()[expected.isfinite()].all():
         raise Refused("gives values that are not finite where the region's are")

@@ -60,7 +60,17 @@ class Questions:
     def draws(self, nodes: Iterable[Node], evaluator: Evaluator, seed: int) -> list[torch.Tensor]:
         """Independent random values for each node."""
         gen = generator(seed)
-        return [draw(node, evaluator, gen) for node in nodes]
+        return [self._fixed(node, evaluator) if self._is_index(node) else draw(node, evaluator, gen) for node in nodes]
+
+    def _is_index(self, node: Node) -> bool:
+        """An integer tensor that no input has a part in: a permutation or a repeat, not a draw."""
+        kind = fake(node).dtype
+        integer = not (kind.is_floating_point or kind.is_complex or kind == torch.bool)
+        return integer and not self.depends_on_input(node)
+
+    def _fixed(self, node: Node, evaluator: Evaluator) -> torch.Tensor:
+        (value,) = self.leaf_values([node], evaluator, 0)
+        return value
 
     def inputs(self, region: Region, evaluator: Evaluator, seed: int, *, from_leaves: bool) -> list[torch.Tensor]:
         """Random sources, and others drawn freely or computed from the program's leaves."""

@@ -59,15 +59,22 @@ def _walk(
     return sorted(found, key=view.order.__getitem__)
 
 
-def chain_back(node: Node, allowed: Allowed) -> Iterator[Node]:
-    """`node`, then what it is made from, as long as that is a single tensor: a chain of layout and scaling."""
+def chain_back(view: GraphView, node: Node, allowed: Allowed) -> Iterator[Node]:
+    """`node`, then each single tensor that it is made from by layout and scaling alone, nearest first.
+
+    Ways that part and meet again (a concatenation of slices) are one; integer tensors (an index) are not on the way.
+    """
+    cut = {node}
     yield node
-    while node.op == "call_function" and allowed(op_name(node)):
-        feeding = {i for i in node.all_input_nodes if i.meta.get("val") is not None and not _is_size(i)}
-        if len(feeding) != 1:
+    for _ in range(64):
+        last = max(cut, key=lambda n: view.order.get(n, -1))
+        if last.op != "call_function" or not allowed(op_name(last)):
             return
-        node = feeding.pop()
-        yield node
+        cut = (cut - {last}) | {i for i in last.all_input_nodes if _carries(i)}
+        if not cut:
+            return
+        if len(cut) == 1:
+            yield next(iter(cut))
 
 
 def chain_forward(node: Node, allowed: Allowed) -> Iterator[Node]:
@@ -80,6 +87,13 @@ def chain_forward(node: Node, allowed: Allowed) -> Iterator[Node]:
             return
         node = users[0]
         yield node
+
+
+def _carries(node: Node) -> bool:
+    value = tensor(node)
+    if value is None:
+        return not _is_size(node)
+    return value.dtype.is_floating_point or value.dtype.is_complex
 
 
 def _is_size(node: Node) -> bool:
