@@ -140,14 +140,14 @@ class _Run:
             answer = self._recognise(pattern, region, ask)
             if isinstance(answer, Found):
                 found.append((region, answer))
-                if proposal.best_rank is not None and answer.rank >= proposal.best_rank:
+                if region.closed and proposal.best_rank is not None and answer.rank >= proposal.best_rank:
                     body = self._prove(pattern, region, answer, ask)
                     if isinstance(body, Graph):
                         return _Match(region, answer, body)
             elif nearest is None or answer.closeness > nearest[0].closeness:
                 nearest = (answer, region.nodes)
         refusal: tuple[str, Region, Found] | None = None
-        for region, answer in sorted(found, key=lambda pair: -pair[1].rank):
+        for region, answer in sorted(found, key=lambda pair: (not pair[0].closed, -pair[1].rank)):
             body = self._prove(pattern, region, answer, ask)
             if isinstance(body, Graph):
                 return _Match(region, answer, body)

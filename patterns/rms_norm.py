@@ -26,7 +26,7 @@ from fxfuse.recognise.questions import Questions
 from fxfuse.recognise.walk import backward, forward
 
 _ANCHORS = frozenset({"rsqrt", "sqrt", "rms_norm", "linalg_vector_norm", "norm"})
-_SCALED = 2
+_SCALED, _PLAIN = 4, 2
 _WHOLE = _SCALED + 1
 _DOUBLE = 11
 """`onnx.TensorProto.DOUBLE`: the default stash_type would round a float64 model to float32."""
@@ -96,7 +96,9 @@ class RMSNorm:
         parameters = {"epsilon": epsilon, "scale": known}
         forms = _forms(region, scale, epsilon)
         # Of two regions of equal standing the one that needs no casts around it is the better.
-        rank = (_SCALED if scale.position is not None else 0) + (fake(x).dtype == fake(region.output).dtype)
+        rank = (_SCALED if scale.position is not None else _PLAIN if scale.offset == 1 else 0) + (
+            fake(x).dtype == fake(region.output).dtype
+        )
         return Found(self.operator, parameters, forms, rank=rank, from_leaves=f.from_leaves)
 
     def _near(self, f: _Function, x: Node, size: int) -> Reason:

@@ -30,7 +30,7 @@ _SUMS = frozenset({"add", "sub", "addcmul", "rsub", "sum"})
 
 
 def _walked(name: str) -> bool:
-    return name in ARITHMETIC or name in CAST or name in LAYOUT or name in ("sum", "einsum", "where")
+    return name in ARITHMETIC or name in CAST or name in LAYOUT or name in ("sum", "einsum", "where", "matmul")
 
 
 class RotaryEmbedding:

@@ -56,6 +56,12 @@ class Region:
             ids[node] = f"%{len(ids)}"
         return ";".join(parts)
 
+    @cached_property
+    def closed(self) -> bool:
+        """Does nothing outside read a value from inside, the output excepted? Then the whole region goes."""
+        inside = set(self.nodes)
+        return all(u in inside for n in self.nodes[:-1] for u in real_users(n))
+
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(n.name for n in self.nodes)

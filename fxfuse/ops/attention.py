@@ -10,6 +10,18 @@ Three operators and not one, because an ONNX node costs up to twice the time whe
 nobody reads. Alignment of `is_causal`, as opset 24 corrected it: query i sees key j if j <= i + offset, with the
 offset 0 without a cache, P with a past, nonpad_kv_seqlen - Sq with a cache in K and V. A query that sees no key
 gives 0.
+
+Q                 [B, Hq, Sq, D] or, with q_num_heads, [B, Sq, Hq*D]; any floating-point type, any layout
+K, V              [B, Hkv, Skv, D or Dv] or [B, Skv, Hkv*...]; Hkv divides Hq; Q's type, as all that follows
+attn_mask         bool, or Q's type; broadcasts to [B, Hq, Sq, T], T = P + Skv; a shorter last dim hides the rest,
+                  also if it is 1
+past_key, _value  [B, Hkv, P, D or Dv]
+nonpad_kv_seqlen  [B], int64; not with a past, nor where present_key is given
+Y                 Q's rank: [B, Hq, Sq, Dv], in memory [B, Sq, Hq, Dv], or [B, Sq, Hq*Dv]
+present_*         [B, Hkv, T, D or Dv], contiguous
+qk_matmul_output  [B, Hq, Sq, T], contiguous; which stage it is says qk_matmul_output_mode
+
+Raises FxfuseError, naming the argument: shapes, types or attributes that do not fit.
 """
 
 from __future__ import annotations

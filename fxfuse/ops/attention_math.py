@@ -228,12 +228,14 @@ def scores(p: Problem, a: Attributes, dtype: torch.dtype | None = None) -> Score
     mask = combined(p._replace(mask=padded(p.mask, p.K.shape[2])), a.is_causal)
     if mask is None:
         return Scores(raw, capped, capped, torch.softmax(capped, -1, dtype=dtype).to(raw.dtype))
-    if mask.dtype == torch.bool:
-        masked, empty = capped.masked_fill(~mask, -math.inf), ~mask.any(-1, keepdim=True)
-    else:
-        masked, empty = capped + mask, (mask == -math.inf).all(-1, keepdim=True)
-    weights = torch.softmax(masked, -1, dtype=dtype).masked_fill(empty, 0.0)
+    masked = capped.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else capped + mask
+    weights = torch.softmax(masked, -1, dtype=dtype).masked_fill(sees_nothing(mask), 0.0)
     return Scores(raw, capped, masked, weights.to(raw.dtype))
+
+
+def sees_nothing(mask: Tensor) -> Tensor:
+    """The rows [.., Sq, 1] that hide every key; told by the mask, for the scores can be NaN there."""
+    return ~mask.any(-1, keepdim=True) if mask.dtype == torch.bool else (mask == -math.inf).all(-1, keepdim=True)
 
 
 def grouped_matmul(x: Tensor, y: Tensor) -> Tensor:
@@ -288,12 +290,18 @@ def sdpa(p: Problem, a: Attributes) -> Tensor:
         return F.scaled_dot_product_attention(p.Q, p.K, p.V, is_causal=True, scale=a.scale, enable_gqa=Hq != Hkv)
     mask = combined(p, int(causal))
     if Sq > 1 or Hq == Hkv:
-        return F.scaled_dot_product_attention(p.Q, p.K, p.V, mask, scale=a.scale, enable_gqa=Hq != Hkv)
+        return sdpa_call(p.Q, p, mask, a)
     # One query a head: the group as the query's rows makes better use of the kernel (twice as fast, measured).
     if mask is not None:
         mask = mask.expand(B, Hq, 1, T).reshape(B, Hkv, Hq // Hkv, T)
-    y = F.scaled_dot_product_attention(grouped(p.Q, Hkv), p.K, p.V, mask, scale=a.scale)
-    return ungrouped(y, p.Q)
+    return ungrouped(sdpa_call(grouped(p.Q, Hkv), p, mask, a), p.Q)
+
+
+def sdpa_call(Q: Tensor, p: Problem, mask: Maybe, a: Attributes) -> Tensor:
+    gqa = Q.shape[1] != p.K.shape[1]
+    y = F.scaled_dot_product_attention(Q, p.K, p.V, mask, scale=a.scale, enable_gqa=gqa)
+    # PyTorch's CPU kernels give 0 to a query that sees nothing; not every CUDA kernel promises it.
+    return y if mask is None or y.device.type == "cpu" else y.masked_fill(sees_nothing(mask), 0.0)
 
 
 def widened(p: Problem, dtype: torch.dtype) -> Problem:
@@ -311,6 +319,8 @@ def shortened(p: Problem) -> Problem:
         T = min(T, max(high, 0))
         if low == high:
             lengths, offset = None, high - p.Q.shape[2]
+    if p.K.shape[2] == T:
+        return p._replace(lengths=lengths, offset=offset)
     mask = None if p.mask is None else p.mask[..., :T]
     return Problem(p.Q, p.K[:, :, :T], p.V[:, :, :T], mask, lengths, offset)
 

@@ -3,6 +3,13 @@
 https://onnx.ai/onnx/operators/onnx__RMSNormalization.html
 
     Y = cast(X / sqrt(mean(X², axes=axis..) + epsilon), X.dtype) · scale      the quotient in `stash_type`
+
+X           [..., d(axis), ..., d(-1)], any floating-point type and layout
+scale       any floating-point type, broadcasts to X
+stash_type  ONNX's number of a type: 1 float32, 10 float16, 11 float64, 16 bfloat16
+Y           X's shape, scale's type, contiguous
+
+Raises FxfuseError, naming the argument: an axis out of range, a scale that does not broadcast, an unknown type.
 """
 
 from __future__ import annotations

@@ -4,6 +4,14 @@ https://onnx.ai/onnx/operators/onnx__RotaryEmbedding.html
 
     Y1 = X1·cos - X2·sin        X1, X2: the halves of the first rotary_embedding_dim elements of every head,
     Y2 = X1·sin + X2·cos        or, interleaved, its even and its odd elements; the rest of X passes through
+
+X             [B, H, S, D] or, with num_heads, [B, S, H*D]; any floating-point type and layout
+cos, sin      [B, S, R/2] or, with position_ids, [positions, R/2]; X's type; R is rotary_embedding_dim, or D if that is 0
+position_ids  [B, S], int64
+Y             X's shape and type; three dims contiguous, four in memory as [B, S, H, D]
+
+Raises FxfuseError, naming the argument: shapes or types that do not fit. As in ONNX, nothing broadcasts over the batch.
+Float64 is for proofs and gradients: ONNX's operator has no such type.
 """
 
 from __future__ import annotations
@@ -92,6 +100,13 @@ def angles(cache: Tensor, position_ids: Tensor | None) -> Tensor:
     return (cache if position_ids is None else cache[position_ids]).unsqueeze(2)
 
 
+def output(X: Tensor) -> Tensor:
+    """Y to be: four dims lie in memory as [B, S, H, D], as those of a model's transposed projections do."""
+    if X.dim() == 3:
+        return torch.empty(X.shape, dtype=X.dtype, device=X.device)
+    return torch.empty_permuted(X.shape, (0, 2, 1, 3), dtype=X.dtype, device=X.device)
+
+
 def composite(
     X: Tensor,
     cos_cache: Tensor,
@@ -104,12 +119,13 @@ def composite(
 ) -> Tensor:
     D = check(X, cos_cache, sin_cache, position_ids, interleaved, num_heads, rotary_embedding_dim)
     cos, sin = angles(cos_cache, position_ids), angles(sin_cache, position_ids)
-    out = torch.empty(X.shape, dtype=X.dtype, device=X.device)
+    out = output(X)
     x, y = heads_last(X, num_heads), heads_last(out, num_heads)
     (x1, x2), (y1, y2) = halves(x, interleaved, D), halves(y, interleaved, D)
-    # Each product is rounded before the sum, as the specification's MUL and SUB do; addcmul would not.
-    torch.mul(x1, cos, out=y1).sub_(x2 * sin)
-    torch.mul(x1, sin, out=y2).add_(x2 * cos)
+    # Each product is rounded before the sum, as the specification's Mul, Sub and Add do; addcmul would not.
+    torch.mul(x[..., :D], cos.repeat_interleave(2, -1) if interleaved else torch.cat((cos, cos), -1), out=y[..., :D])
+    y1.sub_(x2 * sin)
+    y2.add_(x1 * sin)
     y[..., D:] = x[..., D:]
     return out
 
@@ -125,7 +141,7 @@ def fake(
     rotary_embedding_dim: int = 0,
 ) -> Tensor:
     check(X, cos_cache, sin_cache, position_ids, interleaved, num_heads, rotary_embedding_dim)
-    return torch.empty(X.shape, dtype=X.dtype, device=X.device)
+    return output(X)
 
 
 def decomposition(
@@ -147,7 +163,8 @@ def decomposition(
     y = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
     if rotary_embedding_dim:
         y = torch.cat((y, x[..., D:]), -1)
-    return y.flatten(2) if X.dim() == 3 else y.transpose(1, 2).contiguous()
+    y = y.contiguous()
+    return y.flatten(2) if X.dim() == 3 else y.transpose(1, 2)
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:

@@ -3,6 +3,14 @@
 https://onnx.ai/onnx/operators/onnx__TensorScatter.html
 
     present = past;  present[b, .., write_indices[b] + s, ..] = update[b, .., s, ..]     (circular: modulo the length)
+
+past_cache     [B, ..., T, ...], T being dimension `axis`; any type and layout; it is not written to
+update         [B, ..., S, ...] with S <= T, the same type
+write_indices  [B], int64; zeros if left out
+present        past_cache's shape and type, contiguous
+
+Raises FxfuseError, naming the argument: shapes or types that do not fit, and (where looking is cheap: on CPU) a linear
+write that runs out of the cache.
 """
 
 from __future__ import annotations

@@ -116,9 +116,9 @@ def _weighted(anchor: Node) -> Product | Reason:
         for node in level:
             for user in real_users(node):
                 found = product(user)
-                if found is not None and found.left is node:
+                if found is not None and found.left in seen:
                     return found
-                if found is not None and found.right is node:
+                if found is not None and found.right in seen:
                     return swapped(found)
                 if is_random(user):
                     return Reason("attention, but its dropout is active", 2)

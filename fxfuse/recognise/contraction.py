@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fxfuse.graph.view import argument, fake, op_name
+from fxfuse.graph.view import argument, fake, op_name, static, tensor
 
 Canonical = Callable[[torch.Tensor], torch.Tensor]
 
@@ -51,10 +51,32 @@ def product(node: Node) -> Product | None:
             return None
         scale = {k: float(argument(node, k)) for k in ("alpha", "beta")} if added is not None else {}
         return Product(node, operands[0], operands[1], _same, _swap, _same, added, **scale)
+    if name == "sum":
+        return _sum(node)
     if name == "einsum" and isinstance(node.args[1], (list, tuple)) and len(node.args[1]) == 2:
         left, right = node.args[1]
         if isinstance(left, Node) and isinstance(right, Node):
             return _einsum(node, str(node.args[0]), left, right)
+    return None
+
+
+def _sum(node: Node) -> Product | None:
+    """sum(a · b) over one axis, where a has size 1 for the columns and b for the rows."""
+    multiplied, axes = node.args[0], argument(node, "dim")
+    if not isinstance(multiplied, Node) or op_name(multiplied) != "mul" or argument(node, "keepdim"):
+        return None
+    factors = [a for a in multiplied.args if isinstance(a, Node) and tensor(a) is not None]
+    rank = fake(multiplied).dim()
+    if len(factors) != 2 or rank < 4 or not isinstance(axes, (list, tuple)) or len(axes) != 1:
+        return None
+    axis = axes[0] % rank - rank
+    if axis not in (-1, -2) or any(fake(f).dim() != rank for f in factors):
+        return None
+    spread = -2 if axis == -1 else -1  # the axis of the columns
+    for left, right in (factors, factors[::-1]):
+        if static(fake(left).shape[spread]) == 1 and static(fake(right).shape[-3]) == 1:
+            columns = (lambda t: t.squeeze(-3)) if axis == -1 else (lambda t: t.squeeze(-3).transpose(-1, -2))
+            return Product(node, left, right, lambda t: t.squeeze(spread), columns, _same)
     return None
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.fx import Node
 
 from fxfuse.graph.region import Region
+from fxfuse.graph.view import fake
 from fxfuse.recognise.answers import Reason
 from fxfuse.recognise.evaluate import MAX_ELEMENTS, CannotEvaluate, Evaluator
 from fxfuse.recognise.questions import Questions
@@ -43,6 +45,10 @@ def measure_rotation(region: Region, ask: Questions) -> Rotation | Reason:
     others = [_unique(t, i) for i, t in enumerate(ask.draws(region.others, evaluator, seed=3))]
     (x,) = region.sources
     shape = evaluator.sizes.shape(x)
+    held = [i for i, n in enumerate(region.others) if _is_permutation(n, shape[-1], ask)]
+    if held:
+        values = ask.leaf_values([region.others[i] for i in held], evaluator, 3)
+        others = [values[held.index(i)] if i in held else t for i, t in enumerate(others)]
     sample = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     y = evaluator.region(region, [sample, *others])
     if y.shape != sample.shape or y.is_complex():
@@ -64,7 +70,13 @@ def measure_rotation(region: Region, ask: Questions) -> Rotation | Reason:
         apart = _same_angles_here(region, ask, first, second)
         if apart is not None:
             return apart
-    return Rotation(evaluator, others, shape[-1], 2 * len(first), interleaved, cos, sin, from_leaves=not together)
+    from_leaves = bool(held) or not together
+    return Rotation(evaluator, others, shape[-1], 2 * len(first), interleaved, cos, sin, from_leaves)
+
+
+def _is_permutation(node: Node, dim: int, ask: Questions) -> bool:
+    """May this be the constant matrix that crosses the features, x @ P, rather than a table of cos or sin?"""
+    return tuple(fake(node).shape) == (dim, dim) and not ask.depends_on_input(node)
 
 
 def _reaches(region: Region, evaluator: Evaluator, others: list[torch.Tensor]) -> torch.Tensor:
