@@ -13,7 +13,7 @@ from torch.export import Dim, ExportedProgram
 import fxfuse
 
 from .generator import EXPORT_SHAPE, SECOND_SHAPE
-from .mutants import MUTANTS, WIDTH, Mutant
+from .mutants import MUTANTS, SILENT, WIDTH, Mutant
 
 MAGNITUDES = (1.0, 1e-3, 30.0)
 """Small inputs show what eps does, large ones what a clamp does."""
@@ -65,7 +65,17 @@ def test_there_are_enough_mutants() -> None:
         assert sum(mutant.operator == operator for mutant in MUTANTS) >= 12
 
 
-@pytest.mark.parametrize("mutant", [m for m in MUTANTS if m.explained], ids=str)
+EXPLAINED = [
+    *(m for m in MUTANTS if m.explained),
+    *(
+        pytest.param(m, marks=pytest.mark.xfail(reason="the report is silent about it"), id=str(m))
+        for m in MUTANTS
+        if m.what in SILENT
+    ),
+]
+
+
+@pytest.mark.parametrize("mutant", EXPLAINED, ids=str)
 def test_near_miss_is_explained(mutant: Mutant) -> None:
     """In words, and with the line of the model that it is about."""
     fused = fxfuse.fuse(exported(mutant, mutant.context(mutant.function).eval()))
