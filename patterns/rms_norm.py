@@ -12,7 +12,6 @@ tensor of the region has to be it. For tiny x, solve for epsilon. Nothing is rea
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
@@ -22,6 +21,7 @@ from fxfuse.graph.view import ARITHMETIC, CAST, LAYOUT, ROOTS, GraphView, argume
 from fxfuse.recognise.answers import Form, Found, Input, Proposal, Reason
 from fxfuse.recognise.evaluate import draw, generator
 from fxfuse.recognise.literals import snap
+from fxfuse.recognise.normalisation import NormFunction, Scale, cast, measure_epsilon, near_miss, scale_source
 from fxfuse.recognise.questions import Questions
 from fxfuse.recognise.walk import backward, forward
 
@@ -75,7 +75,7 @@ class RMSNorm:
         if not all(is_float(n) for n in region.others):
             return Reason("it also reads tensors that are not floating point")
         scales = []
-        functions = [_Function(region, ask, seed) for seed in (1, 2)]
+        functions = [NormFunction(region, ask, seed) for seed in (1, 2)]
         for seed, f in enumerate(functions):
             big = draw(x, f.evaluator, generator(seed + 10)) * 1e4
             ratio = f(big) * big.square().mean(-1, keepdim=True).sqrt() / big
@@ -83,12 +83,12 @@ class RMSNorm:
             if not torch.isfinite(rows).all():
                 return Reason("not a normalisation")
             if not torch.allclose(rows, rows[:1].expand_as(rows), rtol=1e-6):
-                return self._near(f, x, size)
+                return near_miss(f, x, size)
             scales.append(rows[0])
-        scale = _scale_source(region, functions, scales)
+        scale = scale_source(region, functions, scales)
         if isinstance(scale, Reason):
             return scale
-        epsilon = _epsilon(f, x, scales[-1])
+        epsilon = measure_epsilon(f, x, scales[-1])
         if isinstance(epsilon, Reason):
             return epsilon
         epsilon = snap(epsilon, region)
@@ -101,98 +101,8 @@ class RMSNorm:
         )
         return Found(self.operator, parameters, forms, rank=rank, from_leaves=f.from_leaves)
 
-    def _near(self, f: _Function, x: Node, size: int) -> Reason:
-        """Scale-invariant per position, so a normalisation of some kind: which property fails?"""
-        values = draw(x, f.evaluator, generator(5)) * 1e4
-        ratio = f(values) / (values / values.square().mean(-1, keepdim=True).sqrt())
-        scaled = f(values * 3) / (values / values.square().mean(-1, keepdim=True).sqrt())
-        if not torch.allclose(ratio, scaled, rtol=1e-5) or not torch.isfinite(ratio).all():
-            return Reason("not a normalisation")
-        by_position = ratio / ratio[..., :1]
-        if torch.allclose(by_position, by_position.reshape(-1, size)[:1].expand_as(by_position), rtol=1e-6):
-            return Reason("RMSNorm but for its size, which is not the root mean square over the last axis alone", 2)
-        centred = values - values.mean(-1, keepdim=True)
-        flat = f(values) / (centred / centred.square().mean(-1, keepdim=True).sqrt())
-        if torch.allclose(flat, flat.reshape(-1, size)[:1].expand_as(flat), rtol=1e-5):
-            return Reason("it subtracts the mean first: a LayerNorm, not an RMSNorm", 3)
-        return Reason("RMSNorm but for the weight, which varies over the positions (a gate?)", 2)
 
-
-class _Function:
-    """The region as a function of x alone."""
-
-    def __init__(self, region: Region, ask: Questions, seed: int) -> None:
-        self.region = region
-        self.evaluator = ask.evaluator(0)
-        gen = generator(seed)
-        size = fake(region.sources[0]).shape[-1]
-        # An epsilon or a 1 held in a tensor keeps its value; whatever may be the scale is drawn.
-        held = [n for n in region.others if fake(n).shape[-1:] != (size,) and not ask.depends_on_input(n)]
-        values = dict(zip(held, ask.leaf_values(held, self.evaluator, seed), strict=True)) if held else {}
-        self.others = [values[n] if n in values else draw(n, self.evaluator, gen).abs() + 0.5 for n in region.others]
-        self.free = [i for i, n in enumerate(region.others) if n not in values]
-        self.from_leaves = bool(held)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.evaluator.region(self.region, [x, *self.others])
-
-
-@dataclass(frozen=True)
-class _Scale:
-    """factor · (the tensor at `position` of the inputs) + offset; the constant `offset` where there is no tensor."""
-
-    position: int | None
-    factor: float
-    offset: float
-
-    def __call__(self, inputs: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
-        if self.position is None:
-            return torch.full((inputs[0].shape[-1],), self.offset, dtype=dtype, device=inputs[0].device)
-        scale = _cast(inputs[self.position], dtype)
-        scale = scale.reshape(-1) if scale.dim() != 1 else scale
-        scale = scale if self.factor == 1 else scale * self.factor
-        return scale if self.offset == 0 else scale + self.offset
-
-
-def _scale_source(region: Region, f: list[_Function], scales: list[torch.Tensor]) -> _Scale | Reason:
-    """Which tensor the scale is, or a multiple of and a constant more than; or the constant it is."""
-    if len(f[0].free) > 1:
-        return Reason("RMSNorm, but it reads more than one tensor besides x", 2)
-    for index in f[0].free:
-        drawn = [g.others[index].reshape(-1) for g in f]
-        if any(d.numel() != s.numel() for d, s in zip(drawn, scales, strict=True)):
-            continue
-        factor = (scales[0] - scales[1]) / (drawn[0] - drawn[1])
-        offset = scales[0] - factor * drawn[0]
-        if _constant(factor) and _constant(offset):
-            return _Scale(1 + index, snap(factor[0].item(), region), snap(offset[0].item(), region))
-    if f[0].free or not _constant(torch.cat(scales)):
-        return Reason("RMSNorm, but its weight is none of the tensors it reads", 2)
-    return _Scale(None, 1.0, snap(scales[0][0].item(), region))
-
-
-def _constant(values: torch.Tensor) -> bool:
-    return torch.allclose(values, values[:1].expand_as(values), rtol=1e-5, atol=1e-5)
-
-
-def _epsilon(f: _Function, x: Node, scale: torch.Tensor) -> float | Reason:
-    """Solve (x·scale/y)² - mean(x²) for tiny x, where epsilon is not."""
-    found = []
-    for magnitude in (1e-3, 1e-4):
-        tiny = draw(x, f.evaluator, generator(7)) * magnitude
-        measured = (tiny * scale / f(tiny)).square() - tiny.square().mean(-1, keepdim=True)
-        epsilon = measured.mean().item()
-        if not torch.allclose(measured, torch.full_like(measured, epsilon), rtol=1e-3, atol=1e-12):
-            return Reason(
-                "RMSNorm, but epsilon is not added to the mean square under the root (outside it, or clamped)", 3
-            )
-        found.append(epsilon)
-    if abs(found[0] - found[1]) > 1e-3 * abs(found[1]) + 1e-12 or found[1] < -1e-15:
-        return Reason("RMSNorm, but epsilon is not added to the mean square under the root (outside it, or clamped)", 3)
-    return max(found[1], 0.0)
-
-
-def _forms(region: Region, scale: _Scale, epsilon: float) -> tuple[Form, ...]:
+def _forms(region: Region, scale: Scale, epsilon: float) -> tuple[Form, ...]:
     """In x's own dtype if it is the scale's and the result's too; else float32 inside, cast back."""
     out = fake(region.output).dtype
     kinds = {fake(n).dtype for n in region.inputs} | {out}
@@ -204,17 +114,13 @@ def _forms(region: Region, scale: _Scale, epsilon: float) -> tuple[Form, ...]:
             kind = x.dtype if exact else inside
             weight = scale(inputs, kind)
             stash = {"stash_type": _DOUBLE} if exact else {}
-            y: torch.Tensor = torch.ops.fxfuse.rms_norm(_cast(x, kind), weight, epsilon=epsilon, **stash)
-            return y if exact else _cast(y, out)
+            y: torch.Tensor = torch.ops.fxfuse.rms_norm(cast(x, kind), weight, epsilon=epsilon, **stash)
+            return y if exact else cast(y, out)
 
         return rms_norm
 
     wide: Callable[..., torch.Tensor] = form(torch.float32)
     return (form(out), wide) if len(kinds) > 1 or out != torch.float32 else (wide,)
-
-
-def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _is_root_power(node: Node) -> bool:

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from fxfuse.errors import FxfuseError
 from fxfuse.ops import attention_math as math_
-from fxfuse.ops.attention_math import Attributes, Inputs, Sizes
+from fxfuse.ops.attention_arguments import Attributes, Inputs, Sizes, check
 from fxfuse.ops.registry import as_laid_out, define_op, equal, one_node, refuse
 
 ARGUMENTS = (
@@ -85,7 +85,7 @@ def keys_and_values(i: Inputs, a: Attributes, sizes: Sizes, fresh: bool) -> tupl
 
 
 def checked(i: Inputs, a: Attributes, count: int) -> Sizes:
-    sizes = math_.check(i, a)
+    sizes = check(i, a)
     if count > 1:
         what = "with nonpad_kv_seqlen the cache is in K and V: there is no present_key to give"
         if not (i.nonpad_kv_seqlen is None or count == 4):
@@ -151,7 +151,7 @@ def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """Recomputes the attention weights: nothing of size Sq × T is kept between forward and backward."""
     i, a = Inputs(*ctx.saved_tensors), Attributes(**ctx.attributes)
     grad_Y, grad_present_key, grad_present_value, grad_qk = (*grads, None, None, None)[:4]
-    sizes = math_.check(i, a)
+    sizes = check(i, a)
     K = math_.joined(i.past_key, math_.split_heads(i.K, a.kv_num_heads))
     V = math_.joined(i.past_value, math_.split_heads(i.V, a.kv_num_heads))
     if grad_Y is not None:

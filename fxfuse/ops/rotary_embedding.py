@@ -6,7 +6,7 @@ https://onnx.ai/onnx/operators/onnx__RotaryEmbedding.html
     Y2 = X1·sin + X2·cos        or, interleaved, its even and its odd elements; the rest of X passes through
 
 X             [B, H, S, D] or, with num_heads, [B, S, H*D]; any floating-point type and layout
-cos, sin      [B, S, R/2] or, with position_ids, [positions, R/2]; X's type; R is rotary_embedding_dim, or D if that is 0
+cos, sin      [B, S, R/2] or, with position_ids, [positions, R/2]; X's type; R is rotary_embedding_dim or, if 0, D
 position_ids  [B, S], int64
 Y             X's shape and type; three dims contiguous, four in memory as [B, S, H, D]
 

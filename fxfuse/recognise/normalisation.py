@@ -1,0 +1,110 @@
+"""A normalisation asked for its scale and its epsilon, and why it is none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from fxfuse.graph.region import Region
+from fxfuse.graph.view import fake
+from fxfuse.recognise.answers import Reason
+from fxfuse.recognise.evaluate import draw, generator
+from fxfuse.recognise.literals import snap
+from fxfuse.recognise.questions import Questions
+
+
+class NormFunction:
+    """The region as a function of x alone."""
+
+    def __init__(self, region: Region, ask: Questions, seed: int) -> None:
+        self.region = region
+        self.evaluator = ask.evaluator(0)
+        gen = generator(seed)
+        size = fake(region.sources[0]).shape[-1]
+        # An epsilon or a 1 held in a tensor keeps its value; whatever may be the scale is drawn.
+        held = [n for n in region.others if fake(n).shape[-1:] != (size,) and not ask.depends_on_input(n)]
+        values = dict(zip(held, ask.leaf_values(held, self.evaluator, seed), strict=True)) if held else {}
+        self.others = [values[n] if n in values else draw(n, self.evaluator, gen).abs() + 0.5 for n in region.others]
+        self.free = [i for i, n in enumerate(region.others) if n not in values]
+        self.from_leaves = bool(held)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.evaluator.region(self.region, [x, *self.others])
+
+
+@dataclass(frozen=True)
+class Scale:
+    """factor · (the tensor at `position` of the inputs) + offset; the constant `offset` where there is no tensor."""
+
+    position: int | None
+    factor: float
+    offset: float
+
+    def __call__(self, inputs: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
+        if self.position is None:
+            return torch.full((inputs[0].shape[-1],), self.offset, dtype=dtype, device=inputs[0].device)
+        scale = cast(inputs[self.position], dtype)
+        scale = scale.reshape(-1) if scale.dim() != 1 else scale
+        scale = scale if self.factor == 1 else scale * self.factor
+        return scale if self.offset == 0 else scale + self.offset
+
+
+def scale_source(region: Region, f: list[NormFunction], scales: list[torch.Tensor]) -> Scale | Reason:
+    """Which tensor the scale is, or a multiple of and a constant more than; or the constant it is."""
+    if len(f[0].free) > 1:
+        return Reason("RMSNorm, but it reads more than one tensor besides x", 2)
+    for index in f[0].free:
+        drawn = [g.others[index].reshape(-1) for g in f]
+        if any(d.numel() != s.numel() for d, s in zip(drawn, scales, strict=True)):
+            continue
+        factor = (scales[0] - scales[1]) / (drawn[0] - drawn[1])
+        offset = scales[0] - factor * drawn[0]
+        if _constant(factor) and _constant(offset):
+            return Scale(1 + index, snap(factor[0].item(), region), snap(offset[0].item(), region))
+    if f[0].free or not _constant(torch.cat(scales)):
+        return Reason("RMSNorm, but its weight is none of the tensors it reads", 2)
+    return Scale(None, 1.0, snap(scales[0][0].item(), region))
+
+
+def _constant(values: torch.Tensor) -> bool:
+    return torch.allclose(values, values[:1].expand_as(values), rtol=1e-5, atol=1e-5)
+
+
+def measure_epsilon(f: NormFunction, x: Node, scale: torch.Tensor) -> float | Reason:
+    """Solve (x·scale/y)² - mean(x²) for tiny x, where epsilon is not."""
+    found = []
+    for magnitude in (1e-3, 1e-4):
+        tiny = draw(x, f.evaluator, generator(7)) * magnitude
+        measured = (tiny * scale / f(tiny)).square() - tiny.square().mean(-1, keepdim=True)
+        epsilon = measured.mean().item()
+        if not torch.allclose(measured, torch.full_like(measured, epsilon), rtol=1e-3, atol=1e-12):
+            return Reason(
+                "RMSNorm, but epsilon is not added to the mean square under the root (outside it, or clamped)", 3
+            )
+        found.append(epsilon)
+    if abs(found[0] - found[1]) > 1e-3 * abs(found[1]) + 1e-12 or found[1] < -1e-15:
+        return Reason("RMSNorm, but epsilon is not added to the mean square under the root (outside it, or clamped)", 3)
+    return max(found[1], 0.0)
+
+
+def near_miss(f: NormFunction, x: Node, size: int) -> Reason:
+    """Scale-invariant per position, so a normalisation of some kind: which property fails?"""
+    values = draw(x, f.evaluator, generator(5)) * 1e4
+    ratio = f(values) / (values / values.square().mean(-1, keepdim=True).sqrt())
+    scaled = f(values * 3) / (values / values.square().mean(-1, keepdim=True).sqrt())
+    if not torch.allclose(ratio, scaled, rtol=1e-5) or not torch.isfinite(ratio).all():
+        return Reason("not a normalisation")
+    by_position = ratio / ratio[..., :1]
+    if torch.allclose(by_position, by_position.reshape(-1, size)[:1].expand_as(by_position), rtol=1e-6):
+        return Reason("RMSNorm but for its size, which is not the root mean square over the last axis alone", 2)
+    centred = values - values.mean(-1, keepdim=True)
+    flat = f(values) / (centred / centred.square().mean(-1, keepdim=True).sqrt())
+    if torch.allclose(flat, flat.reshape(-1, size)[:1].expand_as(flat), rtol=1e-5):
+        return Reason("it subtracts the mean first: a LayerNorm, not an RMSNorm", 3)
+    return Reason("RMSNorm but for the weight, which varies over the positions (a gate?)", 2)
+
+
+def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
