@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 
 import fxfuse
 from fxfuse.errors import FxfuseError
+from fxfuse.onnx.boolean import without_boolean_where
 from fxfuse.onnx.capture import capture, check_program, named
 from fxfuse.onnx.files import save
 from fxfuse.ops import translation_table
@@ -142,6 +143,7 @@ def translate(
         **options,
     )
     assert onnx_program is not None  # None is what the TorchScript exporter returns
+    without_boolean_where(onnx_program.model)
     onnx_program.fxfuse_report = fxfuse.report(fused)  # type: ignore[attr-defined]
     return onnx_program
 

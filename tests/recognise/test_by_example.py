@@ -32,7 +32,9 @@ def add_layer_norm(
 
 
 @add_layer_norm.register_fake
-def _(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, epsilon: float) -> torch.Tensor:
+def _(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, epsilon: float
+) -> torch.Tensor:
     return torch.empty_like(x)
 
 
