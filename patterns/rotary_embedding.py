@@ -25,7 +25,8 @@ from fxfuse.recognise.rotary_forms import rotary_forms
 from fxfuse.recognise.rotation import Rotation, measure_rotation
 from fxfuse.recognise.walk import backward, forward
 
-_PRODUCTS = frozenset({"mul", "addcmul", "einsum"})
+_PRODUCTS = frozenset({"mul", "addcmul", "einsum", "matmul", "bmm"})
+_MATRIX = frozenset({"matmul", "bmm", "einsum"})
 _SUMS = frozenset({"add", "sub", "addcmul", "rsub", "sum"})
 
 
@@ -96,8 +97,11 @@ def _rank(region: Region, rotation: Rotation) -> int:
 
 
 def _mixes(view: GraphView, node: Node) -> bool:
-    """A sum of products, or a complex product."""
-    if op_name(node) in _SUMS or op_name(node) == "einsum":
+    """A sum of products, a complex product, or a product with 2 by 2 matrices."""
+    if op_name(node) in _MATRIX:
+        shapes = (tuple(fake(i).shape[-2:]) for i in node.all_input_nodes if is_float(i))
+        return any(all(static(d) == 2 for d in shape) and len(shape) == 2 for shape in shapes)
+    if op_name(node) in _SUMS:
         near = [node, *backward(view, node, _walked, depth=4, limit=16)]
         return is_float(node) and fake(node).dim() >= 2 and any(op_name(n) in _PRODUCTS for n in near)
     return op_name(node) == "mul" and fake(node).dtype.is_complex

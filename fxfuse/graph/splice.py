@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -38,12 +39,15 @@ def trace(form: Callable[..., torch.Tensor], inputs: Iterable[Node]) -> Graph:
         with mode:
             return form(*tensors)
 
-    with torch.no_grad():
-        module = make_fx(in_mode, pre_dispatch=True, tracing_mode="real")(*(f.detach() for f in fakes))
+    # torch before 2.13 has no such context; there a guard shows only afterwards.
+    unguarded = getattr(env, "error_on_new_guards", nullcontext)
+    try:
+        with torch.no_grad(), unguarded():
+            module = make_fx(in_mode, pre_dispatch=True, tracing_mode="real")(*(f.detach() for f in fakes))
+    except Exception as error:  # a guard comes wrapped in whatever operator asked for the size
+        raise Guarded(f"it cannot be traced with symbolic sizes: {str(error).splitlines()[0]}") from error
     if env is not None and len(env.guards) > guards:
-        guard = env.guards[guards].expr
-        del env.guards[guards:]
-        raise Guarded(f"it would specialise the program on {guard}")
+        raise Guarded(f"it would specialise the program on {env.guards[guards].expr}")
     return module.graph
 
 

@@ -8,11 +8,17 @@ import torch
 from torch.fx import Node
 
 from fxfuse.graph.region import Region
-from fxfuse.graph.view import fake
+from fxfuse.graph.view import fake, static
 from fxfuse.recognise.answers import Reason
 from fxfuse.recognise.evaluate import draw, generator
 from fxfuse.recognise.literals import snap
 from fxfuse.recognise.questions import Questions
+
+
+def _as_long(node: Node, size: int) -> bool:
+    """Is the last axis this long, statically?"""
+    value = fake(node)
+    return value.dim() > 0 and static(value.shape[-1]) == size
 
 
 class NormFunction:
@@ -24,7 +30,7 @@ class NormFunction:
         gen = generator(seed)
         size = fake(region.sources[0]).shape[-1]
         # An epsilon or a 1 held in a tensor keeps its value; whatever may be the scale is drawn.
-        held = [n for n in region.others if fake(n).shape[-1:] != (size,) and not ask.depends_on_input(n)]
+        held = [n for n in region.others if not _as_long(n, size) and not ask.depends_on_input(n)]
         values = dict(zip(held, ask.leaf_values(held, self.evaluator, seed), strict=True)) if held else {}
         self.others = [values[n] if n in values else draw(n, self.evaluator, gen).abs() + 0.5 for n in region.others]
         self.free = [i for i, n in enumerate(region.others) if n not in values]

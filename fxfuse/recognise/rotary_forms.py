@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Node
@@ -54,17 +54,26 @@ def rotary_forms(region: Region, rotation: Rotation, caches: Caches) -> tuple[Fo
 
 
 def _rotate(
-    layout: Layout, rotation: Rotation, caches: Caches, inputs: tuple[torch.Tensor, ...], dtype: torch.dtype
+    layout: Layout,
+    rotation: Rotation,
+    caches: Caches,
+    inputs: tuple[torch.Tensor, ...],
+    dtype: torch.dtype,
+    read: tuple[int, ...] = (),
 ) -> torch.Tensor:
     x, others = inputs[0], inputs[1:]
+    if layout.batch == 0 and layout.rank > 3:  # [S, B, *heads, D]
+        inner_layout = replace(layout, batch=1, sequence=1)
+        return _rotate(inner_layout, rotation, caches, (x.transpose(0, 1), *others), dtype, (0,)).transpose(0, 1)
     shape = x.shape
-    axes = (*range(layout.batch), layout.sequence)
-    sizes = [shape[a] for a in axes]
+    axes = read or (*range(layout.batch), layout.sequence)
+    sizes = [shape[a] for a in (*range(layout.batch), layout.sequence)]
     y: torch.Tensor
     x = x if x.dtype == dtype else x.to(dtype)
     tables = []
     for cache in (caches.cos, caches.sin):
         table = cache.read(others[cache.index], axes)
+        table = table.unsqueeze(0) if read else table
         table = table.expand(*sizes, cache.pairs)
         table = table.flatten(0, layout.batch - 1) if layout.batch > 1 else table
         table = table.unsqueeze(0) if layout.batch == 0 else table

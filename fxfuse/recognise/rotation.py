@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.fx import Node
 
 from fxfuse.graph.region import Region
-from fxfuse.graph.view import fake
+from fxfuse.graph.view import fake, static
 from fxfuse.recognise.answers import Reason
 from fxfuse.recognise.evaluate import MAX_ELEMENTS, CannotEvaluate, Evaluator
 from fxfuse.recognise.questions import Questions
@@ -45,10 +44,10 @@ def measure_rotation(region: Region, ask: Questions) -> Rotation | Reason:
     others = [_unique(t, i) for i, t in enumerate(ask.draws(region.others, evaluator, seed=3))]
     (x,) = region.sources
     shape = evaluator.sizes.shape(x)
-    held = [i for i, n in enumerate(region.others) if _is_permutation(n, shape[-1], ask)]
-    if held:
-        values = ask.leaf_values([region.others[i] for i in held], evaluator, 3)
-        others = [values[held.index(i)] if i in held else t for i, t in enumerate(others)]
+    if shape[-1] == 2 and len(shape) > 4:
+        return Reason("a rotation of single pairs, part of a wider one")
+    signs = _signs(region, shape[-1], evaluator, ask)
+    others = [signs.get(i, t) for i, t in enumerate(others)]
     sample = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     y = evaluator.region(region, [sample, *others])
     if y.shape != sample.shape or y.is_complex():
@@ -70,13 +69,21 @@ def measure_rotation(region: Region, ask: Questions) -> Rotation | Reason:
         apart = _same_angles_here(region, ask, first, second)
         if apart is not None:
             return apart
-    from_leaves = bool(held) or not together
+    from_leaves = bool(signs) or not together
     return Rotation(evaluator, others, shape[-1], 2 * len(first), interleaved, cos, sin, from_leaves)
 
 
-def _is_permutation(node: Node, dim: int, ask: Questions) -> bool:
-    """May this be the constant matrix that crosses the features, x @ P, rather than a table of cos or sin?"""
-    return tuple(fake(node).shape) == (dim, dim) and not ask.depends_on_input(node)
+def _signs(region: Region, dim: int, evaluator: Evaluator, ask: Questions) -> dict[int, torch.Tensor]:
+    """Constants of 0, 1 and -1 that cross the features, x @ P, or turn them, x · sign: no tables of cos or sin."""
+    found = {}
+    for index, node in enumerate(region.others):
+        shape = tuple(static(s) for s in fake(node).shape)  # a symbol compared with a size would be guarded on
+        if shape[-1:] != (dim,) or any(s not in (1, dim) for s in shape[:-1]) or ask.depends_on_input(node):
+            continue
+        (value,) = ask.leaf_values([node], evaluator, 3)
+        if bool(((value == 0) | (value.abs() == 1)).all()) and bool((value < 0).any() or len(shape) > 1):
+            found[index] = value
+    return found
 
 
 def _reaches(region: Region, evaluator: Evaluator, others: list[torch.Tensor]) -> torch.Tensor:
