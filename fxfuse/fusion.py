@@ -176,6 +176,8 @@ class _Run:
                 answer = pattern.recognise(region, ask)
             except CannotEvaluate as error:
                 answer = Reason(str(error))
+            except Exception as error:  # a pattern (a user's, say) that fails must not take the export down
+                answer = Reason(f"could not be asked: {type(error).__name__}: {error}", NEAR)
             key = _own_key(pattern, region) if ask.read_leaves else _key(pattern, region)
             self.answers[key] = answer
             return answer
