@@ -64,7 +64,11 @@ def measure_scores(region: Region, parts: Parts, evaluator: Evaluator, ask: Ques
     change = _centred(f(raw * 1e-3, biases) - bias, soft)
     known = _centred(raw * 1e-3, soft)
     scale = float((change * known).sum() / (known * known).sum())
-    if not math.isfinite(scale) or scale == 0 or not torch.allclose(change, known * scale, rtol=1e-3, atol=abs(scale) * 1e-6):
+    if (
+        not math.isfinite(scale)
+        or scale == 0
+        or not torch.allclose(change, known * scale, rtol=1e-3, atol=abs(scale) * 1e-6)
+    ):
         return Reason("softmax of a product, but the scores are not scaled by one constant", 2)
     softcap = _softcap(f, biases, bias, soft, scale)
     softcap = snap(softcap, region) if softcap else 0.0
