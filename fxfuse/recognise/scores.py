@@ -6,6 +6,7 @@ spellings all look the same from outside.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import product as choices
 
