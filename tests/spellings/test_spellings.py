@@ -36,8 +36,17 @@ class Outcome:
         return f"{self.exported.spelling}: {self.wrong or self.missed}\n    {made}"
 
 
+def fixed_sizes(program: torch.export.ExportedProgram) -> list[str]:
+    """Batch or length of ``x`` where they are numbers: export leaves both symbolic."""
+    (x,) = (n for n in program.graph.nodes if n.op == "placeholder" and n.target == "x")
+    return [f"x.shape[{i}] = {size}" for i, size in enumerate(x.meta["val"].shape[:2]) if isinstance(size, int)]
+
+
 def differs(exported: Exported, fused: torch.export.ExportedProgram) -> str | None:
     """Where the fused program is farther from the model in float64 than the model's own rounding explains."""
+    for program, whose in ((fused, "fused"), (exported.program, "caller's own")):
+        if fixed := fixed_sizes(program):
+            return f"fusing has fixed sizes of the {whose} program that were dynamic: {fixed}"
     model, run = exported.model, fused.module()
     exact = exported.spelling.build(torch.float64)
     for shape in (EXPORT_SHAPE, SECOND_SHAPE):
