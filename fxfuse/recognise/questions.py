@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from fxfuse.graph.region import Region
 from fxfuse.graph.view import fake, op_name, static, tensor
+from fxfuse.graph.wrapped import flattened
 from fxfuse.recognise.evaluate import CannotEvaluate, Evaluator, draw, generator
 from fxfuse.recognise.sizes import Sizes, ranges_of
 
@@ -41,7 +42,7 @@ class Questions:
         None where no axis is symbolic; the upper bound of a symbol is enough.
         """
         largest = 0
-        for ancestor in _ancestors([node]):
+        for ancestor in flattened(_ancestors([node])):
             numbers = list(_integers((ancestor.args, dict(ancestor.kwargs))))
             if ancestor.name in self._constants:
                 numbers.extend(self._constants[ancestor.name].shape)
@@ -183,7 +184,7 @@ def _is_size(node: Node) -> bool:
 def _table_rows(nodes: Iterable[Node]) -> int:
     """The fewest rows of any table that is indexed: integer inputs below it are valid in all of them."""
     rows = []
-    for node in nodes:
+    for node in flattened(nodes):
         if op_name(node) in _INDEXED:
             table = node.args[0]
             size = static(fake(table).shape[0]) if isinstance(table, Node) else None
