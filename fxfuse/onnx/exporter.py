@@ -15,6 +15,7 @@ from fxfuse.errors import FxfuseError
 from fxfuse.onnx.boolean import without_boolean_where
 from fxfuse.onnx.capture import capture, check_program, named
 from fxfuse.onnx.files import save
+from fxfuse.onnx.missing import missing_translations
 from fxfuse.ops import translation_table
 from fxfuse.ops.registry import check_opset
 
@@ -134,7 +135,11 @@ def translate(
     **options: Any,
 ) -> torch.onnx.ONNXProgram:
     """The ONNX program of one that `fxfuse.fuse` returned; `options` go to ``torch.onnx.export``."""
-    table: dict[Any, Any] = {**translation_table(opset), **(custom_translation_table or {})}
+    table: dict[Any, Any] = {
+        **missing_translations(fused.graph.nodes),
+        **translation_table(opset),
+        **(custom_translation_table or {}),
+    }
     onnx_program = torch.onnx.export(
         fused,
         opset_version=opset,

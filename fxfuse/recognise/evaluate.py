@@ -84,7 +84,7 @@ class Evaluator:
             self._affordable.add(node)
         args = self._retype(map_arg(node.args, concrete))
         kwargs = self._retype(map_arg(dict(node.kwargs), concrete))
-        if self.exact and name == "rms_norm" and argument(node, "eps") is None:
+        if self.exact and node.target is torch.ops.aten.rms_norm.default and argument(node, "eps") is None:
             source = node.args[0]
             assert isinstance(source, Node)
             args = (*args[:3], *([None] * (3 - len(args))), torch.finfo(fake(source).dtype).eps)
