@@ -124,7 +124,7 @@ class _Run:
                 match = self._decide(pattern, proposal, ask, taken)
                 if match is not None:
                     matches.append(match)
-                    taken.update(match.region.nodes)
+                    taken.update(match.region.computed)
         with self._clock("rewrite"):
             self._rewrite(matches)
 
@@ -135,7 +135,7 @@ class _Run:
         if proposal.missed is not None:
             nearest = (proposal.missed, proposal.nodes or (proposal.anchor,))
         for region in self._timed("propose", proposal.regions):
-            if taken.intersection(region.nodes):
+            if taken & region.computed:
                 continue
             answer = self._recognise(pattern, region, ask)
             if isinstance(answer, Found):

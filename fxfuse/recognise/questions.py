@@ -36,13 +36,13 @@ class Questions:
         """An evaluator where bounded symbols take their bound, up to `limit`: tables are met whole."""
         return Evaluator(Sizes(self.ranges, 1, stretch=limit))
 
-    def beyond_literals(self, node: Node) -> Evaluator | None:
-        """An evaluator at which the last two axes of `node` exceed every number its computation mentions.
+    def beyond_literals(self, *nodes: Node) -> Evaluator | None:
+        """An evaluator at which the last two axes of `nodes` exceed every number their computation mentions.
 
         None where no axis is symbolic; the upper bound of a symbol is enough.
         """
         largest = 0
-        for ancestor in flattened(_ancestors([node])):
+        for ancestor in flattened(_ancestors(nodes)):
             numbers = list(_integers((ancestor.args, dict(ancestor.kwargs))))
             if ancestor.name in self._constants:
                 numbers.extend(self._constants[ancestor.name].shape)
@@ -52,6 +52,7 @@ class Questions:
             largest = max([largest, *(abs(n) for n in numbers if abs(n) < 2**31 - 1)])
         symbols = {
             symbol
+            for node in nodes
             for dim in map(_any, fake(node).shape[-2:])
             if isinstance(dim, torch.SymInt)
             for symbol in dim.node.expr.free_symbols
@@ -59,9 +60,14 @@ class Questions:
         return Evaluator(Sizes(self.ranges, 0, preset=dict.fromkeys(symbols, largest + 3))) if symbols else None
 
     def draws(self, nodes: Iterable[Node], evaluator: Evaluator, seed: int) -> list[torch.Tensor]:
-        """Independent random values for each node."""
+        """Independent random values for each node; a node given twice (k that is v too) has one."""
         gen = generator(seed)
-        return [self._fixed(node, evaluator) if self._is_index(node) else draw(node, evaluator, gen) for node in nodes]
+        drawn: dict[Node, torch.Tensor] = {}
+        wanted = list(nodes)
+        for node in wanted:
+            if node not in drawn:
+                drawn[node] = self._fixed(node, evaluator) if self._is_index(node) else draw(node, evaluator, gen)
+        return [drawn[node] for node in wanted]
 
     def _is_index(self, node: Node) -> bool:
         """An integer tensor that no input has a part in: a permutation or a repeat, not a draw."""
