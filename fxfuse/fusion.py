@@ -24,6 +24,7 @@ from fxfuse.graph.region import Region
 from fxfuse.graph.source import module_path, source_line
 from fxfuse.graph.splice import Guarded, Splicer, trace
 from fxfuse.graph.view import GraphView
+from fxfuse.graph.wrapped import inline_layers
 from fxfuse.ops.registry import check_opset
 from fxfuse.recognise.answers import NEAR, Form, Found, Input, Pattern, Proposal, Reason
 from fxfuse.recognise.catalogue import catalogue
@@ -66,6 +67,7 @@ def fuse(
     result = copy_program(program)
     report = Report(opset, nodes_before=_calls(result.graph))
     run = _Run(result, report, verified=verify == "on")
+    inline_layers(result)
     writes = functionalise(result.graph)
     for pattern in catalogue() if patterns is None else patterns:
         if pattern.since_opset <= opset:
