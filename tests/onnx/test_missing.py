@@ -43,6 +43,16 @@ def test_grouped_products_run_in_onnx_runtime(fallback: torch._ops.OpOverload, g
         torch.testing.assert_close(got, module(x, ends.int()), rtol=1e-5, atol=1e-5)
 
 
+def test_inverse_error_function_runs_in_onnx_runtime() -> None:
+    class Quantile(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.erfinv(x)
+
+    x = torch.cat([torch.linspace(-0.9999, 0.9999, 401), torch.tensor([-1.0, 0.0, 1e-6, 1.0])])
+    (got,) = OnnxRuntime(fxfuse.onnx.export(Quantile().eval(), (x,)))(x)
+    torch.testing.assert_close(got, torch.erfinv(x), rtol=2e-5, atol=1e-7)
+
+
 def test_only_what_a_program_holds_is_translated() -> None:
     class Plain(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
