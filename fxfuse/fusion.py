@@ -121,7 +121,7 @@ class _Run:
         ask = Questions(self.program)
         matches: list[_Match] = []
         taken: set[Node] = set()
-        for proposal in self._timed("propose", pattern.propose(view, ask)):
+        for proposal in self._guarded(pattern, self._timed("propose", pattern.propose(view, ask))):
             if proposal.anchor not in taken:
                 match = self._decide(pattern, proposal, ask, taken)
                 if match is not None:
@@ -136,7 +136,7 @@ class _Run:
         nearest: tuple[Reason, tuple[Node, ...]] | None = None
         if proposal.missed is not None:
             nearest = (proposal.missed, proposal.nodes or (proposal.anchor,))
-        for region in self._timed("propose", proposal.regions):
+        for region in self._guarded(pattern, self._timed("propose", proposal.regions), proposal.anchor):
             if taken & region.computed:
                 continue
             answer = self._recognise(pattern, region, ask)
@@ -217,7 +217,7 @@ class _Run:
         pattern: Pattern,
         status: Literal["refused", "near miss"],
         nodes: Sequence[Node],
-        anchor: Node,
+        anchor: Node | None,
         *,
         reason: str,
         parameters: dict[str, object] | None = None,
@@ -229,10 +229,19 @@ class _Run:
                 nodes=tuple(n.name for n in nodes),
                 parameters=parameters or {},
                 reason=reason,
-                source=source_line(anchor),
-                module=module_path(anchor),
+                source=source_line(anchor) if anchor is not None else None,
+                module=module_path(anchor) if anchor is not None else None,
             )
         )
+
+    def _guarded(self, pattern: Pattern, items: Iterator[T], anchor: Node | None = None) -> Iterator[T]:
+        """Pass items on; where making one fails, say so and stop: a pattern must not take the export down."""
+        try:
+            yield from items
+        except Exception as error:
+            why = f"could not propose: {type(error).__name__}: {error}"
+            nodes = (anchor,) if anchor is not None else ()
+            self._note(pattern, "near miss", nodes, anchor, reason=why)
 
     @contextmanager
     def _clock(self, stage: str) -> Iterator[None]:

@@ -72,7 +72,9 @@ class Attention:
         if scores.sinks is not None:
             parameters["sinks"] = Input(3 + scores.sinks.index)
         form = attention_form(region, heads, scores, causal=causal, masks=masks)
-        return Found(self.operator, parameters, (form,), ulp=4.0, averaging=True, from_leaves=lower or scores.from_leaves)
+        return Found(
+            self.operator, parameters, (form,), ulp=4.0, averaging=True, from_leaves=lower or scores.from_leaves
+        )
 
 
 def _all_regions(view: GraphView, readings: tuple[Parts, ...], ask: Questions) -> Iterator[Region]:

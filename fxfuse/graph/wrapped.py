@@ -79,14 +79,17 @@ def _inline(call: Node, inside: Wrapped) -> None:
                 env[node].meta = dict(node.meta)
             elif node.op == "call_function":
                 env[node] = graph.node_copy(node, env.__getitem__)
-        for result in output.args[0]:  # type: ignore[union-attr]
-            value = env[result]  # type: ignore[index]
+        returned: Any = output.args[0]
+        for result in returned:
+            value = env[result]
             if without_grad and isinstance(value, Node) and isinstance(value.meta.get("val"), torch.Tensor):
-                value = graph.call_function(torch.ops.aten.detach.default, (value,))
-                value.meta = {k: v for k, v in value.args[0].meta.items() if k != "tensor_meta"}
+                detached = graph.call_function(torch.ops.aten.detach.default, (value,))
+                detached.meta = {k: v for k, v in value.meta.items() if k != "tensor_meta"}
+                value = detached
             results.append(value)
     for user in list(call.users):
-        user.replace_all_uses_with(results[user.args[1]], propagate_meta=False)  # type: ignore[index]
+        position: Any = user.args[1]
+        user.replace_all_uses_with(results[position], propagate_meta=False)
         graph.erase_node(user)
     reference = _reference(call)
     graph.erase_node(call)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import sympy
 import torch
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
@@ -52,7 +53,8 @@ def _shorter(program: ExportedProgram, inputs: Inputs) -> tuple[dict[Any, int], 
     for name, leaf in zip(names, leaves, strict=True):
         value = values.get(name) if isinstance(name, str) else None
         if isinstance(value, torch.Tensor) and isinstance(leaf, torch.Tensor):
-            for axis, size in enumerate(value.shape):
+            shape: tuple[Any, ...] = tuple(value.shape)
+            for axis, size in enumerate(shape):
                 if not isinstance(size, torch.SymInt):
                     continue
                 if not size.node.expr.is_Symbol:
@@ -72,7 +74,7 @@ def _admits(program: ExportedProgram, sizes: dict[Any, int]) -> bool:
     mode = next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None)
     env = getattr(mode, "shape_env", None)
     guards = (g.expr for g in env.guards) if env is not None else ()
-    return not any(g.xreplace(sizes) == False for g in guards)  # noqa: E712: sympy's false is no bool
+    return not any(g.xreplace(sizes) == sympy.false for g in guards)
 
 
 def _compare(program: ExportedProgram, module: torch.nn.Module, inputs: Inputs) -> None:

@@ -20,8 +20,7 @@ def grouped_mm(self: Any, mat2: Any, offs: Any, bias: Any = None, out_dtype: int
     Superfluous once torchlib's `aten__grouped_mm` takes `offs` (https://github.com/microsoft/onnxscript/issues/2795,
     https://github.com/onnx/onnx/issues/7589) and transformers falls back to it on the CPU.
     """
-    from onnxscript.onnx_opset import opset23 as op
-
+    op = _operators()
     groups = mat2.shape[0]
     if offs is None or bias is not None or not isinstance(groups, int) or len(self.shape) != 2:
         raise NotImplementedError("grouped_mm: only [M, K] by [G, K, N] with offsets and a static G is translated")
@@ -49,7 +48,7 @@ def erfinv(self: Any) -> Any:
 
     Superfluous once torchlib has `aten::erfinv`. Gemma 3n reads a threshold by it.
     """
-    from onnxscript.onnx_opset import opset23 as op
+    op = _operators()
 
     def number(value: float) -> Any:
         return op.CastLike(op.Constant(value_float=value), self)
@@ -64,6 +63,12 @@ def erfinv(self: Any) -> Any:
         step = op.Div(op.Sub(op.Erf(y), self), slope)
         y = op.Where(op.Equal(slope, number(0.0)), y, op.Sub(y, step))
     return y
+
+
+def _operators() -> Any:
+    from onnxscript.onnx_opset import opset23
+
+    return opset23
 
 
 _BY_NAME: dict[str, Callable[..., Any]] = {

@@ -44,7 +44,12 @@ def bias(
 
 
 def with_sinks(
-    mask: torch.Tensor | None, sinks: Mask, value: torch.Tensor, heads: int, lengths: tuple[int, int], dtype: torch.dtype
+    mask: torch.Tensor | None,
+    sinks: Mask,
+    value: torch.Tensor,
+    heads: int,
+    lengths: tuple[int, int],
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """The mask with one more column, the sinks: ``[B or 1, H, Sq, T + 1]``.
 

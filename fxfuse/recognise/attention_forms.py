@@ -13,8 +13,8 @@ from fxfuse.recognise.answers import Form
 from fxfuse.recognise.attention_bias import bias, with_sinks
 from fxfuse.recognise.evaluate import MAX_ELEMENTS, CannotEvaluate
 from fxfuse.recognise.heads import Axes, Heads, statically_square
-from fxfuse.recognise.questions import Questions
 from fxfuse.recognise.masks import HARD, Mask
+from fxfuse.recognise.questions import Questions
 from fxfuse.recognise.scores import Scores
 
 
@@ -38,7 +38,9 @@ def attention_form(region: Region, heads: Heads, scores: Scores, *, causal: bool
         q, k, v = inputs[:3]
         lengths = (_length(q, heads.q), _length(k, heads.k))
         others = inputs[3:]
-        triangle = torch.ones(lengths, dtype=torch.bool, device=q.device).tril() if causal and not by_attribute else None
+        triangle = (
+            torch.ones(lengths, dtype=torch.bool, device=q.device).tril() if causal and not by_attribute else None
+        )
         mask = bias(masks, others, heads.q_heads, lengths, q.dtype, lower=triangle)
         if (sinks := scores.sinks) is not None:
             mask = with_sinks(mask, sinks, others[sinks.index], heads.q_heads, lengths, q.dtype)

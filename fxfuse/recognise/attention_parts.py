@@ -74,14 +74,14 @@ def find_parts(anchor: Node) -> tuple[Parts, ...] | Reason:
             return Reason("attention, but its dropout is active", 2)
         q, k, v = (argument(anchor, n) for n in ("query", "key", "value"))
         return (Parts(anchor, q, k, v, None, None, anchor),)
-    if op_name(anchor) in SOFTMAX and argument(anchor, "dim") not in (-1, fake(anchor).dim() - 1):
-        return Reason("a softmax, but not over the last axis")
     before = _scores(anchor)
     if before is None:
         return Reason("a softmax, but not of a product")
     after = _weighted(anchor)
     if isinstance(after, Reason):
         return after
+    if op_name(anchor) in SOFTMAX and argument(anchor, "dim") not in (-1, fake(anchor).dim() - 1):
+        return Reason("softmax of a product between two products, but not over the last axis, the keys", 2)
     readings = (before[0], swapped(before[0])) if before[1] else before[:1]
     return tuple(Parts(anchor, r.left, r.right, after.right, r, after, after.node) for r in readings)
 
@@ -169,8 +169,10 @@ def regions(view: GraphView, parts: Parts, ask: Questions) -> Iterator[Region]:
 
     given = _beside(view, parts)
     for span in dict.fromkeys(spans()):
+        if None in span:
+            continue
         *sources, output = (node for node in span if node is not None)
-        region = between(view, output, sources, lambda _: True, given=given) if len(sources) == 3 else None
+        region = between(view, output, sources, lambda _: True, given=given)
         if region is not None and parts.softmax in region.nodes:
             yield region
 

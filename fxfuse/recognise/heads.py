@@ -9,9 +9,9 @@ import torch
 from torch.fx import Node
 
 from fxfuse.graph.region import Region, between
-from fxfuse.graph.view import argument, fake, op_name
+from fxfuse.graph.view import argument, fake
 from fxfuse.recognise.answers import Reason
-from fxfuse.recognise.attention_parts import SDPA, Parts
+from fxfuse.recognise.attention_parts import Parts
 from fxfuse.recognise.evaluate import Evaluator
 from fxfuse.recognise.questions import Questions
 

@@ -136,7 +136,7 @@ def _rows_of(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """cos, sin, -sin and cos of every pair, from two evaluations: pairs do not reach one another."""
     shape = evaluator.sizes.shape(region.sources[0])
-    read = []
+    read: list[torch.Tensor] = []
     for ones in (pairing.first, pairing.second):
         x = torch.zeros(shape, dtype=torch.float64)
         x[..., ones] = 1
