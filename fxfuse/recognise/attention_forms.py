@@ -35,7 +35,9 @@ def attention_form(region: Region, heads: Heads, scores: Scores, *, causal: bool
     out = fake(region.output).dtype
 
     def attention(*inputs: torch.Tensor) -> torch.Tensor:
-        q, k, v = inputs[:3]
+        # Where the scores are wider than v, all is: the operator has one type.
+        kind = torch.promote_types(torch.promote_types(inputs[0].dtype, inputs[1].dtype), inputs[2].dtype)
+        q, k, v = (t if t.dtype == kind else t.to(kind) for t in inputs[:3])
         lengths = (_length(q, heads.q), _length(k, heads.k))
         others = inputs[3:]
         triangle = (
