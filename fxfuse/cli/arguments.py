@@ -65,4 +65,11 @@ def _source(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--batch", type=int, help="batch size of the sample inputs of a torchtune model (default 2)")
     sub.add_argument("--seq", type=int, help="their length (default 16)")
-    sub.add_argument("--json", type=Path, metavar="FILE", help="also write the report here")
+    sub.add_argument(
+        "--report",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="also write the report here: a page (.html) or data (.json); repeatable",
+    )
