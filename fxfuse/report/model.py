@@ -33,7 +33,7 @@ class Entry:
     """Path of the innermost ``nn.Module``: ``"layers.0.sa_norm"``."""
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """All entries of one `fxfuse.fuse` call, in graph order, with counts and timings.
 
@@ -81,6 +81,8 @@ class Report:
         from fxfuse.report.text import render
 
         return render(self)
+
+    __repr__ = __str__  # of hundreds of entries a prompt wants no more than that
 
     def _repr_html_(self) -> str:
         from fxfuse.report.html import fragment
