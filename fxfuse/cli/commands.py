@@ -117,6 +117,21 @@ def inspect(arguments: argparse.Namespace, out: Console, err: Console) -> None:
         write_reports(report, _record(arguments, report, stages, [], {}), [])
 
 
+def repair(arguments: argparse.Namespace, out: Console, err: Console) -> None:
+    """Mend an ONNX file.
+
+    Raises:
+        FxfuseError: bad input. What stood there before still does.
+        ParityError: the mended file does not compute what the original does. It is not written.
+    """
+    from fxfuse.repair import repair
+
+    stages = Stages(err)
+    with stages.stage("repair"):
+        done = repair(arguments.model, arguments.out, parity=arguments.parity)
+    tables.show_repairs(out, done)
+
+
 def patterns(arguments: argparse.Namespace, out: Console, err: Console) -> None:
     """List the catalogue."""
     tables.show_patterns(out, list(catalogue()))
