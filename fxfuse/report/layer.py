@@ -71,36 +71,42 @@ def mark(result: Node, entry: int) -> None:
             stack.extend(node.all_input_nodes)
 
 
-def one_layer(program: ExportedProgram, fused: Graph, regions: dict[int, tuple[str, ...]]) -> Layer | None:
+def calls(graph: Graph) -> list[tuple[Node, list[Node]]]:
+    """The operations of a graph with what they read; a node that is erased later forgets its inputs."""
+    return [(node, node.all_input_nodes) for node in graph.nodes if _drawn(node)]
+
+
+def one_layer(
+    before: Sequence[tuple[Node, list[Node]]], fused: ExportedProgram, regions: dict[int, tuple[str, ...]]
+) -> Layer | None:
     """The layer to draw, or None if nothing was fused.
 
     Args:
-        program: before fusing.
-        fused: the graph after it; its inserted nodes are marked with their entries (`mark`).
+        before: the program's `calls` before fusing.
+        fused: the program after it; the inserted nodes are marked with their entries (`mark`).
         regions: the node names of every fused entry, by its index in the report.
     """
     entries = {name: entry for entry, names in regions.items() for name in names}
     outputs = {names[-1]: entry for entry, names in regions.items()}
-    calls = [node for node in program.graph.nodes if _drawn(node)]
-    layers = {node: _layer(module_path(node)) for node in calls}
-    counts = Counter(layers[node] for node in calls if node.name in outputs)
+    layers = {node: _layer(module_path(node)) for node, _ in before}
+    counts = Counter(layer for node, layer in layers.items() if node.name in outputs)
     if not counts:
         return None
     numbered = {layer: count for layer, count in counts.items() if layer is not None}
     module = max(numbered, key=lambda layer: numbered[layer]) if numbered else None
-    chosen = [node for node in calls if module is None or layers[node] == module]
+    chosen = [(node, inputs) for node, inputs in before if module is None or layers[node] == module]
     stretch = _stretch(chosen, outputs)
-    names = {node.name for node in stretch}
+    names = {node.name for node, _ in stretch}
     shown = {entry for name, entry in outputs.items() if name in names}
-    parameters = set(program.graph_signature.inputs_to_parameters)
+    parameters = set(fused.graph_signature.inputs_to_parameters)
     return Layer(
         module,
         whole=len(stretch) == len(chosen),
-        before=tuple(_call(node, entries.get(node.name), parameters) for node in stretch),
+        before=tuple(_call(node, inputs, entries.get(node.name), parameters) for node, inputs in stretch),
         after=tuple(
-            _call(node, node.meta.get(_ENTRY), parameters)
-            for node in fused.nodes
-            if _drawn(node) and (node.name in names or node.meta.get(_ENTRY) in shown)
+            _call(node, inputs, node.meta.get(_ENTRY), parameters)
+            for node, inputs in calls(fused.graph)
+            if node.name in names or node.meta.get(_ENTRY) in shown
         ),
     )
 
@@ -111,15 +117,15 @@ def _layer(path: str | None) -> str | None:
     return match[0] if match else None
 
 
-def _stretch(calls: Sequence[Node], outputs: dict[str, int]) -> Sequence[Node]:
+def _stretch(chosen: list[tuple[Node, list[Node]]], outputs: dict[str, int]) -> list[tuple[Node, list[Node]]]:
     """At most `MAX_CALLS` in a row, with as many outputs of regions among them as can be."""
-    if len(calls) <= MAX_CALLS:
-        return calls
+    if len(chosen) <= MAX_CALLS:
+        return chosen
     seen = [0]
-    for node in calls:
+    for node, _ in chosen:
         seen.append(seen[-1] + (node.name in outputs))
-    start = max(range(len(calls) - MAX_CALLS + 1), key=lambda i: seen[i + MAX_CALLS] - seen[i])
-    return calls[start : start + MAX_CALLS]
+    start = max(range(len(chosen) - MAX_CALLS + 1), key=lambda i: seen[i + MAX_CALLS] - seen[i])
+    return chosen[start : start + MAX_CALLS]
 
 
 def _drawn(node: Node) -> bool:
@@ -128,7 +134,7 @@ def _drawn(node: Node) -> bool:
     return node.op == "call_function" and computes and op_name(node) not in ASSERTIONS
 
 
-def _call(node: Node, entry: int | None, parameters: set[str]) -> Call:
+def _call(node: Node, reads: list[Node], entry: int | None, parameters: set[str]) -> Call:
     value = tensor(node)
     shape = None
     if value is not None:
@@ -136,7 +142,7 @@ def _call(node: Node, entry: int | None, parameters: set[str]) -> Call:
         shape = f"{str(value.dtype).removeprefix('torch.')}[{sizes}]"
     inputs = tuple(
         i.name
-        for i in node.all_input_nodes
+        for i in reads
         if (tensor(i) is not None or isinstance(i.meta.get("val"), (list, tuple))) and i.name not in parameters
     )
     operator = str(node.target) if op_name(node) != "getitem" else "getitem"

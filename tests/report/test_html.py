@@ -59,7 +59,7 @@ def test_it_says_what_the_report_says(report: Report, make) -> None:  # type: ig
         assert word in text
     (miss,) = report.near_misses()
     assert miss.reason is not None and miss.reason[:40] in text
-    assert "torch.softmax(scores, -1) @ x" in text, "the model's line"
+    assert "torch.softmax(scores, -1) @ h" in text, "the model's line"
 
 
 def test_nothing_is_fetched_and_no_script_runs(report: Report) -> None:

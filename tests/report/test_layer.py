@@ -96,3 +96,22 @@ def test_users_of_a_shared_helper_are_drawn_from_it() -> None:
     first, second = (c for c in after.values() if c.operator == "fxfuse.rotary_embedding.default")
     assert {first.entry, second.entry} == {0, 1}
     assert set(first.inputs[1:]) == set(second.inputs[1:]) <= after.keys()
+
+
+def test_layers_under_no_grad_are_drawn() -> None:
+    """The capture keeps them in a submodule; they are fused, and so they are shown."""
+
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Sequential(nn.Linear(8, 8), nn.RMSNorm(8))])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                x = self.layers[0](x)
+            return x + 1
+
+    shown = fxfuse.report(fxfuse.fuse(torch.export.export(Frozen().eval(), (torch.randn(2, 8),)))).layer
+    assert shown is not None and shown.module == "layers.0"
+    assert [c.label for c in shown.before if c.entry is not None] == ["rms_norm"]
+    assert "linear" in {c.label for c in shown.before} & {c.label for c in shown.after}
