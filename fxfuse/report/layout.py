@@ -96,15 +96,18 @@ def lay_out(calls: Sequence[Call], titles: dict[int, str]) -> Layout:
         graph.add_subgraph(nodes, name=f"cluster_{entry}", label=label)
     with _LOCK:
         graph.layout(prog="dot")
-    width, height = _numbers(graph.graph_attr["bb"])[2:]
-    flip = _Flip(height)
+    curves = [_curve(edge.attr["pos"]) for edge in graph.edges()]
+    left, bottom, right, top = _numbers(graph.graph_attr["bb"])
+    for x, y in (point for curve in curves for point in curve):  # lines may leave the bounding box
+        left, bottom, right, top = min(left, x), min(bottom, y), max(right, x), max(top, y)
+    place = _Placement(left - MARGIN, top + MARGIN)
     return Layout(
-        width,
-        height,
-        {call.name: flip.node(graph.get_node(ids[call.name])) for call in calls},
-        {name: flip.node(graph.get_node(ids[name])) for name in ports},
-        {entry: flip.box(_numbers(graph.get_subgraph(f"cluster_{entry}").graph_attr["bb"])) for entry in regions},
-        tuple(flip.line(edge.attr["pos"]) for edge in graph.edges()),
+        right - left + 2 * MARGIN,
+        top - bottom + 2 * MARGIN,
+        {call.name: place.node(graph.get_node(ids[call.name])) for call in calls},
+        {name: place.node(graph.get_node(ids[name])) for name in ports},
+        {entry: place.box(_numbers(graph.get_subgraph(f"cluster_{entry}").graph_attr["bb"])) for entry in regions},
+        tuple(map(place.line, curves)),
     )
 
 
@@ -114,25 +117,29 @@ def shortened(name: str, limit: int = 24) -> str:
 
 
 @dataclass(frozen=True)
-class _Flip:
+class _Placement:
     """Graphviz's coordinates grow upwards, SVG's downwards."""
 
-    height: float
+    left: float
+    top: float
 
     def node(self, node: Any) -> Box:
         x, y = _numbers(node.attr["pos"])
         width, height = float(node.attr["width"]) * _INCH, float(node.attr["height"]) * _INCH
-        return Box(x - width / 2, self.height - y - height / 2, width, height)
+        return self.box([x - width / 2, y - height / 2, x + width / 2, y + height / 2])
 
     def box(self, corners: list[float]) -> Box:
         left, bottom, right, top = corners
-        return Box(left, self.height - top, right - left, top - bottom)
+        return Box(left - self.left, self.top - top, right - left, top - bottom)
 
-    def line(self, position: str) -> Line:
-        """``"e,70,108 66,149 62,140 58,128 53,118"``: the arrow's end, then the curve."""
-        tip, *points = position.replace("e,", "", 1).split()
-        places = [(x, self.height - y) for x, y in map(_numbers, (tip, *points))]
-        return Line(tuple(places[1:]), places[0])
+    def line(self, curve: list[list[float]]) -> Line:
+        tip, *points = ((x - self.left, self.top - y) for x, y in curve)
+        return Line(tuple(points), tip)
+
+
+def _curve(position: str) -> list[list[float]]:
+    """``"e,70,108 66,149 62,140 58,128 53,118"``: the arrow's tip, then the points of the curve."""
+    return [_numbers(point) for point in position.removeprefix("e,").split()]
 
 
 def _width(text: str) -> float:

@@ -82,7 +82,10 @@ def test_everything_lies_inside_the_drawing(report: Report) -> None:
         width, height = float(svg.attrib["width"]), float(svg.attrib["height"])
         for rect in svg.iter(f"{SVG}rect"):
             x, y, w, h = (float(rect.attrib[key]) for key in ("x", "y", "width", "height"))
-            assert x >= 0 <= y and x + w <= width and y + h <= height
+            assert x >= 1 <= y and x + w <= width - 1 and y + h <= height - 1
+        for path in svg.iter(f"{SVG}path"):
+            numbers = [float(n) for n in re.findall(r"-?[\d.]+", path.attrib["d"])]
+            assert all(0 <= x <= width for x in numbers[::2]) and all(0 <= y <= height for y in numbers[1::2])
 
 
 def test_a_models_own_text_is_text(report: Report) -> None:
