@@ -31,6 +31,7 @@ from fxfuse.recognise.catalogue import catalogue
 from fxfuse.recognise.evaluate import CannotEvaluate
 from fxfuse.recognise.proof import Refused, prove
 from fxfuse.recognise.questions import Questions
+from fxfuse.report.layer import calls, mark, one_layer
 from fxfuse.report.model import Entry, Report
 
 _META = "fxfuse_report"
@@ -68,6 +69,7 @@ def fuse(
     report = Report(opset, nodes_before=_calls(result.graph))
     run = _Run(result, report, verified=verify == "on")
     inline_layers(result)
+    before = calls(result.graph)
     writes = functionalise(result.graph)
     for pattern in catalogue() if patterns is None else patterns:
         if pattern.since_opset <= opset:
@@ -75,6 +77,8 @@ def fuse(
     restore(result.graph, writes)
     result.graph_module.recompile()
     report.nodes_after = _calls(result.graph)
+    regions = {i: entry.nodes for i, entry in enumerate(report) if entry.status == "fused"}
+    report.layer = one_layer(before, result, regions)
     report.seconds["total"] = time.perf_counter() - started
     result.graph_module.meta[_META] = report
     return result
@@ -199,6 +203,7 @@ class _Run:
         splicer = Splicer(self.program)
         for match in matches:
             node = splicer.replace(match.region, match.body)
+            mark(node, len(self.report.entries))
             self.report.entries.append(
                 Entry(
                     operator=match.found.operator,

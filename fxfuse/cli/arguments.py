@@ -16,6 +16,16 @@ SOURCE is one of
 exit codes: 0 done; 2 bad input; 3 the exported model does not compute what the original does
 """
 
+REPAIRS = """\
+mended are
+  RotaryEmbedding      whose cos, sin or position_ids have batch 1, so that it fails at any other
+  RMSNormalization     of x and scale in different types, which does not load
+  Attention            whose keys and values were repeated for every query head
+both files are then run against each other in ONNX Runtime
+
+exit codes: 0 done, or nothing to mend; 2 bad input; 3 the mended model does not compute what the original does
+"""
+
 
 def parser() -> argparse.ArgumentParser:
     """The parser; `run` of the parsed arguments is the command."""
@@ -44,6 +54,10 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--no-parity", dest="parity", action="store_false", help="do not compare with eager")
     inspect = command("inspect", commands.inspect, "fuse a model and report; export nothing", SOURCES)
     _source(inspect)
+    repair = command("repair", commands.repair, "mend an ONNX file on disk whose fused operators do not run", REPAIRS)
+    repair.add_argument("model", type=Path, metavar="MODEL", help="an ONNX file of opset 23 or later")
+    repair.add_argument("--out", required=True, type=Path, metavar="FILE", help="the file to write")
+    repair.add_argument("--no-parity", dest="parity", action="store_false", help="do not run it against the original")
     command("patterns", commands.patterns, "list the catalogue")
     return top
 
@@ -65,4 +79,11 @@ def _source(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--batch", type=int, help="batch size of the sample inputs of a torchtune model (default 2)")
     sub.add_argument("--seq", type=int, help="their length (default 16)")
-    sub.add_argument("--json", type=Path, metavar="FILE", help="also write the report here")
+    sub.add_argument(
+        "--report",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="also write the report here: a page (.html) or data (.json); repeatable",
+    )
