@@ -133,23 +133,29 @@ def _weighted(anchor: Node) -> Product | Reason:
 def regions(view: GraphView, parts: Parts, ask: Questions) -> Iterator[Region]:
     """From q, k and v before any repeat, cast or transpose to the result behind its transpose; then narrower ones.
 
-    The last takes the operands as they are, whatever was done to them.
+    The last take the operands with all their heads, however those were made.
     """
     sizes = ask.evaluator(0).sizes
     matrix = _matrices(parts, sizes)
 
-    def deepest(operand: Node, ranks: tuple[int, ...]) -> Node | None:
+    def chain(operand: Node, ranks: tuple[int, ...]) -> list[Node]:
+        """What the operand is made of by moving and scaling alone, in a layout that the operator has."""
         reach = LAYOUT | CAST if operand is parts.v else LAYOUT | _SCALED | CAST
-        chain = []
+        found = []
         for node in chain_back(view, operand, lambda name: name in reach):
             if tensor(node) is None:
                 continue
             if fake(node).dtype != fake(operand).dtype:
                 break
             if fake(node).dim() in ranks and _may_hold_heads(sizes.shape(node), *matrix[operand]):
-                chain.append((torch.Size(sizes.shape(node)).numel(), node))
-        fewest = min((n for n, _ in chain), default=0)
-        return next((node for n, node in reversed(chain) if n == fewest), None)
+                found.append(node)
+        return found
+
+    def deepest(operand: Node, ranks: tuple[int, ...]) -> Node | None:
+        return min(reversed(chain(operand, ranks)), key=lambda n: torch.Size(sizes.shape(n)).numel(), default=None)
+
+    def nearest(operand: Node) -> Node | None:
+        return next(iter(chain(operand, (4,))), None)
 
     def farthest(ranks: tuple[int, ...]) -> Node | None:
         found = None
@@ -165,7 +171,7 @@ def regions(view: GraphView, parts: Parts, ask: Questions) -> Iterator[Region]:
         for ranks, out in (((3, 4), (3, 4)), ((3, 4), (4,)), ((4,), (4,)), ((4,), (3, 4))):
             yield (*(deepest(operand, ranks) for operand in (parts.q, parts.k, parts.v)), farthest(out))
         for output in (farthest((3, 4)), farthest((3,)), parts.output):
-            yield parts.q, parts.k, parts.v, output
+            yield nearest(parts.q), nearest(parts.k), nearest(parts.v), output
 
     given = _beside(view, parts)
     for span in dict.fromkeys(spans()):

@@ -167,3 +167,22 @@ class SharedKeys(Attention):
             y = F.scaled_dot_product_attention(self.heads(self.q(x)), k, v, is_causal=True)
             x = self.out(y.transpose(1, 2).flatten(2))
         return x
+
+
+class HeadsInTurnWrittenOut(HeadsInTurn):
+    """The same with the softmax written out."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+        k, v = k.repeat(1, HEADS // KV, 1, 1), v.repeat(1, HEADS // KV, 1, 1)
+        scores = (q @ k.transpose(-1, -2) * SIZE**-0.5).masked_fill(~self.causal(x.shape[1]), -torch.inf)
+        return scores.softmax(-1) @ v
+
+
+class FilledInPlace(Attention):
+    """XLM: scores are scaled and masked in place."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+        scores = q @ self.repeat(k).transpose(-1, -2)
+        scores.div_(SIZE**0.5)
+        scores.masked_fill_(~self.causal(x.shape[1]), torch.finfo(x.dtype).min)
+        return scores.softmax(-1) @ self.repeat(v)

@@ -20,12 +20,14 @@ CASES: list[tuple[type[nn.Module], int, int]] = [
     (models.BiasPerBatchAndHead, 1, KV),
     (models.FilledByArithmetic, 1, KV),
     (models.FilledByTensor, 1, KV),
+    (models.FilledInPlace, 1, KV),
     (models.Sinks, 1, KV),
     (models.MaskMadeOfValues, 1, KV),
     (models.ScaledValues, 1, KV),
     (models.KeysAreValues, 1, KV),
     (models.OneKeyHead, 1, 1),
     (models.HeadsInTurn, 1, HEADS),
+    (models.HeadsInTurnWrittenOut, 1, HEADS),
     (models.SharedKeys, 2, KV),
 ]
 
