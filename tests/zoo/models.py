@@ -28,6 +28,25 @@ SMALL: dict[str, Any] = {
     "n_group": 1,
     "topk_group": 1,
     "first_k_dense_replace": 1,
+    "n_shared_experts": 1,
+    "decoder_layers": 2,
+    "encoder_layers": 2,
+    "decoder_attention_heads": HEADS,
+    "encoder_attention_heads": HEADS,
+    "decoder_ffn_dim": 96,
+    "encoder_ffn_dim": 96,
+    "ffn_dim": 96,
+    "state_size": 8,
+    "mamba_d_state": 8,
+    "mamba_n_heads": 8,
+    "mamba_chunk_size": 8,
+    "chunk_size": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "index_n_heads": 4,
+    "index_head_dim": 16,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -47,13 +66,40 @@ _LATENT = {
 
 SPECIAL: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 8},
-    "deepseek_v3": _LATENT,
-    "deepseek_v2": _LATENT,
-    "minicpm3": _LATENT,
+    **dict.fromkeys(
+        ("axk1", "axk2", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots3_note_text")
+        + ("glm4_moe_lite", "glm_moe_dsa", "kimi_linear", "longcat_flash", "minicpm3", "youtu"),
+        _LATENT,
+    ),
+    "gptj": {"rotary_dim": 8},
+    "cohere_compass_text": {
+        "layer_types": ["full_attention", "sliding_attention"],
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")
+        },
+    },
+    "lfm2_moe": {"layer_types": ["full_attention", "conv"], "num_dense_layers": 1},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "mamba2": {"num_heads": 4, "head_dim": 32, "n_groups": 1},
+    "nemotron_h": {"n_groups": 1, "mamba_num_heads": 4, "mamba_head_dim": 32},
+    "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": WIDTH},
+    "reformer": {"axial_pos_embds": False},
+    "xmod": {"default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid", "hybrid_sliding"]},
+    "zamba": {"num_hidden_layers": 4, "layer_types": ["linear_attention", "hybrid"] * 2},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 16,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
+    },
+    "gemma4_text": {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 16},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"]},
     "gpt_oss": {"layer_types": ["sliding_attention", "full_attention"]},
-    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_state": 8, "mamba_chunk_size": 8},
+    "bamba": {"attn_layer_indices": [1]},
     "olmo3": {"layer_types": ["sliding_attention", "full_attention"]},
     "smollm3": {"no_rope_layers": [1, 0]},
     "llama4_text": {"intermediate_size_mlp": 96, "layer_types": ["chunked_attention", "full_attention"]},
@@ -61,8 +107,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }
 
 
-def configuration(arch: str) -> Any:
-    """The architecture's own configuration class, with small sizes.
+def configuration(arch: str, **changes: Any) -> Any:
+    """The architecture's own configuration class, with small sizes, and with these changes.
 
     Raises:
         KeyError: transformers knows no such architecture.
@@ -77,19 +123,19 @@ def configuration(arch: str) -> Any:
         own = aliases.get(name, name)
         if name in SPECIAL.get(arch, {}) or own in known or name in known:
             values[own] = value
-    config = kind(**values)
+    config = kind(**{**values, **changes})
     config.use_cache = False
     if "is_decoder" in known:
         config.is_decoder = True
     return config
 
 
-def build(arch: str, *, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> nn.Module:
+def build(arch: str, *, attention: str = "sdpa", dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
     """A causal language model in evaluation mode, its weights spread so that every part moves the logits."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = configuration(arch)
+    config = configuration(arch, **changes)
     try:
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     except ValueError:  # it has no SDPA: the one way it is written

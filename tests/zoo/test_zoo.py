@@ -81,6 +81,44 @@ def test_bfloat16_in_pytorch(arch: str) -> None:
     assert (ours - exact).abs().mean() <= 2 * (theirs - exact).abs().mean()
 
 
+SCALED = [
+    ("llama", {"rope_type": "linear", "factor": 2.0}),
+    ("llama", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}),
+    (
+        "llama",
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ),
+    (
+        "phi3",
+        {
+            "rope_type": "longrope",
+            "factor": 4.0,
+            "short_factor": [1.0] * 8,
+            "long_factor": [2.0] * 8,
+            "original_max_position_embeddings": 32,
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("arch", "scaling"), SCALED, ids=[s["rope_type"] for _, s in SCALED])
+def test_scaled_angles(arch: str, scaling: dict[str, object]) -> None:
+    """Also beyond the length that the model was trained at, where longrope takes other factors."""
+    model = build(arch, rope_parameters={"rope_theta": 10000.0, **scaling})
+    fused = fxfuse.fuse(torch.export.export(model, (tokens(2, 16),), dynamic_shapes={"input_ids": AUTO}))
+    assert fxfuse.report(fused).counts["RotaryEmbedding"] == EXPECTED[arch].rotations
+    for batch, length in ((2, 16), (3, 11), (1, 50)):
+        ids = tokens(batch, length)
+        with torch.no_grad():
+            torch.testing.assert_close(fused.module()(ids), model(ids), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("arch", every(EAGER))
 def test_padding_on_either_side_and_positions(arch: str, attention: str) -> None:
