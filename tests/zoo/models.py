@@ -64,13 +64,14 @@ _LATENT = {
 }
 """Multi-head latent attention: v has another head size than q and k."""
 
+_LATENT_ARCHITECTURES = (
+    *("axk1", "axk2", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots3_note_text"),
+    *("glm4_moe_lite", "glm_moe_dsa", "kimi_linear", "longcat_flash", "minicpm3", "youtu"),
+)
+
 SPECIAL: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 8},
-    **dict.fromkeys(
-        ("axk1", "axk2", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots3_note_text")
-        + ("glm4_moe_lite", "glm_moe_dsa", "kimi_linear", "longcat_flash", "minicpm3", "youtu"),
-        _LATENT,
-    ),
+    **dict.fromkeys(_LATENT_ARCHITECTURES, _LATENT),
     "gptj": {"rotary_dim": 8},
     "cohere_compass_text": {
         "layer_types": ["full_attention", "sliding_attention"],
