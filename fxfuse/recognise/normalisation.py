@@ -30,11 +30,12 @@ class NormFunction:
         gen = generator(seed)
         size = fake(region.sources[0]).shape[-1]
         # An epsilon or a 1 held in a tensor keeps its value; whatever may be the scale is drawn.
-        held = [n for n in region.others if not _as_long(n, size) and not ask.depends_on_input(n)]
-        values = dict(zip(held, ask.leaf_values(held, self.evaluator, seed), strict=True)) if held else {}
+        candidates = [n for n in region.others if not _as_long(n, size)]
+        found = {n: ask.one_number(n, self.evaluator) for n in candidates}
+        values = {n: value for n, value in found.items() if value is not None}
         self.others = [values[n] if n in values else draw(n, self.evaluator, gen).abs() + 0.5 for n in region.others]
         self.free = [i for i, n in enumerate(region.others) if n not in values]
-        self.from_leaves = bool(held)
+        self.from_leaves = bool(values)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.evaluator.region(self.region, [x, *self.others])

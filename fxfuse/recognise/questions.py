@@ -37,7 +37,7 @@ class Questions:
         return Evaluator(Sizes(self.ranges, 1, stretch=limit))
 
     def beyond_literals(self, *nodes: Node) -> Evaluator | None:
-        """An evaluator at which the last two axes of `nodes` exceed every number their computation mentions.
+        """An evaluator at which the symbolic axes of `nodes` exceed every number their computation mentions.
 
         None where no axis is symbolic; the upper bound of a symbol is enough.
         """
@@ -53,7 +53,7 @@ class Questions:
         symbols = {
             symbol
             for node in nodes
-            for dim in map(_any, fake(node).shape[-2:])
+            for dim in map(_any, fake(node).shape)
             if isinstance(dim, torch.SymInt)
             for symbol in dim.node.expr.free_symbols
         }
@@ -122,6 +122,23 @@ class Questions:
                 env[node] = draw(node, evaluator, gen, high=high)
         values = evaluator.run([n for n in ancestors if n.op == "call_function"], env)
         return [values[n] for n in wanted]
+
+    def one_number(self, node: Node, evaluator: Evaluator) -> torch.Tensor | None:
+        """The node's value, if it is made of constants and one number throughout, at every size; else None.
+
+        It is met at sizes beyond every number in its computation: a window, or a scale that starts to grow at some
+        position, shows only there.
+        """
+        if self.depends_on_input(node):
+            return None
+        try:
+            (value,) = self.leaf_values([node], evaluator, 0)
+            beyond = self.beyond_literals(node)
+            (far,) = self.leaf_values([node], beyond, 0) if beyond is not None else (value,)
+        except CannotEvaluate:
+            return None
+        first = value.flatten()[:1]
+        return value if bool((value == first).all()) and bool((far == first).all()) else None
 
     def depends_on_input(self, node: Node) -> bool:
         """Does the value depend on anything but constants and sizes?"""

@@ -99,11 +99,12 @@ def _held(node: Node, evaluator: Evaluator, ask: Questions, hold: bool) -> torch
     """The node's value in this program, if it is to be held."""
     if op_name(node) == "" and not hold and fake(node).dim() > 0:
         return None  # a buffer: what it holds is looked at where nothing else explains the bias
+    if not hold:
+        return ask.one_number(node, evaluator) if fake(node).dtype != torch.bool else None
     if ask.depends_on_input(node):
         return None
     try:
         (value,) = ask.leaf_values([node], evaluator, 0)
     except CannotEvaluate:
         return None
-    one_number = value.dtype != torch.bool and bool((value == value.flatten()[:1]).all())
-    return value if hold or one_number else None
+    return value

@@ -113,8 +113,19 @@ def test_what_is_no_attention_is_refused_with_the_reason(model: type[nn.Module],
     assert why in str(fxfuse.report(fused))
 
 
-def test_a_window_is_not_taken_for_causal() -> None:
-    module = Window()
+class WindowOnBothSides(models.Attention):
+    """A bias that is 0 throughout at small lengths: met beyond its window, it is not taken for none."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+        position = torch.arange(x.shape[1])
+        near = (position[:, None] - position).abs() <= 24
+        bias = torch.zeros(x.shape[1], x.shape[1]).masked_fill(~near, -torch.inf)
+        return (q @ self.repeat(k).transpose(-1, -2) + bias).softmax(-1) @ self.repeat(v)
+
+
+@pytest.mark.parametrize("model", [Window, WindowOnBothSides])
+def test_a_window_is_met_beyond_its_width(model: type[nn.Module]) -> None:
+    module = model()
     fused = fxfuse.fuse(export(module, torch.randn(2, 6, WIDTH)))
     assert not any(n.kwargs.get("is_causal") for n in attentions(fused))
     x = torch.randn(1, 60, WIDTH)
