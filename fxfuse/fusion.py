@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+import torch.fx.experimental._config
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 
@@ -71,9 +72,11 @@ def fuse(
     inline_layers(result)
     before = calls(result.graph)
     writes = functionalise(result.graph)
-    for pattern in catalogue() if patterns is None else patterns:
-        if pattern.since_opset <= opset:
-            run.apply(pattern)
+    # As torch.onnx captures and decomposes: its symbols may be 1, and a question whether they are would be a guard.
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        for pattern in catalogue() if patterns is None else patterns:
+            if pattern.since_opset <= opset:
+                run.apply(pattern)
     restore(result.graph, writes)
     result.graph_module.recompile()
     report.nodes_after = _calls(result.graph)
