@@ -8,7 +8,7 @@ print(fxfuse.report(fused))
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -35,7 +35,8 @@ from fxfuse.recognise.questions import Questions
 from fxfuse.report.layer import calls, mark, one_layer
 from fxfuse.report.model import Entry, Report
 
-_META = "fxfuse_report"
+REPORT = "fxfuse_report"
+"""Where a program, or an ONNX model in memory, keeps its report: in ``meta``."""
 T = TypeVar("T")
 
 
@@ -83,19 +84,19 @@ def fuse(
     regions = {i: entry.nodes for i, entry in enumerate(report) if entry.status == "fused"}
     report.layer = one_layer(before, result, regions)
     report.seconds["total"] = time.perf_counter() - started
-    result.graph_module.meta[_META] = report
+    result.graph_module.meta[REPORT] = report
     return result
 
 
 def report(program: object) -> Report:
-    """What `fuse` did to this program (or to the program that this ONNX program was exported from).
+    """What `fuse` did to this program, or to the one that this ONNX program (or its `onnx_ir.Model`) came from.
 
     Raises:
         FxfuseError: the program was not fused in this process.
     """
-    found = getattr(program, "fxfuse_report", None)
-    if found is None and isinstance(program, ExportedProgram):
-        found = program.graph_module.meta.get(_META)
+    owner = program.graph_module if isinstance(program, ExportedProgram) else program
+    meta = getattr(owner, "meta", None)
+    found = getattr(program, REPORT, None) or (meta.get(REPORT) if isinstance(meta, Mapping) else None)
     if not isinstance(found, Report):
         raise FxfuseError(
             f"this {type(program).__name__} has no fusion report",

@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 
 import fxfuse
 from fxfuse.errors import FxfuseError
+from fxfuse.fusion import REPORT
 from fxfuse.onnx.active import within
 from fxfuse.onnx.boolean import without_boolean_where
 from fxfuse.onnx.capture import capture, check_program, named
@@ -161,10 +162,16 @@ def translate(
             **options,
         )
     assert onnx_program is not None  # None is what the TorchScript exporter returns
+    finish(onnx_program, fused)
+    return onnx_program
+
+
+def finish(onnx_program: torch.onnx.ONNXProgram, fused: ExportedProgram) -> None:
+    """What torch's translation leaves to do: Where on booleans, and the report, for `fxfuse.report` to find."""
     without_boolean_where(onnx_program.model)
     with suppress(FxfuseError):  # a program that was fused in another process has no report
         onnx_program.fxfuse_report = fxfuse.report(fused)  # type: ignore[attr-defined]
-    return onnx_program
+        onnx_program.model.meta[REPORT] = fxfuse.report(fused)
 
 
 def as_opset(opset: int | None) -> int:

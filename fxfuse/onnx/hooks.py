@@ -4,7 +4,7 @@
       └─ export(model, …)                                     note how the module was marked by `fxfuse.prepass`
            ├─ torch.export.export                             (a module only)
            ├─ _prepare_exported_program_for_export(program)   fuse, before anything is decomposed
-           └─ _exported_program_to_onnx_program(prepared)     boolean Where; the report for the result
+           └─ _exported_program_to_onnx_program(prepared)     finish the result: boolean Where, the report
 
 Whatever goes wrong in here, the export goes on as if fxfuse were not there, and one warning says why.
 """
@@ -21,15 +21,13 @@ from weakref import WeakKeyDictionary
 from torch.export import ExportedProgram
 
 import fxfuse
-from fxfuse.errors import FxfuseError
 from fxfuse.onnx.active import Active, current, within
-from fxfuse.onnx.boolean import without_boolean_where
+from fxfuse.onnx.exporter import finish
 from fxfuse.onnx.values import with_values
 from fxfuse.ops import holds_fused, translation_table
 from fxfuse.ops.registry import FIRST_OPSET, LAST_OPSET
 from fxfuse.options import Options
 from fxfuse.prepass import options_of
-from fxfuse.report import Report
 
 Function = Callable[..., Any]
 Prepare = Callable[..., ExportedProgram]
@@ -43,13 +41,6 @@ class Ready:
     source: ExportedProgram
     """What it was fused from here; the program itself, if it came fused."""
     active: Active
-
-    @property
-    def report(self) -> Report | None:
-        try:
-            return fxfuse.report(self.program)
-        except FxfuseError:  # it was fused in another process, and loaded
-            return None
 
 
 _prepared: WeakKeyDictionary[ExportedProgram, Ready] = WeakKeyDictionary()
@@ -106,9 +97,7 @@ def translate(original: Function) -> Function:
             with within(None):
                 plain = _core._prepare_exported_program_for_export(ready.source, registry=registry)
                 return original(plain, registry=registry, **rest)
-        without_boolean_where(onnx_program.model)
-        if ready.report is not None:
-            onnx_program.fxfuse_report = ready.report
+        finish(onnx_program, ready.program)
         return onnx_program
 
     return hooked

@@ -55,7 +55,7 @@ def install(*, patterns: Sequence[Pattern] | None = None, prove: Literal["on", "
         FxfuseError: `patterns` or `prove` is not what it should be.
     """
     global _installed
-    active = _active(patterns, prove)
+    active = activation(patterns, prove)
     with _lock:
         if not _installed:
             _acquire()
@@ -83,7 +83,7 @@ def enabled(*, patterns: Sequence[Pattern] | None = None, prove: Literal["on", "
     Raises:
         FxfuseError: `patterns` or `prove` is not what it should be.
     """
-    active = _active(patterns, prove)
+    active = activation(patterns, prove)
     with _lock:
         _acquire()
     try:
@@ -94,7 +94,8 @@ def enabled(*, patterns: Sequence[Pattern] | None = None, prove: Literal["on", "
             _release()
 
 
-def _active(patterns: Sequence[Pattern] | None, prove: Literal["on", "off"]) -> Active:
+def activation(patterns: Sequence[Pattern] | None, prove: Literal["on", "off"]) -> Active:
+    """The arguments of `install` and `enabled`, checked."""
     if prove not in ("on", "off"):
         raise FxfuseError(f"unknown prove={prove!r}", where="prove", hint='"on" or "off"')
     return Active(Options(None, patterns, prove))
