@@ -6,7 +6,8 @@ export = fxfuse.prepass(torch.export.export)      # a function that returns a pr
 class Block(nn.Module): ...
 
 A module is only marked. The mark is kept beside it, so that its `forward`, `state_dict` and pickle are what they were;
-a class's mark holds for its subclasses, an instance's for this one object and not for copies of it.
+a class's mark holds for its subclasses, an instance's for this one object and not for copies of it. The exporters see
+it on the module that they are given: a program that was captured before carries none.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class Active:
             what += f" ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''})"
         if what not in self.said:
             self.said.add(what)
-            warnings.warn(f"exported as if fxfuse were not there: {what}", FxfuseWarning, stacklevel=_callers_level())
+            warnings.warn(f"exported as if fxfuse were not there: {what}", FxfuseWarning, stacklevel=callers_level())
 
 
 _process: Active | None = None
@@ -56,9 +56,9 @@ def within(active: Active | None) -> Iterator[None]:
         _context.reset(token)
 
 
-def _callers_level() -> int:
-    """The stack level of the code that called torch, seen from `Active.warn`."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "fxfuse"):
+def callers_level() -> int:
+    """`stacklevel` of the code that called torch or fxfuse, for a warning of the function that asks."""
+    level, frame, inside = 1, sys._getframe(1), ("torch", "fxfuse", "contextlib")
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in inside:
         level, frame = level + 1, frame.f_back
     return level

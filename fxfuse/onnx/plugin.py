@@ -20,7 +20,7 @@ from typing import Any, Literal, cast
 
 from fxfuse.errors import FxfuseError, FxfuseWarning
 from fxfuse.onnx import hooks
-from fxfuse.onnx.active import Active, for_process, within
+from fxfuse.onnx.active import Active, callers_level, for_process, within
 from fxfuse.options import Options
 from fxfuse.recognise.answers import Pattern
 
@@ -107,7 +107,7 @@ def _acquire() -> None:
     try:
         _wrap()
     except (ImportError, Unfamiliar) as error:
-        warnings.warn(f"torch.onnx.export will not fuse: {error}", FxfuseWarning, stacklevel=4)
+        warnings.warn(f"torch.onnx.export will not fuse: {error}", FxfuseWarning, stacklevel=callers_level())
 
 
 def _release() -> None:

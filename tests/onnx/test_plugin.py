@@ -392,8 +392,9 @@ def test_an_unfamiliar_torch_is_left_alone(name: str, change: str, monkeypatch: 
     else:
         monkeypatch.setattr(_core, name, lambda program, table: None)
     now = {name: getattr(_core, name, None) for name in plugin.HOOKS}
-    with pytest.warns(FxfuseWarning, match=f"will not fuse: .*{name}"), fxfuse.onnx.enabled():
+    with pytest.warns(FxfuseWarning, match=f"will not fuse: .*{name}") as caught, fxfuse.onnx.enabled():
         assert {name: getattr(_core, name, None) for name in plugin.HOOKS} == now
+    assert caught[0].filename == __file__
 
 
 @pytest.mark.parametrize("door", [fxfuse.onnx.install, lambda **options: fxfuse.onnx.enabled(**options).__enter__()])
