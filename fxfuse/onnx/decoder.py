@@ -27,6 +27,7 @@ from fxfuse.options import DEFAULT_OPSET
 
 Names = Literal["optimum", "genai", "hf"]
 _CACHE = re.compile(r"(?P<way>input|output)\.past_key_values\.layers\.(?P<layer>\d+)\.(?P<what>key|value)s")
+_WINDOW = "._sliding_window_tensor"
 _AXES = {
     "input_ids": ("batch_size", "sequence_length"),
     "attention_mask": ("batch_size", "total_sequence_length"),
@@ -47,6 +48,8 @@ def export_decoder(model: Any, *, opset: int = DEFAULT_OPSET, names: Names = "op
     config = FxfuseConfig(dynamic=True, opset_version=opset)
     stage, inputs = _decode_stage(model)
     program: ir.Model = FxfuseExporter().export(stage, inputs, config).program
+    if names != "hf":
+        _drop_windows(program.graph)
     for value in (*program.graph.inputs, *program.graph.outputs):
         value.name = _renamed(value.name or "", names)
     _name_axes(program)
@@ -78,6 +81,18 @@ def _decode_stage(model: Any) -> tuple[Any, dict[str, Any]]:
     return stage, dict(inputs)
 
 
+def _drop_windows(graph: ir.Graph) -> None:
+    """Takes out the size of a sliding window, a number that transformers passes through the graph with the cache."""
+    for output in [value for value in graph.outputs if (value.name or "").endswith(_WINDOW)]:
+        node = output.producer()
+        graph.outputs.remove(output)
+        if node is not None and not output.uses():
+            graph.remove(node, safe=True)
+    for value in [value for value in graph.inputs if (value.name or "").endswith(_WINDOW)]:
+        if not value.uses():
+            graph.inputs.remove(value)
+
+
 def _renamed(name: str, names: Names) -> str:
     if names == "hf" or "past_key_values" not in name:
         return name
@@ -96,7 +111,8 @@ def _name_axes(program: ir.Model) -> None:
     """Names in place of symbols, wherever these stand; numbers where torch wrote a size that it found fixed as text."""
     known: dict[str, str] = {}
     for value in program.graph.inputs:
-        for dim, name in zip(value.shape or (), _AXES.get(value.name or "", _CACHE_AXES), strict=True):
+        names = _AXES.get(value.name or "", _CACHE_AXES if value.shape and len(value.shape) == 4 else ())
+        for dim, name in zip(value.shape or (), names, strict=False):
             if isinstance(dim, ir.SymbolicDim) and name is not None:
                 known.setdefault(str(dim.value), name)
     symbols = re.compile(r"\b(" + "|".join(map(re.escape, known)) + r")\b")

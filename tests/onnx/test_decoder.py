@@ -8,7 +8,7 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MambaConfig
 
 import fxfuse
 import fxfuse.onnx.optimum as door
@@ -69,6 +69,26 @@ def test_a_graph_that_computes_something_else_is_not_written(
         door.export_pretrained(str(folder), str(tmp_path / "wrong"))
     embeddings.const_value = right
     assert not list((tmp_path / "wrong").iterdir())
+
+
+def test_the_size_of_a_sliding_window_is_no_input(tmp_path: Path) -> None:
+    """A window shorter than what is compared: the mask still cuts the keys off."""
+    config = Gemma3TextConfig(
+        **{**SIZES, "num_hidden_layers": 2},
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=4,
+        eos_token_id=None,
+    )
+    model = build(config)
+    program = export_decoder(model)
+    cache = [f"{layer}.{what}" for layer in (0, 1) for what in ("key", "value")]
+    assert [v.name for v in program.graph.inputs][3:] == [f"past_key_values.{name}" for name in cache]
+    assert [v.name for v in program.graph.outputs] == ["logits", *(f"present.{name}" for name in cache)]
+    ir.save(program, tmp_path / "model.onnx")
+    door.check_parity(model, tmp_path / "model.onnx")
 
 
 def test_a_model_without_keys_and_values_is_refused() -> None:
