@@ -105,14 +105,14 @@ def translate(original: Function) -> Function:
 
 def _ready(program: ExportedProgram, registry: Any, active: Active) -> Ready | None:
     """The program, fused and registered; None, after a warning, if that cannot be."""
+    opset = getattr(registry, "opset_version", None)
+    if not isinstance(opset, int) or not FIRST_OPSET <= opset <= LAST_OPSET:
+        active.warn(
+            f"the export is for opset {opset}, and the fused operators exist in opsets {FIRST_OPSET} to "
+            f"{LAST_OPSET}; pass opset_version=24 to torch.onnx.export, whose default is older"
+        )
+        return None
     try:
-        opset = registry.opset_version
-        if not FIRST_OPSET <= opset <= LAST_OPSET:
-            active.warn(
-                f"the export is for opset {opset}, and the fused operators exist in opsets {FIRST_OPSET} to "
-                f"{LAST_OPSET}; pass opset_version=24 to torch.onnx.export, whose default is older"
-            )
-            return None
         fused = program
         if not holds_fused(program):
             options = _marked.get() or active.options
