@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -115,17 +116,25 @@ def test_torchs_report_and_verification(verify: bool, tmp_path: Path, no_warning
 # ---- where it fuses
 
 
+def in_a_thread(call: Callable[[], object]) -> None:
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+
+
 def test_install_and_uninstall(norm: nn.Module, no_warning: None) -> None:
-    before = functions()
+    before, found = functions(), []
     fxfuse.onnx.uninstall()  # nothing to end
     fxfuse.onnx.install()
     try:
         once = functions()
+        in_a_thread(lambda: found.append(fxfuse.report(export(norm)).counts))
         fxfuse.onnx.install(patterns=[ATTENTION])
         assert functions() == once and not set(once) & set(before)
-        assert fxfuse.report(export(norm)).counts == {}
+        found.append(fxfuse.report(export(norm)).counts)
     finally:
         fxfuse.onnx.uninstall()
+    assert found == [FUSED, {}]
     assert functions() == before
     fxfuse.onnx.uninstall()
     assert functions() == before
@@ -176,9 +185,7 @@ def test_a_block_is_its_threads_own(norm: nn.Module, plain: list[str]) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        outside = threading.Thread(target=lambda: found.update(outside=operators(export(norm))))
-        outside.start()
-        outside.join()
+        in_a_thread(lambda: found.update(outside=operators(export(norm))))
     assert found == {"all": FUSED, "nothing": {}, "outside": plain}
 
 
