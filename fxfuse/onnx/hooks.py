@@ -23,6 +23,7 @@ from torch.export import ExportedProgram
 import fxfuse
 from fxfuse.onnx.active import Active, current, within
 from fxfuse.onnx.exporter import finish
+from fxfuse.onnx.missing import missing_translations
 from fxfuse.onnx.values import with_values
 from fxfuse.ops import holds_fused, translation_table
 from fxfuse.ops.registry import FIRST_OPSET, LAST_OPSET
@@ -117,8 +118,10 @@ def _ready(program: ExportedProgram, registry: Any, active: Active) -> Ready | N
         if not holds_fused(program):
             options = _marked.get() or active.options
             fused = fxfuse.fuse(with_values(program), **options.for_export(opset))
-        for operator, translation in translation_table(opset).items():
-            if not registry.is_registered(operator):  # the caller's custom_translation_table wins
+        table = {**missing_translations(fused.graph.nodes), **translation_table(opset)}
+        for operator, translation in table.items():
+            own = any(known.is_custom for known in registry.get_decomps(operator))
+            if not own:  # the caller's custom_translation_table goes first
                 registry.register_op(operator, translation)
         return Ready(fused, program, active)
     except Exception as error:  # a plugin never takes somebody else's export down

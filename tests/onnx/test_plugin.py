@@ -80,6 +80,15 @@ def test_the_callers_translations_win(norm: nn.Module) -> None:
     assert "LpNormalization" in operators(exported) and "RMSNormalization" not in operators(exported)
 
 
+def test_translations_that_torch_lacks_are_there(no_warning: None) -> None:
+    class Quantile(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.erfinv(x)
+
+    with fxfuse.onnx.enabled():
+        assert "Erf" in operators(export(Quantile().eval()))
+
+
 def test_our_own_export_is_not_fused_twice(norm: nn.Module, no_warning: None) -> None:
     with fxfuse.onnx.enabled():
         fused = fxfuse.onnx.export(norm, (X,), dynamic_shapes=SHAPES)
