@@ -8,11 +8,12 @@ print(fxfuse.report(fused))
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+import torch.fx.experimental._config
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 
@@ -34,7 +35,8 @@ from fxfuse.recognise.questions import Questions
 from fxfuse.report.layer import calls, mark, one_layer
 from fxfuse.report.model import Entry, Report
 
-_META = "fxfuse_report"
+REPORT = "fxfuse_report"
+"""Where a program, or an ONNX model in memory, keeps its report: in ``meta``."""
 T = TypeVar("T")
 
 
@@ -71,28 +73,30 @@ def fuse(
     inline_layers(result)
     before = calls(result.graph)
     writes = functionalise(result.graph)
-    for pattern in catalogue() if patterns is None else patterns:
-        if pattern.since_opset <= opset:
-            run.apply(pattern)
+    # As torch.onnx captures and decomposes: its symbols may be 1, and a question whether they are would be a guard.
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        for pattern in catalogue() if patterns is None else patterns:
+            if pattern.since_opset <= opset:
+                run.apply(pattern)
     restore(result.graph, writes)
     result.graph_module.recompile()
     report.nodes_after = _calls(result.graph)
     regions = {i: entry.nodes for i, entry in enumerate(report) if entry.status == "fused"}
     report.layer = one_layer(before, result, regions)
     report.seconds["total"] = time.perf_counter() - started
-    result.graph_module.meta[_META] = report
+    result.graph_module.meta[REPORT] = report
     return result
 
 
 def report(program: object) -> Report:
-    """What `fuse` did to this program (or to the program that this ONNX program was exported from).
+    """What `fuse` did to this program, or to the one that this ONNX program (or its `onnx_ir.Model`) came from.
 
     Raises:
         FxfuseError: the program was not fused in this process.
     """
-    found = getattr(program, "fxfuse_report", None)
-    if found is None and isinstance(program, ExportedProgram):
-        found = program.graph_module.meta.get(_META)
+    owner = program.graph_module if isinstance(program, ExportedProgram) else program
+    meta = getattr(owner, "meta", None)
+    found = getattr(program, REPORT, None) or (meta.get(REPORT) if isinstance(meta, Mapping) else None)
     if not isinstance(found, Report):
         raise FxfuseError(
             f"this {type(program).__name__} has no fusion report",
