@@ -57,7 +57,8 @@ def fuse(
             recognisers.
 
     Returns:
-        A new program. Nodes outside the fused regions are as they were; weights are shared with `program`.
+        A new program. Nodes outside the fused regions are as they were, but for layers that run under `no_grad`: they
+        are inlined, and detached. Weights are shared with `program`.
 
     Raises:
         FxfuseError: not an exported program, fused already, or an opset outside 23–25.
