@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=400, help="seconds for each")
     parser.add_argument("--table", action="store_true", help="run nothing")
     arguments = parser.parse_args()
-    results = _read()
+    results = recorded()
     wanted = arguments.archs.split(",") if arguments.archs else [a for a in architectures() if a not in results]
     context = multiprocessing.get_context("spawn")
     for arch in [] if arguments.table else wanted:
@@ -92,10 +92,11 @@ def main() -> None:
         print(result, flush=True)
         with RESULTS.open("a") as file:
             file.write(json.dumps(result) + "\n")
-    TABLE.write_text(table(_read()))
+    TABLE.write_text(table(recorded()))
 
 
-def _read() -> dict[str, dict[str, Any]]:
+def recorded() -> dict[str, dict[str, Any]]:
+    """The last result of each architecture."""
     lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
     return {r["arch"]: r for r in map(json.loads, lines)}
 

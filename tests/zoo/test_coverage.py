@@ -1,0 +1,30 @@
+"""The coverage matrix: the page says what was recorded, and what was recorded still holds."""
+
+from __future__ import annotations
+
+import pytest
+
+from . import coverage
+
+pytest.importorskip("transformers")
+
+RECORDED = coverage.recorded()
+RIGHT = sorted(arch for arch, result in RECORDED.items() if result["stage"] == "done")
+
+
+def test_the_page_is_the_table_of_what_was_recorded() -> None:
+    assert coverage.TABLE.read_text() == coverage.table(RECORDED)
+
+
+def test_nothing_recorded_as_right_has_keys_expanded_without_a_word() -> None:
+    """Heads repeated before Attention are known: of these two, k and v have different heads, or heads in turn."""
+    assert {arch for arch in RIGHT if RECORDED[arch]["expanded"]} <= {"diffllama", "jetmoe"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", RIGHT)
+def test_is_as_good_as_recorded(arch: str) -> None:
+    result = coverage.run(arch)
+    assert result["stage"] == "done", result.get("error")
+    assert list(result["fused"]) == list(RECORDED[arch]["fused"]), result["open"]
+    assert result["expanded"] <= RECORDED[arch]["expanded"]
