@@ -10,6 +10,7 @@ Importing this package needs neither Triton nor a GPU; the kernels are imported 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import sys
@@ -102,5 +103,6 @@ def interpreting() -> bool:
     return isinstance(tl.sum, InterpretedFunction)
 
 
+@functools.cache
 def installed() -> bool:
     return importlib.util.find_spec("triton") is not None

@@ -67,13 +67,13 @@ def gradients(p: Problem, a: Attributes, grad: Tensor, *, mask_gradient: bool) -
     grad_mask = p.Q.new_zeros((B, Hq, Sq, T) if mask_gradient else (0,), dtype=math_dtype(p.Q.dtype))
     if not (B and Hq and Sq and T and D and Dv):
         return grad_Q.zero_(), grad_K.zero_(), grad_V.zero_(), grad_mask
-    lse, delta = (p.Q.new_empty((B, Hq, Sq), dtype=math_dtype(p.Q.dtype)) for _ in range(2))
-    launch_forward(p, a, None, grad=grad, lse=lse, delta=delta)
+    statistics = tuple(p.Q.new_empty((B, Hq, Sq), dtype=math_dtype(p.Q.dtype)) for _ in range(3))
+    launch_forward(p, a, None, grad=grad, statistics=statistics)
 
     mask, mask_strides, stop = full_mask(p, p.K.shape[2])
     lengths = p.Q if p.lengths is None else p.lengths
     settings, m, n = choices(p, a, backward=True)
-    operands = (p.Q, p.K, p.V, mask, lengths, grad, lse, delta)
+    operands = (p.Q, p.K, p.V, mask, lengths, grad, *statistics)
     numbers = (Hkv, Hq // Hkv, Sq, T, stop, p.offset, D, Dv)
     strides = (
         *p.Q.stride(), *p.K.stride(), *p.V.stride(), *mask_strides, length_stride(p), *grad.stride()
@@ -93,10 +93,9 @@ def launch_forward(
     *,
     Y: Maybe = None,
     grad: Maybe = None,
-    lse: Maybe = None,
-    delta: Maybe = None,
+    statistics: tuple[Tensor, ...] = (),
 ) -> None:
-    """Writes Y [B, Sq, Hq, Dv]; or, given Y's gradient, what the backward kernels need: lse and delta [B, Hq, Sq]."""
+    """Writes Y [B, Sq, Hq, Dv]; or, given Y's gradient, what the backward kernels need: m, z and delta [B, Hq, Sq]."""
     (B, Hq, Sq, D), (_, Hkv, Skv, Dv) = p.Q.shape, p.V.shape
     P = past[0].shape[2] if past else 0
     mask, mask_strides, stop = full_mask(p, P + Skv)
@@ -105,7 +104,7 @@ def launch_forward(
     past_k, past_v = past or (none, none)
     wrapped(forward_kernel)[(B * Hkv * ceil_div(Hq // Hkv * Sq, m),)](
         p.Q, p.K, p.V, past_k, past_v, mask, none if p.lengths is None else p.lengths,
-        *(none if tensor is None else tensor for tensor in (Y, grad, lse, delta)),
+        none if Y is None else Y, none if grad is None else grad, *(statistics or (none, none, none)),
         Hkv, Hq // Hkv, Sq, P, stop, p.offset, D, Dv,
         *p.Q.stride(), *p.K.stride(), *p.V.stride(), *past_k.stride(), *past_v.stride(), *mask_strides,
         length_stride(p), *(none if grad is None else grad).stride(),

@@ -1,30 +1,30 @@
 """Attention backward in Triton: the weights are computed again from the saved statistics, block by block.
 
-    p  = e^(s - lse)                        grad_V = Σ pᵀ·g
+    p  = e^(s - m) / z                      grad_V = Σ pᵀ·g
     t  = p · (g·vᵀ - delta)                 grad of the mask
     ds = t · (1 - (capped / c)²) · scale    grad_Q = Σ ds·k,   grad_K = Σ dsᵀ·q
 
-lse = log Σ e^s and delta = Σ y·g of every query come from the forward kernel; c is the soft-cap. One kernel goes
-through the queries for a block of keys, one through the keys for a block of queries: nobody adds to what another
-program writes, so that the result is the same every time.
+m = max s, z = Σ e^(s - m) and delta = Σ y·g of every query come from the forward kernel; c is the soft-cap. One
+kernel goes through the queries for a block of keys, one through the keys for a block of queries: nobody adds to what
+another program writes, so that the result is the same every time.
 """
 
 import triton
 import triton.language as tl
 
-from fxfuse.kernels.attention_scores import product, scores, tile
+from fxfuse.kernels.attention_scores import scores, tile
 from fxfuse.kernels.language import rounded
 
 
 @triton.jit
 def weights_and_slopes(
-    q, k, v, g, lse, delta, i, j, valid, stop, offset, MASK, mj,
+    q, k, v, g, m, z, delta, i, j, valid, stop, offset, MASK, mj,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
     """p, t and ds [queries, keys]."""
     s, capped = scores(q, k, i, j, valid, stop, offset, MASK, mj, SCALE, SOFTCAP, CAUSAL, MASKED, MATH)
-    p = tl.exp(s - lse[:, None])
-    t = p * (product(g, tl.trans(v), MATH) - delta[:, None])
+    p = tl.exp(s - m[:, None]) / z[:, None]
+    t = p * (tl.dot(g, tl.trans(v), input_precision="ieee", out_dtype=MATH) - delta[:, None])
     ds = t * SCALE
     if SOFTCAP > 0.0:
         ds *= 1.0 - (capped / SOFTCAP) * (capped / SOFTCAP)
@@ -33,7 +33,7 @@ def weights_and_slopes(
 
 @triton.jit
 def keys_kernel(
-    Q, K, V, MASK, LENGTHS, G, LSE, DELTA, GK, GV,
+    Q, K, V, MASK, LENGTHS, G, TOP, SUM, DELTA, GK, GV,
     Hkv, GROUP, Sq, T, stop, shift, D, DV,
     qb, qh, qi, qd, kb, kh, kj, kd, vb, vh, vj, vd, mb, mh, mi, mj, lb, gb, gh, gi, gd,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
@@ -69,13 +69,14 @@ def keys_kernel(
             q = tile(Q + b * qb + head * qh, i, valid, qi, D, qd, DOT, BLOCK_D)
             g = tile(G + b * gb + head * gh, i, valid, gi, DV, gd, DOT, BLOCK_DV)
             row = (b * Hkv * GROUP + head) * Sq + i
-            lse, delta = tl.load(LSE + row, valid, float("inf")), tl.load(DELTA + row, valid, 0.0)
+            m, z = tl.load(TOP + row, valid, 0.0), tl.load(SUM + row, valid, float("inf"))
+            delta = tl.load(DELTA + row, valid, 0.0)
             p, _, ds = weights_and_slopes(
-                q, k, v, g, lse, delta, i, j, valid, stop, offset, MASK + b * mb + head * mh + i * mi, mj,
+                q, k, v, g, m, z, delta, i, j, valid, stop, offset, MASK + b * mb + head * mh + i * mi, mj,
                 SCALE, SOFTCAP, CAUSAL, MASKED, MATH,
             )  # fmt: skip
-            gv += product(tl.trans(rounded(p, V.dtype.element_ty).to(DOT)), g, MATH)
-            gk += product(tl.trans(rounded(ds, Q.dtype.element_ty).to(DOT)), q, MATH)
+            gv += tl.dot(tl.trans(rounded(p, V.dtype.element_ty).to(DOT)), g, input_precision="ieee", out_dtype=MATH)
+            gk += tl.dot(tl.trans(rounded(ds, Q.dtype.element_ty).to(DOT)), q, input_precision="ieee", out_dtype=MATH)
     row = ((b * Hkv + kv_head) * T + j)[:, None]
     d, e = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_DV)[None, :]
     tl.store(GK + row * D + d, rounded(gk, GK.dtype.element_ty), (j < T)[:, None] & (d < D))
@@ -84,7 +85,7 @@ def keys_kernel(
 
 @triton.jit
 def queries_kernel(
-    Q, K, V, MASK, LENGTHS, G, LSE, DELTA, GQ, GM,
+    Q, K, V, MASK, LENGTHS, G, TOP, SUM, DELTA, GQ, GM,
     Hkv, GROUP, Sq, T, stop, shift, D, DV,
     qb, qh, qi, qd, kb, kh, kj, kd, vb, vh, vj, vd, mb, mh, mi, mj, lb, gb, gh, gi, gd,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
@@ -110,17 +111,18 @@ def queries_kernel(
     q = tile(Q + b * qb + head * qh, i, valid, qi, D, qd, DOT, BLOCK_D)
     g = tile(G + b * gb + head * gh, i, valid, gi, DV, gd, DOT, BLOCK_DV)
     row = (b * heads + head) * Sq + i
-    lse, delta = tl.load(LSE + row, valid, float("inf")), tl.load(DELTA + row, valid, 0.0)
+    m, z = tl.load(TOP + row, valid, 0.0), tl.load(SUM + row, valid, float("inf"))
+    delta = tl.load(DELTA + row, valid, 0.0)
     gq = tl.zeros((BLOCK_M, BLOCK_D), MATH)
     for start in range(0, stop, BLOCK_N):
         j = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_N)
         k = tile(K + b * kb + kv_head * kh, j, j < stop, kj, D, kd, DOT, BLOCK_D)
         v = tile(V + b * vb + kv_head * vh, j, j < stop, vj, DV, vd, DOT, BLOCK_DV)
         _, t, ds = weights_and_slopes(
-            q, k, v, g, lse, delta, i, j, valid, stop, offset, MASK + b * mb + head * mh + i * mi, mj,
+            q, k, v, g, m, z, delta, i, j, valid, stop, offset, MASK + b * mb + head * mh + i * mi, mj,
             SCALE, SOFTCAP, CAUSAL, MASKED, MATH,
         )  # fmt: skip
-        gq += product(rounded(ds, Q.dtype.element_ty).to(DOT), k, MATH)
+        gq += tl.dot(rounded(ds, Q.dtype.element_ty).to(DOT), k, input_precision="ieee", out_dtype=MATH)
         if MASK_GRADIENT:
             tl.store(GM + row[:, None] * T + j[None, :], t, valid[:, None] & (j < stop)[None, :])
     d = tl.arange(0, BLOCK_D)[None, :]

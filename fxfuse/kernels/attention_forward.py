@@ -7,13 +7,14 @@ A program takes BLOCK_M queries of one KV head: those of all query heads that sh
 query r % Sq of the group's head r // Sq), so that K and V are read once for the group. Keys come from the past, then
 from K; of a cache only the first nonpad_kv_seqlen are read.
 
-With STATISTICS the kernel gives what the backward pass needs instead of y: log Σ e^s, and Σ y·grad, for every query.
+With STATISTICS the kernel gives what the backward pass needs instead of y: m, z and Σ y·grad of every query. (Not
+m + log z: where all scores are the lowest float, as models mask, log z would be lost in m.)
 """
 
 import triton
 import triton.language as tl
 
-from fxfuse.kernels.attention_scores import product, scores, tile
+from fxfuse.kernels.attention_scores import scores, tile
 from fxfuse.kernels.language import rounded
 
 
@@ -35,14 +36,16 @@ def attend(
         kept = tl.exp(m - base)
         z = z * kept + tl.sum(p, 1)
         v = tile(V, j, j < stop, vj, DV, vd, DOT, BLOCK_DV)
-        acc = acc * kept[:, None] + product(rounded(p, V.dtype.element_ty).to(DOT), v, MATH)
+        acc = acc * kept[:, None] + tl.dot(
+            rounded(p, V.dtype.element_ty).to(DOT), v, input_precision="ieee", out_dtype=MATH
+        )
         m = m_new
     return acc, m, z
 
 
 @triton.jit
 def forward_kernel(
-    Q, K, V, PAST_K, PAST_V, MASK, LENGTHS, Y, GRAD, LSE, DELTA,
+    Q, K, V, PAST_K, PAST_V, MASK, LENGTHS, Y, GRAD, TOP, SUM, DELTA,
     Hkv, G, Sq, P, T, shift, D, DV,
     qb, qh, qi, qd, kb, kh, kj, kd, vb, vh, vj, vd, pkb, pkh, pkj, pkd, pvb, pvh, pvj, pvd, mb, mh, mi, mj, lb,
     gb, gh, gi, gd,
@@ -88,7 +91,8 @@ def forward_kernel(
     if STATISTICS:
         # Rows of [B, Hq, Sq]. A query that sees nothing has scores of -inf, and e^(-inf - 0) is the weight 0 it needs.
         at = (b * Hkv * G + head) * Sq + i
-        tl.store(LSE + at, tl.where(seen, m + tl.log(tl.where(seen, z, 1.0)), 0.0), valid)
+        tl.store(TOP + at, tl.where(seen, m, 0.0), valid)
+        tl.store(SUM + at, tl.where(seen, z, 1.0), valid)
         grad = tile(GRAD + b * gb, head * gh + i * gi, valid, 1, DV, gd, MATH, BLOCK_DV)
         tl.store(DELTA + at, tl.sum(y * grad, 1), valid)
     else:

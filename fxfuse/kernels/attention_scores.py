@@ -3,7 +3,8 @@
     s = softcap(q·kᵀ·scale) + mask,    -∞ where query i does not see key j
 
 softcap(x) = c·tanh(x / c). Query i sees key j if j < stop, where causal if j <= i + offset, and where the mask is bool
-if it says so. Everything is computed in MATH: float32, or float64 for float64 operands.
+if it says so. Everything is computed in MATH: float32, or float64 for float64 operands. Products are of operands in
+DOT, summed in MATH; those of float32 are not cut to TF32 (`input_precision="ieee"`).
 """
 
 import triton
@@ -18,14 +19,8 @@ BOOL: tl.constexpr = tl.constexpr(BOOL_MASK)
 
 
 @triton.jit
-def product(a, b, MATH: tl.constexpr):
-    """a·b, summed in MATH; float32 operands are not cut to TF32."""
-    return tl.dot(a, b, input_precision="ieee", out_dtype=MATH)
-
-
-@triton.jit
 def tile(X, row, valid, stride, size, stride_d, DOT: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows of X as an operand of `product`, [rows, BLOCK]; zeros where a row is not valid, and from `size` on."""
+    """Rows of X as an operand of a product, [rows, BLOCK]; zeros where a row is not valid, and from `size` on."""
     d = tl.arange(0, BLOCK)
     at = row[:, None] * stride + d[None, :].to(tl.int64) * stride_d
     return tl.load(X + at, valid[:, None] & (d < size)[None, :], 0.0).to(DOT)
@@ -37,7 +32,7 @@ def scores(
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
     """s [queries, keys], and the scores before the mask. MASK: addresses of the queries' rows in it."""
-    s = product(q, tl.trans(k), MATH) * SCALE
+    s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=MATH) * SCALE
     if SOFTCAP > 0.0:
         s = SOFTCAP * tanh(s / SOFTCAP)
     capped = s

@@ -1,6 +1,6 @@
 """Which kernel an operator runs on CUDA, and how torch.compile comes to see it.
 
-    eager           the dispatcher's CUDA implementation launches the kernel
+    eager           the dispatcher's CUDA implementation launches the kernel (`fxfuse.ops.switch` can say otherwise)
     torch.compile   AOTAutograd records the launch itself, so that Inductor compiles it into its graph
     torch.export    the operator stays an operator
 
@@ -16,27 +16,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxfuse.kernels import missing, unsupported
+from fxfuse.kernels import missing
 from fxfuse.ops.registry import OPS
+from fxfuse.ops.switch import decline, kernels_wanted
 
 Function = Callable[..., Any]
-Choice = Callable[..., Function | None]
-"""Takes the operator's arguments, gives the function to call with them; None: the composite, not to be seen through."""
+Choice = Callable[..., "Function | str"]
+"""Takes the operator's arguments; gives the function to call with them, or why there is none but the composite."""
 
 
 def serve(name: str, choose: Choice, composite: Function) -> None:
-    """Registers what `fxfuse::name` runs on CUDA."""
+    """Registers what `fxfuse::name` runs on CUDA, and where `use_kernels` says so on the CPU."""
 
     def eager(*args: Any, **kwargs: Any) -> Any:
-        function = choose(*args, **kwargs)
-        if function is None:
+        device = _device(args)
+        if not kernels_wanted(device):
+            return composite(*args, **kwargs)
+        function = missing(device) or choose(*args, **kwargs)
+        if isinstance(function, str):
+            decline(name, function)
             return composite(*args, **kwargs)
         from fxfuse.kernels.launch import device_of
 
-        with device_of(_device(args)):
+        with device_of(device):
             return function(*args, **kwargs)
 
-    torch.library.impl(f"fxfuse::{name}", "CUDA", eager)
+    for key in ("CPU", "CUDA"):
+        torch.library.impl(f"fxfuse::{name}", key, eager)
     register_traced(name, choose)
 
 
@@ -52,10 +58,12 @@ def register_traced(name: str, choose: Choice) -> None:
         kwargs = kwargs or {}
         if any(t not in known for t in types):
             return NotImplemented
-        if not custom_triton_ops_decomposition_disabled() and _device(args).type == "cuda":
+        device = _device(args)
+        exporting = custom_triton_ops_decomposition_disabled()
+        if not exporting and device.type == "cuda" and kernels_wanted(device) and not missing(device):
             with mode:
                 function = choose(*args, **kwargs)
-                if function is not None:
+                if not isinstance(function, str):
                     from fxfuse.kernels.launch import recording
 
                     with recording():
@@ -68,12 +76,11 @@ def register_traced(name: str, choose: Choice) -> None:
 def kernel(name: str) -> Choice:
     """The operator's kernel, where it takes the arguments."""
 
-    def choose(*args: Any, **kwargs: Any) -> Function | None:
-        if missing("cuda") or unsupported(name, *args, **kwargs):
-            return None
-        from fxfuse.kernels.calls import KERNELS
+    def choose(*args: Any, **kwargs: Any) -> Function | str:
+        from fxfuse.kernels.calls import BACKWARD, KERNELS
 
-        return KERNELS[name].function
+        found = KERNELS.get(name) or BACKWARD[name]
+        return found.unsupported(*args, **kwargs) or found.function
 
     return choose
 
@@ -85,26 +92,13 @@ def attention(count: int, name: str) -> Choice:
     from fxfuse.ops.attention_math import problem, split_heads
     from fxfuse.ops.attention_sdpa import has_fused_kernel
 
-    def choose(*inputs: Tensor | None, **attributes: Any) -> Function | None:
+    def choose(*inputs: Tensor | None, **attributes: Any) -> Function | str:
         i, a = Inputs(*inputs), Attributes(**attributes)  # type: ignore[arg-type]
         sizes = checked(i, a, count)
         p = problem(i, a, sizes, split_heads(i.K, a.kv_num_heads), split_heads(i.V, a.kv_num_heads))
         if has_fused_kernel(p, a, sizes.T):
             return composite(count)
         return kernel(name)(*inputs, **attributes)
-
-    return choose
-
-
-def backward(name: str) -> Choice:
-    """The kernel of a backward pass, where it takes the arguments."""
-
-    def choose(*args: Any, **kwargs: Any) -> Function | None:
-        if missing("cuda"):
-            return None
-        from fxfuse.kernels.calls import BACKWARD
-
-        return None if BACKWARD[name].unsupported(*args, **kwargs) else BACKWARD[name].function
 
     return choose
 
@@ -122,6 +116,6 @@ def register() -> None:
         serve(name, attention(count, name), composites[name])
     from fxfuse.ops import attention_backward, rms_norm, rotary_embedding
 
-    serve("rms_norm_backward", backward("rms_norm_backward"), rms_norm.composite_backward)
-    serve("rotary_embedding_backward", backward("rotary_embedding_backward"), rotary_embedding.composite_backward)
-    serve("attention_backward", backward("attention_backward"), attention_backward.composite)
+    serve("rms_norm_backward", kernel("rms_norm_backward"), rms_norm.composite_backward)
+    serve("rotary_embedding_backward", kernel("rotary_embedding_backward"), rotary_embedding.composite_backward)
+    serve("attention_backward", kernel("attention_backward"), attention_backward.composite)

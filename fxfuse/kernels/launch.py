@@ -44,10 +44,10 @@ def device_of(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def processors(device: torch.device) -> int:
-    """How many multiprocessors there are to keep busy; in the interpreter a few, since each program costs time."""
+    """How many multiprocessors there are to keep busy; one in the interpreter, where each program costs time."""
     if device.type == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_properties(device).multi_processor_count
-    return 4
+    return 1
 
 
 def shared_memory(device: torch.device) -> int:

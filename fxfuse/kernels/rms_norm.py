@@ -122,7 +122,7 @@ def prepared(X: Tensor, scale: Tensor, axis: int, epsilon: float, stash: torch.d
     assert layout is not None
     shared = all(layout[stride] == 0 for stride in (6, 7, 8))
     block = power_of_two(N)
-    elements = 65536 if interpreted() else 4096
+    elements = 8192 if interpreted() else 4096
     per_program = min(max(elements // block, 1), power_of_two(rows))
     meta = {
         "EPSILON": float(epsilon),

@@ -131,8 +131,8 @@ def rotate(
     i = ids.stride() if ids is not None else (0, 0)
     block = power_of_two(half)
     block_rest = power_of_two(rest) if rest else 0
-    heads = min(power_of_two(H), max((32768 if interpreted() else 2048) // (2 * block + block_rest), 1))
-    tokens = min(power_of_two(B * S), max((65536 if interpreted() else 2048) // (heads * (2 * block + block_rest)), 1))
+    heads = min(power_of_two(H), max((4096 if interpreted() else 2048) // (2 * block + block_rest), 1))
+    tokens = min(power_of_two(B * S), max((32768 if interpreted() else 2048) // (heads * (2 * block + block_rest)), 1))
     grid = (ceil_div(B * S, tokens) * ceil_div(H, heads),)
     wrapped(rotate_kernel)[grid](
         x, cos, sin, cos if ids is None else ids, y, B * S, S, H, rest, positions,

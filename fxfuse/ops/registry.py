@@ -14,6 +14,7 @@ import torch
 from torch._ops import OpOverload
 
 from fxfuse.errors import FxfuseError
+from fxfuse.ops.switch import kernels_wanted
 
 FIRST_OPSET = 23
 """The first ONNX opset with RMSNormalization, RotaryEmbedding and Attention."""
@@ -102,7 +103,7 @@ def define_backward(name: str, schema: str, *, composite: Callable[..., Any], fa
 
 def has_kernel(grad: torch.Tensor) -> bool:
     """Can the backward pass of this gradient be a kernel? Not if it is to be differentiated itself."""
-    return grad.is_cuda and not torch.is_grad_enabled()
+    return kernels_wanted(grad.device) and not torch.is_grad_enabled()
 
 
 def translation_table(opset: int) -> dict[OpOverload, Callable[..., Any]]:

@@ -35,7 +35,7 @@ class OnnxRuntime:
         with tempfile.TemporaryDirectory() as folder:
             path = _as_file(model, folder)
             options = ort.SessionOptions()
-            options.log_severity_level = 3
+            options.log_severity_level = 4  # what it would log as an error it raises, too
             if _size(path) > LARGE:
                 # Folding 16-bit weights to float32 and packing them for the GEMMs would each hold another copy.
                 options.add_session_config_entry("session.disable_prepacking", "1")
