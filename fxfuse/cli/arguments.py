@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from fxfuse.cli import commands
+from fxfuse.cli.parity import parity
 
 SOURCES = """\
 SOURCE is one of
@@ -15,6 +16,12 @@ SOURCE is one of
 
 exit codes: 0 done; 2 bad input; 3 the exported model does not compute what the original does
 """
+
+PARITY = """\
+Without SOURCE it is the operators that are compared, over a matrix of types, layouts, shapes and options. Without a
+GPU Triton's kernels run in its interpreter.
+
+""" + SOURCES.replace("3 the exported model does not compute what the original does", "3 an implementation is wrong")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,11 +52,17 @@ def parser() -> argparse.ArgumentParser:
     inspect = command("inspect", commands.inspect, "fuse a model and report; export nothing", SOURCES)
     _source(inspect)
     command("patterns", commands.patterns, "list the catalogue")
+    compare = command("parity", parity, "compare eager, composite, Triton and ONNX Runtime with float64", PARITY)
+    _source(compare, optional=True)
+    compare.add_argument("--op", action="append", default=[], metavar="NAME", help="only this operator; repeatable")
+    compare.add_argument("--full", action="store_true", help="every combination of the matrix, not a sample of it")
+    compare.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+    compare.add_argument("--plot", type=Path, metavar="FILE", help="also draw the errors: .png or .svg")
     return top
 
 
-def _source(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("source", metavar="SOURCE", help="the model; see below")
+def _source(sub: argparse.ArgumentParser, optional: bool = False) -> None:
+    sub.add_argument("source", metavar="SOURCE", nargs="?" if optional else None, help="the model; see below")
     sub.add_argument("--opset", type=int, default=24, help="ONNX opset, 23 to 25 (default 24)")
     sub.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float32, or what the source has)")
     sub.add_argument(

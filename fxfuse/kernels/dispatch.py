@@ -50,11 +50,13 @@ def register_traced(name: str, choose: Choice) -> None:
     """Makes torch.compile see through the operator, as torch.library.triton_op does for an operator of its own."""
     from torch._subclasses.fake_tensor import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
-    from torch.export._trace import custom_triton_ops_decomposition_disabled
 
     known = (torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 
     def traced(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        # Here, for it imports Triton, which `fxfuse.kernels.interpret` must come before.
+        from torch.export._trace import custom_triton_ops_decomposition_disabled
+
         kwargs = kwargs or {}
         if any(t not in known for t in types):
             return NotImplemented

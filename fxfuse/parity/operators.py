@@ -9,8 +9,8 @@ onnxruntime   one ONNX node, on the CPU
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,33 +21,12 @@ from fxfuse import kernels
 from fxfuse.errors import FxfuseError
 from fxfuse.ops.registry import OnnxOp
 from fxfuse.ops.switch import use_kernels
-from fxfuse.parity.compare import compare, error_ulp, rms
+from fxfuse.parity.cell import Cell, judged, skipped
+from fxfuse.parity.compare import rms
 from fxfuse.parity.matrix import Call
 from fxfuse.parity.node import Refused, run_node
 
 Tensors = tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """How one implementation did on one call."""
-
-    op: str
-    point: dict[str, str]
-    implementation: str
-    ulp: float | None
-    """Its largest error against float64, in units in the last place at the output's RMS; None if it did not run."""
-    passed: bool
-    """True also where it did not run."""
-    reason: str | None = None
-    """Why it failed, or why it did not run."""
-
-    @property
-    def ran(self) -> bool:
-        return self.ulp is not None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def cells(call: Call, *, backward: bool = True, onnxruntime: bool = True) -> Iterator[Cell]:
@@ -67,7 +46,7 @@ def cells(call: Call, *, backward: bool = True, onnxruntime: bool = True) -> Ite
     if why is None:
         yield from _cells(call, "triton", found, eager, exact)
     else:
-        yield _skipped(call, "triton", why)
+        yield skipped(call.op, call.point, "triton", why)
     if onnxruntime:
         yield _onnxruntime(call, op, eager, exact)
 
@@ -115,36 +94,20 @@ def _onnxruntime(call: Call, op: OnnxOp, eager: Ran, exact: Ran) -> Cell:
     try:
         outputs = run_node(op, call)
     except Refused as why:
-        return _skipped(call, "onnxruntime", str(why))
+        return skipped(call.op, call.point, "onnxruntime", f"ONNX Runtime: {why}")
     except FxfuseError as error:
         return Cell(call.op, call.point, "onnxruntime", float("inf"), False, " ".join(error.what.split()))
-    return _cell(call, "onnxruntime", outputs, eager.outputs, exact.outputs)
+    return judged(call.op, call.point, "onnxruntime", outputs, eager.outputs, exact.outputs, call.dtype)
 
 
 def _cells(call: Call, name: str, found: Ran, eager: Ran, exact: Ran) -> Iterator[Cell]:
-    yield _cell(call, name, found.outputs, eager.outputs, exact.outputs)
+    yield judged(call.op, call.point, name, found.outputs, eager.outputs, exact.outputs, call.dtype)
     if found.gradients:
         # One key, and the gradient of Q is zero: what rounds are its terms, as large as the other gradients.
         every = torch.cat([gradient.flatten() for gradient in exact.gradients])
         floor = rms(every[every.abs() > 1e-9 * every.abs().max()]) if every.any() else 0.0
-        yield _cell(call, f"{name} backward", found.gradients, eager.gradients, exact.gradients, floor)
-
-
-def _cell(
-    call: Call,
-    name: str,
-    outputs: Sequence[Tensor],
-    eager: Sequence[Tensor],
-    wide: Sequence[Tensor],
-    floor: float = 0.0,
-) -> Cell:
-    result = compare(eager, outputs, wide, call.dtype, floor)
-    ulp = error_ulp(outputs, wide, call.dtype, floor)
-    return Cell(call.op, call.point, name, ulp, result.passed, result.reason)
-
-
-def _skipped(call: Call, name: str, why: str) -> Cell:
-    return Cell(call.op, call.point, name, None, True, why)
+        both = (eager.gradients, exact.gradients)
+        yield judged(f"{call.op} backward", call.point, name, found.gradients, *both, call.dtype, floor)
 
 
 def _operator(name: str) -> OnnxOp:
