@@ -50,7 +50,7 @@ def parity(arguments: argparse.Namespace, out: Console, err: Console) -> None:
         else:
             cells = _program_cells(arguments, device, err)
         failed = failures(cells)
-        _show(out, cells, record)
+        _show(out, arguments, cells, record)
         if arguments.plot is not None:
             plot(cells, arguments.plot, _title(record))
         write_json(
@@ -114,7 +114,7 @@ def _title(record: dict[str, Any]) -> str:
     return f"{record['device']}, Triton {record['triton']}, {record['date'][:10]}"
 
 
-def _show(out: Console, cells: list[Cell], record: dict[str, Any]) -> None:
+def _show(out: Console, arguments: argparse.Namespace, cells: list[Cell], record: dict[str, Any]) -> None:
     found = rows(cells)
     subjects = list(dict.fromkeys(row.subject for row in found))
     name = subjects[0] + ": l" if len(subjects) == 1 else "L"
@@ -122,7 +122,8 @@ def _show(out: Console, cells: list[Cell], record: dict[str, Any]) -> None:
         title=f"{escape(name)}argest error against float64, in ulp\n{escape(_title(record))}",
         title_justify="left",
         title_style="bold",
-        caption="an ulp is one unit in the last place at the output's RMS; red: failed",
+        caption="an ulp is one unit in the last place at the output's RMS; red: failed"
+        + ("" if arguments.source is None else "; for a 16-bit model float32 stands in for float64"),
         caption_justify="left",
     )
     # What is the same in every row is not worth a column.

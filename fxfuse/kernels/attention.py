@@ -20,7 +20,7 @@ WIDEST = {2: 256, 4: 256, 8: 128}
 
 
 SPACIOUS = 160 << 10
-"""Bytes of shared memory from which the backward kernels can fetch ahead: A100 and H100 have them, L4 and 4090 not."""
+"""Bytes of shared memory from which masks and backward kernels can fetch ahead: an A100 has them, an L4 has not."""
 
 
 def unsupported(i: Inputs, a: Attributes, sizes: Sizes) -> str | None:
@@ -136,6 +136,7 @@ def choices(p: Problem, a: Attributes, backward: bool = False) -> tuple[dict[str
     rows = Sq if backward else Hq // Hkv * Sq
     m, n = max(min(m, power_of_two(rows)), 16), max(n, 16)
     kind = NO_MASK if p.mask is None else BOOL_MASK if p.mask.dtype == torch.bool else ADDED_MASK
+    spacious = shared_memory(p.Q.device) >= SPACIOUS
     settings = {
         "SCALE": float(a.scale if a.scale is not None else 1.0 / math.sqrt(D)),
         "SOFTCAP": float(a.softcap),
@@ -150,6 +151,6 @@ def choices(p: Problem, a: Attributes, backward: bool = False) -> tuple[dict[str
         "BLOCK_D": block_d,
         "BLOCK_DV": block_dv,
         "num_warps": 8 if m * max(block_d, block_dv) >= 128 * 64 else 4,
-        "num_stages": 1 if backward and shared_memory(p.Q.device) < SPACIOUS else 2,
+        "num_stages": 2 if spacious or not (backward or kind) else 1,
     }
     return settings, m, n

@@ -113,7 +113,10 @@ def attention(dtype: torch.dtype, layout: str, shape: tuple[int, ...], option: s
     elif option == "short mask":
         mask = draw.bools(Sq, max(T - 2, 1))
     elif option == "negative mask":  # what models add in place of -inf
-        mask = torch.zeros(B, 1, Sq, T, dtype=dtype).masked_fill(~draw.bools(B, 1, Sq, T), torch.finfo(dtype).min)
+        seen = draw.bools(B, 1, Sq, T)
+        if dtype == torch.float16:
+            seen[..., 0] = True  # beside -65504 the scores are still there in float64, and rounded off in float16
+        mask = torch.zeros(B, 1, Sq, T, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
     elif "bias" in words:
         mask = draw.normal(Sq, T)
     elif "mask" in words:

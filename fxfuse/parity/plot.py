@@ -47,6 +47,7 @@ def plot(cells: Sequence[Cell], path: Path, title: str) -> None:
         panel.set_title(subject, fontsize=9)
         panel.set_yscale("log")
         panel.set_xticks(range(len(IMPLEMENTATIONS)), IMPLEMENTATIONS, fontsize=7)
+        panel.set_xlim(-0.5, len(IMPLEMENTATIONS) - 0.5)
         panel.grid(axis="y", alpha=0.3)
     for panel in panels:
         panel.set_axis_off()
