@@ -15,10 +15,10 @@ from fxfuse.parity.operators import cells
 PARTS = 12
 """Of each operator's whole matrix, so that it spreads over the workers."""
 
-QUICK = {"rms_norm": 24, "rotary_embedding": 20, "attention": 24, "attention_with_present": 8, "tensor_scatter": 24}
+QUICK = {"rms_norm": 24, "rotary_embedding": 20, "attention": 14, "attention_with_present": 5, "tensor_scatter": 24}
 """How many calls of each operator the default run makes, gradients included."""
 
-FORWARD_ONLY = {"attention": 200, "attention_with_present": 60}
+FORWARD_ONLY = {"attention": 100, "attention_with_present": 20}
 """And how many more without: the backward kernels are what takes long."""
 
 
