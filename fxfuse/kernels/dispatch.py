@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fxfuse.kernels import missing
 from fxfuse.ops.registry import OPS
-from fxfuse.ops.switch import decline, kernels_wanted
+from fxfuse.ops.switch import decline, kernels_forced, kernels_wanted
 
 Function = Callable[..., Any]
 Choice = Callable[..., "Function | str"]
@@ -98,7 +98,7 @@ def attention(count: int, name: str) -> Choice:
         i, a = Inputs(*inputs), Attributes(**attributes)  # type: ignore[arg-type]
         sizes = checked(i, a, count)
         p = problem(i, a, sizes, split_heads(i.K, a.kv_num_heads), split_heads(i.V, a.kv_num_heads))
-        if has_fused_kernel(p, a, sizes.T):
+        if not kernels_forced() and has_fused_kernel(p, a, sizes.T):
             return composite(count)
         return kernel(name)(*inputs, **attributes)
 

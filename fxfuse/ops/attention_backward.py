@@ -15,6 +15,7 @@ from fxfuse.ops.attention_arguments import Attributes, Maybe
 from fxfuse.ops.attention_math import Problem
 from fxfuse.ops.attention_sdpa import has_fused_kernel
 from fxfuse.ops.registry import as_laid_out, define_backward
+from fxfuse.ops.switch import kernels_forced
 
 SCHEMA = (
     "(Tensor Q, Tensor K, Tensor V, Tensor? mask, Tensor? lengths, Tensor grad, *, "
@@ -33,7 +34,7 @@ def fast_gradients(p: Problem, a: Attributes, grad: Tensor, mask_gradient: bool)
         grad: Y's gradient, [B, Hq, Sq, Dv].
         mask_gradient: is the mask's wanted?
     """
-    if not mask_gradient and has_fused_kernel(p, a, p.K.shape[2]):
+    if not (mask_gradient or kernels_forced()) and has_fused_kernel(p, a, p.K.shape[2]):
         return sdpa_gradients(p, a, grad)
     outputs: Gradients = torch.ops.fxfuse.attention_backward(
         *p[:5], grad, offset=p.offset, is_causal=a.is_causal, scale=a.scale, softcap=a.softcap,

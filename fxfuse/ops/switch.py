@@ -40,6 +40,11 @@ def kernels_wanted(device: torch.device) -> bool:
     return _mode == "always" or (_mode == "auto" and device.type == "cuda")
 
 
+def kernels_forced() -> bool:
+    """Is the kernel to run even where something of PyTorch's would be faster?"""
+    return _mode == "always"
+
+
 def decline(name: str, why: str) -> None:
     """Notes that an operator runs no kernel although one was wanted."""
     if _mode == "always":

@@ -43,7 +43,7 @@ class Call:
         """The same on another device, the tensors laid out as before."""
         if device.type == "cpu":
             return self
-        args = tuple(None if arg is None else _moved(arg, device) for arg in self.args)
+        args = tuple(None if arg is None else moved(arg, device) for arg in self.args)
         return Call(self.op, self.point, args, self.kwargs, self.dtype)
 
 
@@ -141,10 +141,10 @@ def labels(**values: Any) -> dict[str, str]:
     return {name: label(value) for name, value in values.items()}
 
 
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """With its strides: the memory that it lies in goes along."""
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on another device with its strides and its offset: the memory that it lies in goes along."""
     if tensor.numel() == 0:
         return tensor.to(device)
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    flat = tensor.as_strided((extent,), (1,), tensor.storage_offset()).to(device)
-    return flat.as_strided(tensor.shape, tensor.stride())
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    memory = tensor.as_strided((tensor.storage_offset() + last + 1,), (1,), 0).to(device)
+    return memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())

@@ -17,9 +17,12 @@ from fxfuse.ops.attention_backward import composite, sdpa_gradients
 from fxfuse.ops.attention_math import Problem, gradients
 from fxfuse.ops.attention_sdpa import has_fused_kernel
 from fxfuse.ops.switch import kernels_wanted, use_kernels
+from tests.kernels.device import DEVICE
 
 ops = torch.ops.fxfuse
-X, W = torch.randn(3, 8), torch.randn(8)
+X, W = torch.randn(3, 8, device=DEVICE), torch.randn(8, device=DEVICE)
+
+on_the_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="on a GPU the kernels are compiled for it")
 
 
 @pytest.fixture
@@ -37,6 +40,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ran
 
 
+@on_the_cpu
 def test_the_cpu_runs_composites_unless_told_otherwise(counted: list[str]) -> None:
     ops.rms_norm(X, W)
     assert not counted
@@ -59,12 +63,13 @@ def test_the_switch_is_put_back() -> None:
 
 
 def test_long_rows_fall_back(counted: list[str]) -> None:
-    x = torch.randn(1, 65537)
+    x = torch.randn(1, 65537, device=DEVICE)
     why = "a row of 65537 elements is longer than 65536"
     with use_kernels("always") as declined:
         y = ops.rms_norm(x, W[:1])
     assert declined == [("rms_norm", why)] and not counted
-    torch.testing.assert_close(y, ops.rms_norm(x, W[:1]))
+    with use_kernels("never"):
+        torch.testing.assert_close(y, ops.rms_norm(x, W[:1]))
     with pytest.raises(FxfuseError, match=why):
         kernels.run("rms_norm", x, W[:1])
 
@@ -86,8 +91,8 @@ def test_wrong_arguments_are_refused_as_the_operator_does() -> None:
 
 
 def test_missing() -> None:
-    assert kernels.missing("cpu") is None
-    if not torch.cuda.is_available():
+    assert kernels.missing(DEVICE) is None
+    if DEVICE.type == "cpu":
         assert kernels.missing("cuda") == "there is no GPU"
     assert kernels.missing("mps") == "Triton is not tried on mps"
 
@@ -144,9 +149,9 @@ except FxfuseError as error:
     assert "imported for the compiler already" in late and "TRITON_INTERPRET=1" in late
 
 
-def problem(Sq: int, T: int, Hq: int = 4, Hkv: int = 2) -> Problem:
+def problem(Sq: int, T: int, Hq: int = 4, Hkv: int = 2, device: torch.device | str = "cpu") -> Problem:
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, h, s, 8, generator=generator) for h, s in ((Hq, Sq), (Hkv, T), (Hkv, T)))
+    q, k, v = (torch.randn(2, h, s, 8, generator=generator).to(device) for h, s in ((Hq, Sq), (Hkv, T), (Hkv, T)))
     return Problem(q, k, v, None, None, 0)
 
 
@@ -182,13 +187,17 @@ def test_what_sdpa_has_no_fast_path_for(p: Problem, a: Attributes, monkeypatch: 
     assert not has_fused_kernel(problem(3, 5), Attributes(), 5), "on the CPU there is none"
 
 
+def rand(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE)
+
+
 def test_backward_operators_keep_what_their_fakes_promise() -> None:
-    p = problem(3, 5)
+    p = problem(3, 5, device=DEVICE)
     attributes = {"offset": 1, "is_causal": 1, "scale": None, "softcap": 2.0}
     checks = ("test_schema", "test_faketensor")
     for mask_gradient in (False, True):
         kwargs = {**attributes, "mask_gradient": mask_gradient}
-        args = (p.Q, p.K, p.V, torch.randn(3, 5), torch.tensor([5, 3]), torch.randn(2, 4, 3, 8))
+        args = (p.Q, p.K, p.V, rand(3, 5), torch.tensor([5, 3], device=DEVICE), rand(2, 4, 3, 8))
         torch.library.opcheck(ops.attention_backward.default, args, kwargs, test_utils=checks)
         with use_kernels("always"):
             torch.library.opcheck(ops.attention_backward.default, args, kwargs, test_utils=checks)
@@ -196,9 +205,9 @@ def test_backward_operators_keep_what_their_fakes_promise() -> None:
         for ours, theirs in zip(found, composite(*args, **kwargs), strict=True):
             assert ours.stride() == theirs.stride()
             torch.testing.assert_close(ours, theirs)
-    norm = (torch.randn(2, 3, 8), torch.randn(2, 3, 8).transpose(0, 1).contiguous().transpose(0, 1), torch.randn(3, 1))
+    norm = (rand(2, 3, 8), rand(3, 2, 8).transpose(0, 1), rand(3, 1))
     kwargs = {"axis": -1, "epsilon": 1e-5, "stash_type": 1}
-    rotary = (torch.randn(2, 4, 3, 8), torch.randn(7, 4), torch.randn(7, 4), torch.tensor([[1, 2, 3], [4, 4, 0]]))
+    rotary = (rand(2, 4, 3, 8), rand(7, 4), rand(7, 4), torch.tensor([[1, 2, 3], [4, 4, 0]], device=DEVICE))
     for mode in ("never", "always"):
         with use_kernels(mode):  # type: ignore[arg-type]
             torch.library.opcheck(ops.rms_norm_backward.default, norm, kwargs, test_utils=checks)

@@ -1,4 +1,4 @@
-"""The parity matrix in Triton's interpreter: a sample of it, and with ``--slow`` the whole."""
+"""The parity matrix, without a GPU in Triton's interpreter: a sample of it, and with ``--slow`` the whole."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from fxfuse import kernels
 from fxfuse.parity.cell import Cell
 from fxfuse.parity.matrix import Call, calls, operators
 from fxfuse.parity.operators import cells
+from tests.kernels.device import DEVICE
 
 PARTS = 12
 """Of each operator's whole matrix, so that it spreads over the workers."""
@@ -29,7 +30,7 @@ def failures(found: Iterator[Cell]) -> list[str]:
 
 
 def everything(these: Iterator[Call], backward: bool = True) -> Iterator[Cell]:
-    return itertools.chain.from_iterable(cells(call, backward=backward) for call in these)
+    return itertools.chain.from_iterable(cells(call.on(DEVICE), backward=backward) for call in these)
 
 
 def test_every_operator_with_a_kernel_has_a_matrix() -> None:
@@ -53,4 +54,4 @@ def test_forward_sample(op: str) -> None:
 def test_whole(op: str, part: int) -> None:
     # Gradients of every third call: of all of them they would take three times as long as all the rest.
     for number, call in itertools.islice(enumerate(calls(op, "all")), part, None, PARTS):
-        assert not failures(cells(call, backward=number // PARTS % 3 == 0))
+        assert not failures(cells(call.on(DEVICE), backward=number // PARTS % 3 == 0))

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from fxfuse.ops.switch import use_kernels
+from fxfuse.parity.matrix import moved
+from tests.kernels.device import DEVICE
 from tests.ops.samples import SAMPLES, Sample
 
 NO_KERNEL = {
@@ -16,14 +18,15 @@ WITH_KERNEL = [s for s in SAMPLES if "with_qk" not in str(s)]
 
 
 def leaves(sample: Sample) -> list[Tensor | None]:
-    return [a.detach().requires_grad_() if a is not None and a.is_floating_point() else a for a in sample.args]
+    args = [None if a is None else moved(a, DEVICE) for a in sample.args]
+    return [a.detach().requires_grad_() if a is not None and a.is_floating_point() else a for a in args]
 
 
 def outputs_and_gradients(sample: Sample) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     args = leaves(sample)
     outputs = sample.outputs(*args)
     generator = torch.Generator().manual_seed(0)
-    grads = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs]
+    grads = [torch.randn(o.shape, generator=generator).to(o.device, o.dtype) for o in outputs]
     gradients = torch.autograd.grad(outputs, [a for a in args if a is not None and a.requires_grad], grads)
     return tuple(output.detach() for output in outputs), gradients
 
@@ -40,7 +43,8 @@ def assert_close(ours: Tensor, theirs: Tensor, ulps: float) -> None:
 @pytest.mark.parametrize("sample", WITH_KERNEL, ids=str)
 def test_kernel(sample: Sample) -> None:
     sample = sample.cast(torch.float32) if "attention" in str(sample) else sample
-    expected, expected_gradients = outputs_and_gradients(sample)
+    with use_kernels("never"):
+        expected, expected_gradients = outputs_and_gradients(sample)
     with use_kernels("always") as declined:
         outputs, gradients = outputs_and_gradients(sample)
     assert [why for _, why in declined] == ([NO_KERNEL[str(sample)]] if str(sample) in NO_KERNEL else [])

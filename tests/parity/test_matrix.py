@@ -48,7 +48,8 @@ def test_calls_move_with_their_layout() -> None:
         moved = call.on(torch.device("meta"))
         for before, after in zip(call.args, moved.args, strict=True):
             assert (before is None) == (after is None)
-            assert before is None or after is None or before.stride() == after.stride()
+            if before is not None and after is not None:
+                assert before.stride() == after.stride() and before.storage_offset() == after.storage_offset()
 
 
 def test_float64_ignores_the_stash_type() -> None:
@@ -63,8 +64,10 @@ def test_an_unknown_operator() -> None:
     assert "rotary_embedding" in str(caught.value.hint)
 
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 WRONG: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "one element": ("rms_norm", lambda y: y.index_fill(0, torch.tensor([0]), 0.25)),
+    "one element": ("rms_norm", lambda y: y.index_fill(0, torch.tensor([0], device=y.device), 0.25)),
     "a factor": ("attention", lambda y: y * 1.001),
     "an element off by one": ("tensor_scatter", lambda y: y.roll(1, -1)),
 }
@@ -77,14 +80,14 @@ def test_a_wrong_kernel_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     wrong = right._replace(function=lambda *args, **kwargs: spoil(right.function(*args, **kwargs)))
     monkeypatch.setitem(kernel_calls.KERNELS, op, wrong)
     large = (c for c in calls(op) if c.dtype == torch.float32 and c.args[0].numel() > 100)  # type: ignore[union-attr]
-    found = list(cells(next(large), backward=False))
+    found = list(cells(next(large).on(DEVICE), backward=False))
     assert [cell.implementation for cell in found if not cell.passed] == ["triton"]
     assert "error" in str(next(cell.reason for cell in found if not cell.passed))
 
 
 def test_every_implementation_has_its_cell() -> None:
     call = next(call for call in calls("attention_with_present") if call.dtype == torch.float32)
-    found = list(cells(call))
+    found = list(cells(call.on(DEVICE)))
     forward = [cell.implementation for cell in found if cell.subject == "attention_with_present"]
     assert sorted(forward) == sorted(IMPLEMENTATIONS)
     backward = {cell.implementation for cell in found if cell.subject == "attention_with_present backward"}
