@@ -18,7 +18,6 @@ from fxfuse.ops.attention_math import Problem, merge_heads, problem, softmax_is_
 WIDEST = {2: 256, 4: 256, 8: 128}
 """Elements of a head that a program can hold, by their size in bytes."""
 
-
 SPACIOUS = 160 << 10
 """Bytes of shared memory from which masks and backward kernels can fetch ahead: an A100 has them, an L4 has not."""
 

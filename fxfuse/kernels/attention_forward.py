@@ -80,9 +80,11 @@ def forward_kernel(
             0, tl.minimum(stop, P), offset, D, DV, pkj, pkd, pvj, pvd, mj,
             SCALE, SOFTCAP, CAUSAL, MASKED, MATH, DOT, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
+    # Keys are counted from the first of the past on: K and V begin P before what they hold.
+    before = tl.cast(P, tl.int64)
+    K, V = K + b * kb + kv_head * kh - before * kj, V + b * vb + kv_head * vh - before * vj
     acc, m, z = attend(
-        acc, m, z, q, i, valid, K + b * kb + kv_head * kh - P * kj, V + b * vb + kv_head * vh - P * vj, mask_rows,
-        P, stop, offset, D, DV, kj, kd, vj, vd, mj,
+        acc, m, z, q, i, valid, K, V, mask_rows, P, stop, offset, D, DV, kj, kd, vj, vd, mj,
         SCALE, SOFTCAP, CAUSAL, MASKED, MATH, DOT, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
 

@@ -104,9 +104,9 @@ def collapse(sizes: Sequence[int], strides: Sequence[Sequence[int]]) -> Layout:
 
 
 def padded(layout: Layout, dims: int) -> Layout | None:
-    """The layout with exactly `dims` dims, ones in front; None if it has more."""
+    """The layout with exactly `dims` dims, ones at the end, where Triton folds them; None if it has more."""
     sizes, strides = layout
     missing = dims - len(sizes)
     if missing < 0:
         return None
-    return [1] * missing + sizes, [[0] * missing + s for s in strides]
+    return sizes + [1] * missing, [s + [0] * missing for s in strides]

@@ -175,7 +175,8 @@ def backward(
     if X.numel() == 0:
         return grad_X, torch.zeros(scale.shape, dtype=scale.dtype, device=X.device)
     c = prepared(X, scale, axis, epsilon, onnx_float(stash_type, "stash_type"))
-    programs = min(ceil_div(c.rows, c.meta["ROWS"]), 4 * processors(X.device))
+    # Every program writes a row of sums: few programs where rows are long.
+    programs = min(ceil_div(c.rows, c.meta["ROWS"]), max(min(8192 // c.meta["BLOCK"], 4), 1) * processors(X.device))
     math = math_dtype(onnx_float(stash_type, "stash_type"))
     parts = torch.empty((programs if c.shared else c.rows, c.N), dtype=math, device=X.device)
     wrapped(backward_kernel)[(programs,)](

@@ -52,6 +52,13 @@ def test_for_others(capability: str, dtype: str) -> None:
     check(capability, dtype, "all")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["rms_norm", "rotary_embedding", "tensor_scatter", "attention"])
+def test_for_every_call_of_the_matrix(op: str) -> None:
+    compiled = ran("matrix", op)
+    assert len(compiled) >= 40 and all(record["shared"] <= SHARED for record in compiled)
+
+
 def test_torch_compile_sees_the_launches() -> None:
     calls = ran("trace")["compile"]
     assert not [call for call in calls if "fxfuse" in call]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,8 +17,10 @@ from triton.runtime import driver
 
 import fxfuse.ops
 from fxfuse.kernels import attention, dispatch, rms_norm, rotary_embedding, tensor_scatter
+from fxfuse.kernels.calls import KERNELS
 from fxfuse.ops.attention_arguments import Attributes, Inputs, check
 from fxfuse.ops.attention_math import Problem
+from fxfuse.parity.matrix import calls
 
 assert fxfuse.ops.OPS
 ops = torch.ops.fxfuse
@@ -40,55 +42,63 @@ class Driver:
         return 0
 
 
-def compile_all(dtype: torch.dtype, sizes: str) -> list[dict[str, Any]]:
-    """Every kernel as its launcher would start it, compiled and not started; of `all` sizes, or of `one`."""
-    compiled: list[dict[str, Any]] = []
+class Compiler:
+    """Stands in for a kernel: compiles it as it would be started, and starts nothing."""
+
+    compiled: ClassVar[list[dict[str, Any]]] = []
     label = ""
 
-    class Compiler:
-        def __init__(self, kernel: Any) -> None:
-            self.kernel = kernel
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
 
-        def __getitem__(self, grid: Any) -> Any:
-            return lambda *args, **kwargs: self.note(self.kernel.warmup(*args, grid=grid, **kwargs))
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **kwargs: self.note(self.kernel.warmup(*args, grid=grid, **kwargs))
 
-        def note(self, binary: Any) -> None:
-            ptx = binary.asm["ptx"]
-            compiled.append(
-                {
-                    "kernel": f"{self.kernel.fn.__module__}.{self.kernel.__name__}",
-                    "case": label,
-                    "shared": binary.metadata.shared,
-                    "cubin": len(binary.asm["cubin"]),
-                    "vector loads": ptx.count(".v4.b32"),
-                    "tensor cores": ptx.count("mma"),
-                }
-            )
+    def note(self, binary: Any) -> None:
+        ptx = binary.asm["ptx"]
+        record = {
+            "kernel": f"{self.kernel.fn.__module__}.{self.kernel.__name__}",
+            "case": Compiler.label,
+            "shared": binary.metadata.shared,
+            "cubin": len(binary.asm["cubin"]),
+            "vector loads": ptx.count(".v4.b32"),
+            "tensor cores": ptx.count("mma"),
+        }
+        self.compiled.append(record)
 
-    for module in (rms_norm, rotary_embedding, tensor_scatter, attention):
-        module.wrapped = Compiler  # type: ignore[attr-defined]
+
+def compile_matrix(op: str) -> list[dict[str, Any]]:
+    """The kernel of one operator for every call of its matrix's sample: strides and sizes of 1 are compiled for."""
+    for call in calls(op, "pairs"):
+        Compiler.label = str(call)
+        KERNELS[op].function(*call.args, **call.kwargs)
+    return Compiler.compiled
+
+
+def compile_all(dtype: torch.dtype, sizes: str) -> list[dict[str, Any]]:
+    """Every kernel as its launcher would start it; of `all` sizes, or of `one`."""
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=dtype)
 
     for width in (64, 4096, 65536) if sizes == "all" else (4096,):
-        label = f"row of {width}"
+        Compiler.label = f"row of {width}"
         rms_norm.forward(zeros(32, width), zeros(width))
         rms_norm.backward(zeros(32, width), zeros(32, width), zeros(width))
     for interleaved in (0, 1):
-        label = f"interleaved={interleaved}"
+        Compiler.label = f"interleaved={interleaved}"
         x, cache = zeros(2, 16, 8 * 128), zeros(2, 16, 64)
         rotary_embedding.forward(x, cache, cache, num_heads=8, interleaved=interleaved)
         partial = (zeros(2, 8, 16, 128), zeros(32, 32), zeros(32, 32), torch.zeros(2, 16, dtype=torch.int64))
         rotary_embedding.backward(*partial, interleaved=interleaved, rotary_embedding_dim=64)
-    label = "circular"
+    Compiler.label = "circular"
     tensor_scatter.forward(
         zeros(2, 8, 64, 128), zeros(2, 8, 1, 128), torch.zeros(2, dtype=torch.int64), mode="circular"
     )
     for size in (16, 64, 128, 256) if sizes == "all" else (128,):
         if size > attention.WIDEST[dtype.itemsize]:
             continue
-        label = f"heads of {size}"
+        Compiler.label = f"heads of {size}"
         q, k = zeros(1, 8, 256, size), zeros(1, 2, 256, size)
         masked = Inputs(q, k, k, zeros(256, 512), k, k)
         a = Attributes(is_causal=1, softcap=20.0)
@@ -96,7 +106,7 @@ def compile_all(dtype: torch.dtype, sizes: str) -> list[dict[str, Any]]:
         attention.gradients(
             Problem(q, k, k, zeros(256, 256), torch.zeros(1, dtype=torch.int64), 0), a, q, mask_gradient=True
         )
-    return compiled
+    return Compiler.compiled
 
 
 class Everything(torch.nn.Module):
@@ -135,8 +145,13 @@ def trace() -> dict[str, list[str]]:
 
 def main() -> None:
     what, *rest = sys.argv[1:]
-    driver.set_active(Driver(int(rest[0]) if rest else 90))
-    print(json.dumps(trace() if what == "trace" else compile_all(getattr(torch, rest[1]), rest[2])))
+    driver.set_active(Driver(int(rest[0]) if what == "compile" else 90))
+    if what == "trace":
+        print(json.dumps(trace()))
+        return
+    for module in (rms_norm, rotary_embedding, tensor_scatter, attention):
+        module.wrapped = Compiler  # type: ignore[attr-defined]
+    print(json.dumps(compile_matrix(rest[0]) if what == "matrix" else compile_all(getattr(torch, rest[1]), rest[2])))
 
 
 if __name__ == "__main__":
