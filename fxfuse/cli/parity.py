@@ -127,15 +127,16 @@ def _show(out: Console, arguments: argparse.Namespace, cells: list[Cell], record
         caption_justify="left",
     )
     # What is the same in every row is not worth a column.
-    labels = {"operator": len(subjects) > 1, "type": True, "shape": any(row.case for row in found)}
+    model = arguments.source is not None
+    labels = {"operator": len(subjects) > 1, "type": True, "shape": model, "calls": not model}
     for label in (label for label, wanted in labels.items() if wanted):
-        table.add_column(label)
-    for label in ("calls", *IMPLEMENTATIONS):
+        table.add_column(label, justify="right" if label == "calls" else "left")
+    for label in IMPLEMENTATIONS:
         table.add_column(label, justify="right", no_wrap=True)
     for row in found:
-        texts = zip((row.subject, row.dtype, row.case), labels.values(), strict=True)
+        texts = zip((row.subject, row.dtype, row.case, str(row.calls)), labels.values(), strict=True)
         numbers = [_number(row.worst(n), row.ran(n), row.failed(n), row.calls) for n in IMPLEMENTATIONS]
-        table.add_row(*(escape(text) for text, wanted in texts if wanted), str(row.calls), *numbers)
+        table.add_row(*(escape(text) for text, wanted in texts if wanted), *numbers)
     out.print(table)
     for (implementation, note), count in sorted(notes(cells).items()):
         out.print(f"{implementation} {note} ({count} times)", markup=False, highlight=False)

@@ -74,6 +74,15 @@ def test_a_model(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     assert [ran.count(op) for op in ("rms_norm", "rotary_embedding", "attention")] == [9, 6, 3]
 
 
+def test_a_saved_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "norm.pt2"
+    program = torch.export.export(torch.nn.RMSNorm(8, eps=1e-5).eval(), (torch.randn(2, 3, 8),))
+    torch.export.save(program, path)
+    assert main(["parity", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "float32" in printed and "export shape" in printed and "batch 1" not in printed
+
+
 def test_a_model_with_a_wrong_kernel(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, "attention")
     assert main(["parity", *LLAMA]) == 3
