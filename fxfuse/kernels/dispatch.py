@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxfuse.kernels import missing
+from fxfuse.kernels import interpreting, missing
 from fxfuse.ops.registry import OPS
 from fxfuse.ops.switch import decline, kernels_forced, kernels_wanted
 
@@ -61,8 +61,8 @@ def register_traced(name: str, choose: Choice) -> None:
         if any(t not in known for t in types):
             return NotImplemented
         device = _device(args)
-        exporting = custom_triton_ops_decomposition_disabled()
-        if not exporting and device.type == "cuda" and kernels_wanted(device) and not missing(device):
+        opaque = custom_triton_ops_decomposition_disabled() or interpreting()
+        if not opaque and device.type == "cuda" and kernels_wanted(device) and not missing(device):
             with mode:
                 function = choose(*args, **kwargs)
                 if not isinstance(function, str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -109,13 +110,19 @@ class _Session:
 
 def module_on(program: ExportedProgram, device: torch.device) -> torch.nn.Module:
     """The program as a module on that device; the program itself stays where it is."""
-    if device.type != "cpu":
-        from torch.export.passes import move_to_device_pass
+    if device.type == "cpu":
+        return program.module(check_guards=False)
+    from torch.export.passes import move_to_device_pass
 
-        from fxfuse.graph.program import copy_program
+    from fxfuse.graph.program import copy_program
 
-        program = move_to_device_pass(copy_program(program), device)
-    return program.module(check_guards=False)
+    moved = copy_program(program)
+    # The pass writes into these dicts and into the bodies of higher-order operators, which the copy shares.
+    moved._state_dict, moved._constants = dict(moved.state_dict), dict(moved.constants)
+    for name, body in moved.graph_module.named_children():
+        if isinstance(body, torch.fx.GraphModule):
+            setattr(moved.graph_module, name, copy.deepcopy(body))
+    return move_to_device_pass(moved, device).module(check_guards=False)
 
 
 def outputs(module: torch.nn.Module, case: ShapeCase, device: torch.device) -> Outputs:
