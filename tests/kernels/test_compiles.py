@@ -37,7 +37,8 @@ def check(capability: str, dtype: str, sizes: str) -> None:
         assert record["shared"] <= SHARED, record
         if dtype != "float64":
             assert record["vector loads"] > 0, record
-        if record["case"].startswith("heads of") and dtype != "float32":
+        # Products of float32 are exact, and float64 has tensor cores up to Hopper only.
+        if record["case"].startswith("heads of") and dtype.endswith("16"):
             assert record["tensor cores"] > 0, record
 
 
