@@ -4,9 +4,10 @@ Operators are recognised by what a region computes, every rewrite is proven, and
 Start with `fuse`; the story is in `fxfuse.fusion`, a pattern in `fxfuse.patterns.rms_norm`.
 """
 
-from fxfuse.errors import FxfuseError, ParityError
+from fxfuse.errors import FxfuseError, FxfuseWarning, ParityError
 from fxfuse.fusion import fuse, report, unfuse
+from fxfuse.prepass import prepass
 from fxfuse.recognise.by_example import pattern
 
 __version__ = "0.1.0"
-__all__ = ["FxfuseError", "ParityError", "fuse", "pattern", "report", "unfuse"]
+__all__ = ["FxfuseError", "FxfuseWarning", "ParityError", "fuse", "pattern", "prepass", "report", "unfuse"]

@@ -1,4 +1,4 @@
-"""The one exception type that bad input raises."""
+"""The one exception type that bad input raises, and the one warning."""
 
 from __future__ import annotations
 
@@ -24,6 +24,10 @@ class FxfuseError(Exception):
         if hint:
             parts.append(f"  hint: {hint}")
         super().__init__("\n".join(parts))
+
+
+class FxfuseWarning(UserWarning):
+    """Something was left undone, and the call went on without it; the message says what and why."""
 
 
 class ParityError(FxfuseError):

@@ -8,11 +8,12 @@ print(fxfuse.report(fused))
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+import torch.fx.experimental._config
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 
@@ -24,15 +25,18 @@ from fxfuse.graph.region import Region
 from fxfuse.graph.source import module_path, source_line
 from fxfuse.graph.splice import Guarded, Splicer, trace
 from fxfuse.graph.view import GraphView
+from fxfuse.graph.wrapped import inline_layers
 from fxfuse.ops.registry import check_opset
 from fxfuse.recognise.answers import NEAR, Form, Found, Input, Pattern, Proposal, Reason
 from fxfuse.recognise.catalogue import catalogue
 from fxfuse.recognise.evaluate import CannotEvaluate
 from fxfuse.recognise.proof import Refused, prove
 from fxfuse.recognise.questions import Questions
+from fxfuse.report.layer import calls, mark, one_layer
 from fxfuse.report.model import Entry, Report
 
-_META = "fxfuse_report"
+REPORT = "fxfuse_report"
+"""Where a program, or an ONNX model in memory, keeps its report: in ``meta``."""
 T = TypeVar("T")
 
 
@@ -53,7 +57,8 @@ def fuse(
             recognisers.
 
     Returns:
-        A new program. Nodes outside the fused regions are as they were; weights are shared with `program`.
+        A new program. Nodes outside the fused regions are as they were, but for layers that run under `no_grad`: they
+        are inlined, and detached. Weights are shared with `program`.
 
     Raises:
         FxfuseError: not an exported program, fused already, or an opset outside 23–25.
@@ -66,27 +71,33 @@ def fuse(
     result = copy_program(program)
     report = Report(opset, nodes_before=_calls(result.graph))
     run = _Run(result, report, verified=verify == "on")
+    inline_layers(result)
+    before = calls(result.graph)
     writes = functionalise(result.graph)
-    for pattern in catalogue() if patterns is None else patterns:
-        if pattern.since_opset <= opset:
-            run.apply(pattern)
+    # As torch.onnx captures and decomposes: its symbols may be 1, and a question whether they are would be a guard.
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        for pattern in catalogue() if patterns is None else patterns:
+            if pattern.since_opset <= opset:
+                run.apply(pattern)
     restore(result.graph, writes)
     result.graph_module.recompile()
     report.nodes_after = _calls(result.graph)
+    regions = {i: entry.nodes for i, entry in enumerate(report) if entry.status == "fused"}
+    report.layer = one_layer(before, result, regions)
     report.seconds["total"] = time.perf_counter() - started
-    result.graph_module.meta[_META] = report
+    result.graph_module.meta[REPORT] = report
     return result
 
 
 def report(program: object) -> Report:
-    """What `fuse` did to this program (or to the program that this ONNX program was exported from).
+    """What `fuse` did to this program, or to the one that this ONNX program (or its `onnx_ir.Model`) came from.
 
     Raises:
         FxfuseError: the program was not fused in this process.
     """
-    found = getattr(program, "fxfuse_report", None)
-    if found is None and isinstance(program, ExportedProgram):
-        found = program.graph_module.meta.get(_META)
+    owner = program.graph_module if isinstance(program, ExportedProgram) else program
+    meta = getattr(owner, "meta", None)
+    found = getattr(program, REPORT, None) or (meta.get(REPORT) if isinstance(meta, Mapping) else None)
     if not isinstance(found, Report):
         raise FxfuseError(
             f"this {type(program).__name__} has no fusion report",
@@ -119,12 +130,12 @@ class _Run:
         ask = Questions(self.program)
         matches: list[_Match] = []
         taken: set[Node] = set()
-        for proposal in self._timed("propose", pattern.propose(view, ask)):
+        for proposal in self._guarded(pattern, self._timed("propose", pattern.propose(view, ask))):
             if proposal.anchor not in taken:
                 match = self._decide(pattern, proposal, ask, taken)
                 if match is not None:
                     matches.append(match)
-                    taken.update(match.region.nodes)
+                    taken.update(match.region.computed)
         with self._clock("rewrite"):
             self._rewrite(matches)
 
@@ -134,8 +145,8 @@ class _Run:
         nearest: tuple[Reason, tuple[Node, ...]] | None = None
         if proposal.missed is not None:
             nearest = (proposal.missed, proposal.nodes or (proposal.anchor,))
-        for region in self._timed("propose", proposal.regions):
-            if taken.intersection(region.nodes):
+        for region in self._guarded(pattern, self._timed("propose", proposal.regions), proposal.anchor):
+            if taken & region.computed:
                 continue
             answer = self._recognise(pattern, region, ask)
             if isinstance(answer, Found):
@@ -197,6 +208,7 @@ class _Run:
         splicer = Splicer(self.program)
         for match in matches:
             node = splicer.replace(match.region, match.body)
+            mark(node, len(self.report.entries))
             self.report.entries.append(
                 Entry(
                     operator=match.found.operator,
@@ -215,7 +227,7 @@ class _Run:
         pattern: Pattern,
         status: Literal["refused", "near miss"],
         nodes: Sequence[Node],
-        anchor: Node,
+        anchor: Node | None,
         *,
         reason: str,
         parameters: dict[str, object] | None = None,
@@ -227,10 +239,19 @@ class _Run:
                 nodes=tuple(n.name for n in nodes),
                 parameters=parameters or {},
                 reason=reason,
-                source=source_line(anchor),
-                module=module_path(anchor),
+                source=source_line(anchor) if anchor is not None else None,
+                module=module_path(anchor) if anchor is not None else None,
             )
         )
+
+    def _guarded(self, pattern: Pattern, items: Iterator[T], anchor: Node | None = None) -> Iterator[T]:
+        """Pass items on; where making one fails, say so and stop: a pattern must not take the export down."""
+        try:
+            yield from items
+        except Exception as error:
+            why = f"could not propose: {type(error).__name__}: {error}"
+            nodes = (anchor,) if anchor is not None else ()
+            self._note(pattern, "near miss", nodes, anchor, reason=why)
 
     @contextmanager
     def _clock(self, stage: str) -> Iterator[None]:

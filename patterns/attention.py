@@ -20,7 +20,7 @@ from fxfuse.graph.region import Region
 from fxfuse.graph.view import GraphView, op_name
 from fxfuse.recognise.answers import Found, Input, Proposal, Reason
 from fxfuse.recognise.attention_forms import attention_form, is_causal_here
-from fxfuse.recognise.attention_parts import ANCHORS, SDPA, Parts, find_parts, regions
+from fxfuse.recognise.attention_parts import ANCHORS, SDPA, Parts, anchor_of, find_parts, regions
 from fxfuse.recognise.heads import measure_heads
 from fxfuse.recognise.questions import Questions
 from fxfuse.recognise.scores import measure_scores
@@ -43,8 +43,7 @@ class Attention:
                     yield Proposal(node, _all_regions(view, readings, ask), best_rank=0)
 
     def recognise(self, region: Region, ask: Questions) -> Found | Reason:
-        anchor = next(n for n in region.nodes if op_name(n) in ANCHORS or op_name(n) == SDPA)
-        readings = find_parts(anchor)
+        readings = find_parts(anchor_of(region))
         if isinstance(readings, Reason):
             return readings
         answers = [self._read(region, parts, ask) for parts in readings]
@@ -70,8 +69,12 @@ class Attention:
             "softcap": scores.softcap,
             "attn_mask": [Input(3 + m.index) for m in masks],
         }
+        if scores.sinks is not None:
+            parameters["sinks"] = Input(3 + scores.sinks.index)
         form = attention_form(region, heads, scores, causal=causal, masks=masks)
-        return Found(self.operator, parameters, (form,), ulp=4.0, averaging=True, from_leaves=lower)
+        return Found(
+            self.operator, parameters, (form,), ulp=4.0, averaging=True, from_leaves=lower or scores.from_leaves
+        )
 
 
 def _all_regions(view: GraphView, readings: tuple[Parts, ...], ask: Questions) -> Iterator[Region]:

@@ -58,7 +58,8 @@ def test_a_wheel_holds_the_catalogue_and_the_type_marker(tmp_path: Path) -> None
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
-    for path in ("py.typed", "patterns/rms_norm.py", "patterns/rotary_embedding.py", "patterns/attention.py"):
+    patterns = [f"patterns/{name}.py" for name in ("rms_norm", "rotary_embedding", "attention")]
+    for path in ("py.typed", *patterns, "report/schema.json", "report/templates/page.html"):
         assert (site / "fxfuse" / path).is_file(), path
     # From a folder that is no checkout, with the wheel's contents before anything that is installed.
     program = "import fxfuse, fxfuse.patterns.rms_norm as p; print(fxfuse.__file__, p.__file__)"

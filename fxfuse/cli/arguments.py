@@ -23,6 +23,16 @@ GPU Triton's kernels run in its interpreter.
 
 """ + SOURCES.replace("3 the exported model does not compute what the original does", "3 an implementation is wrong")
 
+REPAIRS = """\
+mended are
+  RotaryEmbedding      whose cos, sin or position_ids have batch 1, so that it fails at any other
+  RMSNormalization     of x and scale in different types, which does not load
+  Attention            whose keys and values were repeated for every query head
+both files are then run against each other in ONNX Runtime
+
+exit codes: 0 done, or nothing to mend; 2 bad input; 3 the mended model does not compute what the original does
+"""
+
 
 def parser() -> argparse.ArgumentParser:
     """The parser; `run` of the parsed arguments is the command."""
@@ -51,9 +61,14 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--no-parity", dest="parity", action="store_false", help="do not compare with eager")
     inspect = command("inspect", commands.inspect, "fuse a model and report; export nothing", SOURCES)
     _source(inspect)
+    repair = command("repair", commands.repair, "mend an ONNX file on disk whose fused operators do not run", REPAIRS)
+    repair.add_argument("model", type=Path, metavar="MODEL", help="an ONNX file of opset 23 or later")
+    repair.add_argument("--out", required=True, type=Path, metavar="FILE", help="the file to write")
+    repair.add_argument("--no-parity", dest="parity", action="store_false", help="do not run it against the original")
     command("patterns", commands.patterns, "list the catalogue")
     compare = command("parity", parity, "compare eager, composite, Triton and ONNX Runtime with float64", PARITY)
-    _source(compare, optional=True)
+    _model(compare, "?")
+    compare.add_argument("--json", type=Path, metavar="FILE", help="also write every comparison here")
     compare.add_argument("--op", action="append", default=[], metavar="NAME", help="only this operator; repeatable")
     compare.add_argument("--full", action="store_true", help="every combination of the matrix, not a sample of it")
     compare.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
@@ -61,8 +76,20 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _source(sub: argparse.ArgumentParser, optional: bool = False) -> None:
-    sub.add_argument("source", metavar="SOURCE", nargs="?" if optional else None, help="the model; see below")
+def _source(sub: argparse.ArgumentParser) -> None:
+    _model(sub, None)
+    sub.add_argument(
+        "--report",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="also write the report here: a page (.html) or data (.json); repeatable",
+    )
+
+
+def _model(sub: argparse.ArgumentParser, nargs: str | None) -> None:
+    sub.add_argument("source", metavar="SOURCE", nargs=nargs, help="the model; see below")
     sub.add_argument("--opset", type=int, default=24, help="ONNX opset, 23 to 25 (default 24)")
     sub.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float32, or what the source has)")
     sub.add_argument(
@@ -78,4 +105,3 @@ def _source(sub: argparse.ArgumentParser, optional: bool = False) -> None:
     )
     sub.add_argument("--batch", type=int, help="batch size of the sample inputs of a torchtune model (default 2)")
     sub.add_argument("--seq", type=int, help="their length (default 16)")
-    sub.add_argument("--json", type=Path, metavar="FILE", help="also write the report here")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from torch.export import ExportedProgram
 import fxfuse
 from fxfuse.cli import source, tables
 from fxfuse.cli.progress import Stages, human, peak_memory
+from fxfuse.cli.reports import report_files
 from fxfuse.cli.verify import Check, check_fused, check_model, eager_outputs, expectations
 from fxfuse.errors import FxfuseError, ParityError
 from fxfuse.onnx.capture import named
@@ -26,6 +25,8 @@ from fxfuse.onnx.files import move_into, save, staging
 from fxfuse.ops.registry import check_opset
 from fxfuse.parity import shape_cases
 from fxfuse.recognise.catalogue import catalogue
+from fxfuse.report.model import Report
+from fxfuse.report.record import dumps, record
 
 Command = Callable[[argparse.Namespace, Console, Console], None]
 
@@ -44,7 +45,7 @@ def export(arguments: argparse.Namespace, out: Console, err: Console) -> None:
     if target.exists() and not target.is_dir():
         raise FxfuseError("the output folder is a file", where=str(target))
     stages = Stages(err)
-    with staging(target.absolute().parent, target.name) as folder, json_file(arguments.json) as write_json:
+    with staging(target.absolute().parent, target.name) as folder, report_files(arguments.report) as write_reports:
         loaded, program = load_program(request, stages)
         with stages.stage("fuse"):
             fused = fxfuse.fuse(program, opset=arguments.opset)
@@ -73,14 +74,14 @@ def export(arguments: argparse.Namespace, out: Console, err: Console) -> None:
                 checks += check_model(folder / MODEL, expected)
 
         sizes = {name: (folder / name).stat().st_size for name in (MODEL, DATA) if (folder / name).exists()}
-        record = _record(arguments, report, stages, checks, sizes)
+        result = _record(arguments, report, stages, checks, sizes)
         tables.show_report(out, report)
         if arguments.parity:
             tables.show_checks(out, checks)
         tables.show_costs(out, stages, {str(target / name): size for name, size in sizes.items()})
         for note in notes:
             out.print(f"note: {note}", markup=False, highlight=False)
-        write_json(record)
+        write_reports(report, result, checks)
         failed = [check for check in checks if not check.result.passed]
         if failed:
             for name in (MODEL, DATA, REPORT):
@@ -90,7 +91,7 @@ def export(arguments: argparse.Namespace, out: Console, err: Console) -> None:
                 where=f"{failed[0].backend}, {failed[0].case} ({failed[0].sizes})",
                 hint=f"{target} holds no model; `fxfuse inspect` shows what was fused",
             )
-        (folder / REPORT).write_text(json.dumps(record, indent=2, default=str))
+        (folder / REPORT).write_text(dumps(result), encoding="utf-8")
         target.mkdir(exist_ok=True)
         move_into(folder, target, model=MODEL)
 
@@ -103,7 +104,7 @@ def inspect(arguments: argparse.Namespace, out: Console, err: Console) -> None:
     """
     request = request_of(arguments)
     stages = Stages(err)
-    with json_file(arguments.json) as write_json:
+    with report_files(arguments.report) as write_reports:
         _, program = load_program(request, stages)
         with stages.stage("fuse"):
             report = fxfuse.report(fxfuse.fuse(program, opset=arguments.opset))
@@ -113,7 +114,22 @@ def inspect(arguments: argparse.Namespace, out: Console, err: Console) -> None:
             f"peak memory {human(peak_memory())}",
             highlight=False,
         )
-        write_json(_record(arguments, report, stages, [], {}))
+        write_reports(report, _record(arguments, report, stages, [], {}), [])
+
+
+def repair(arguments: argparse.Namespace, out: Console, err: Console) -> None:
+    """Mend an ONNX file.
+
+    Raises:
+        FxfuseError: bad input. What stood there before still does.
+        ParityError: the mended file does not compute what the original does. It is not written.
+    """
+    from fxfuse.repair import repair
+
+    stages = Stages(err)
+    with stages.stage("repair"):
+        done = repair(arguments.model, arguments.out, parity=arguments.parity)
+    tables.show_repairs(out, done)
 
 
 def patterns(arguments: argparse.Namespace, out: Console, err: Console) -> None:
@@ -145,38 +161,20 @@ def load_program(request: source.Request, stages: Stages) -> tuple[source.Loaded
     return loaded, program
 
 
-@contextmanager
-def json_file(path: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Something that writes a record to `path`; that it can is found out now, not after the long work."""
-    if path is None:
-        yield lambda record: None
-        return
-    if path.is_dir():
-        raise FxfuseError("the report's file is a folder", where=f"--json {path}")
-    with staging(path.absolute().parent, path.name) as folder:
-
-        def write(record: dict[str, Any]) -> None:
-            (folder / path.name).write_text(json.dumps(record, indent=2, default=str))
-            (folder / path.name).replace(path)
-
-        yield write
-
-
 def _record(
     arguments: argparse.Namespace,
-    report: Any,
+    report: Report,
     stages: Stages,
     checks: list[Check],
     sizes: dict[str, int],
 ) -> dict[str, Any]:
-    return {
-        "source": arguments.source,
-        "fxfuse": fxfuse.__version__,
-        "torch": torch.__version__,
-        "report": report.to_dict(),
-        "counts": report.counts,
-        "parity": [check.to_dict() for check in checks],
-        "bytes": sizes,
-        "seconds": stages.seconds,
-        "peak_memory_bytes": peak_memory(),
-    }
+    return record(
+        report,
+        source=arguments.source,
+        fxfuse=fxfuse.__version__,
+        torch=torch.__version__,
+        parity=[check.to_dict() for check in checks],
+        bytes=sizes,
+        seconds=stages.seconds,
+        peak_memory_bytes=peak_memory(),
+    )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,10 @@ from rich.table import Table
 
 from fxfuse import kernels
 from fxfuse.cli import source
-from fxfuse.cli.commands import json_file, load_program, request_of
+from fxfuse.cli.commands import load_program, request_of
 from fxfuse.cli.progress import Stages
 from fxfuse.errors import FxfuseError, ParityError
+from fxfuse.onnx.files import staging
 from fxfuse.ops.registry import check_opset
 from fxfuse.parity import matrix
 from fxfuse.parity.cell import IMPLEMENTATIONS, Cell
@@ -67,6 +71,23 @@ def parity(arguments: argparse.Namespace, out: Console, err: Console) -> None:
             where=str(failed[0]),
             hint="--json FILE lists them all",
         )
+
+
+@contextmanager
+def json_file(path: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Something that writes a record to `path`; that it can is found out now, not after the long work."""
+    if path is None:
+        yield lambda record: None
+        return
+    if path.is_dir():
+        raise FxfuseError("the record's file is a folder", where=f"--json {path}")
+    with staging(path.absolute().parent, path.name) as folder:
+
+        def write(record: dict[str, Any]) -> None:
+            (folder / path.name).write_text(json.dumps(record, indent=2, default=str))
+            (folder / path.name).replace(path)
+
+        yield write
 
 
 def _operators(arguments: argparse.Namespace) -> list[str]:

@@ -9,6 +9,7 @@ from rich.table import Table
 from fxfuse.cli.progress import Stages, human, peak_memory
 from fxfuse.cli.verify import Check
 from fxfuse.recognise.answers import Pattern
+from fxfuse.repair import Repaired
 from fxfuse.report.model import Report
 from fxfuse.report.text import tallies, unfused
 
@@ -62,6 +63,16 @@ def show_costs(console: Console, stages: Stages, sizes: dict[str, int]) -> None:
     console.print(table)
     for name, size in sizes.items():
         console.print(f"{name}  {human(size)}", markup=False, highlight=False)
+
+
+def show_repairs(console: Console, done: Repaired) -> None:
+    """What was changed in a file, and what it was run against."""
+    lines = [f"{what} (×{count})" for what, count in done.changes.items()]
+    for line in lines or ["Nothing to repair was found; the file was written as it came."]:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for run in done.runs:
+        verdict = "compared with" if run.result is None else f"at most {run.result.max_abs:.2g} from"
+        console.print(f"batch {run.batch}: {verdict} {run.against}", markup=False, highlight=False, soft_wrap=True)
 
 
 def show_patterns(console: Console, patterns: list[Pattern]) -> None:

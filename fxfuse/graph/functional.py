@@ -71,7 +71,7 @@ def _functional(node: Node) -> torch._ops.OpOverload | None:
         return None
     operands = [i.meta["val"] for i in node.all_input_nodes if isinstance(i.meta.get("val"), torch.Tensor)]
     promoted = [v.dtype for v in operands if v.dim() > 0]
-    return functional if all(d == value.dtype for d in promoted) else None
+    return functional if all(d in (value.dtype, torch.bool) for d in promoted) else None
 
 
 def _private(node: Node, target: Node, order: dict[Node, int]) -> bool:

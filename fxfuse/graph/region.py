@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fxfuse.graph.view import ASSERTIONS, GraphView, is_pure, op_name, size_text, tensor
+from fxfuse.graph.view import ASSERTIONS, LAYOUT, GraphView, is_pure, op_name, size_text, tensor
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,19 @@ class Region:
         return ";".join(parts)
 
     @cached_property
+    def computed(self) -> frozenset[Node]:
+        """The nodes but for sources moved about (a transpose, a repeat of heads), which other regions may share."""
+        moved = set(self.sources)
+        for node in self.nodes[:-1]:
+            if op_name(node) in LAYOUT and all(i in moved or tensor(i) is None for i in node.all_input_nodes):
+                moved.add(node)
+        return frozenset(n for n in self.nodes if n not in moved)
+
+    @cached_property
     def closed(self) -> bool:
-        """Does nothing outside read a value from inside, the output excepted? Then the whole region goes."""
+        """Does nothing outside read a value computed inside, the output excepted? Then the whole computation goes."""
         inside = set(self.nodes)
-        return all(u in inside for n in self.nodes[:-1] for u in real_users(n))
+        return all(u in inside for n in self.computed if n is not self.output for u in real_users(n))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -73,8 +82,11 @@ def between(
     sources: Sequence[Node],
     allowed: Callable[[str], bool],
     limit: int = 80,
+    given: Iterable[Node] = (),
 ) -> Region | None:
     """The region from `sources` to `output`, or None.
+
+    What is `given` is read as it is, though it may be computed from a source too (a mask made of v).
 
     None where a node on the way is not `allowed`, is random or writes in place, where the region has more than
     `limit` nodes, or where a source does not reach the output.
@@ -82,7 +94,7 @@ def between(
     if tensor(output) is None or output in sources:
         return None
     first = min(view.order[s] for s in sources)
-    depends: dict[Node, bool] = dict.fromkeys(sources, True)
+    depends: dict[Node, bool] = dict.fromkeys(given, False) | dict.fromkeys(sources, True)
     others: dict[Node, None] = {}
     budget = limit * 8
 

@@ -112,8 +112,12 @@ ROOTS = frozenset(
         "linalg_vecdot",
         "matmul",
         "bmm",
+        "clamp",
+        "clamp_min",
+        "maximum",
     ]
 )
+"""What a norm may be written with beside arithmetic; a clamp is none, which is to be said."""
 CONTRACTION = frozenset(["matmul", "bmm", "mm", "einsum", "baddbmm", "linear"])
 ASSERTIONS = frozenset(["_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range_for_size"])
 

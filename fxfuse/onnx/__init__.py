@@ -1,7 +1,9 @@
-"""From a model to ONNX: capture, fuse, translate, save. Spelled like ``torch.onnx.export``."""
+"""From a model to ONNX: `export`, spelled like ``torch.onnx.export``; or that one itself, made to fuse: `install`."""
 
 from fxfuse.onnx.capture import capture
 from fxfuse.onnx.exporter import export
 from fxfuse.onnx.files import save
+from fxfuse.onnx.plugin import enabled, install, uninstall
+from fxfuse.ops import translation_table
 
-__all__ = ["capture", "export", "save"]
+__all__ = ["capture", "enabled", "export", "install", "save", "translation_table", "uninstall"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
 
 from fxfuse.errors import FxfuseError
+from fxfuse.onnx.lengths import general
 
 
 def capture(
@@ -36,8 +38,9 @@ def capture(
     shapes = without_names(dynamic_shapes)
     failures = []
     for strict in (False, True):
+        export = partial(torch.export.export, module, dynamic_shapes=shapes, strict=strict)
         try:
-            return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=strict)
+            return general(export(args, kwargs), module, (args, kwargs), export)
         except Exception as error:  # torch.export raises whatever the model, dynamo or a guard raises
             failures.append((strict, error))
     raise FxfuseError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
@@ -12,11 +13,17 @@ from torch.export import ExportedProgram
 
 import fxfuse
 from fxfuse.errors import FxfuseError
+from fxfuse.fusion import REPORT
+from fxfuse.onnx.active import within
 from fxfuse.onnx.boolean import without_boolean_where
 from fxfuse.onnx.capture import capture, check_program, named
 from fxfuse.onnx.files import save
-from fxfuse.ops import translation_table
+from fxfuse.onnx.missing import missing_translations
+from fxfuse.ops import holds_fused, translation_table
 from fxfuse.ops.registry import check_opset
+from fxfuse.options import Options
+from fxfuse.prepass import options_of
+from fxfuse.recognise.answers import Pattern
 
 
 def export(
@@ -26,12 +33,12 @@ def export(
     *,
     kwargs: dict[str, Any] | None = None,
     dynamic_shapes: dict[str, Any] | tuple[Any, ...] | list[Any] | None = None,
-    opset_version: int | None = 24,
+    opset_version: int | None = None,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     external_data: bool = True,
-    prove: Literal["on", "off"] = "on",
-    patterns: Any = None,
+    prove: Literal["on", "off"] | None = None,
+    patterns: Sequence[Pattern] | None = None,
     custom_translation_table: dict[Callable[..., Any], Callable[..., Any]] | None = None,
     export_params: bool = True,
     keep_initializers_as_inputs: bool = False,
@@ -49,16 +56,19 @@ def export(
     Takes what ``torch.onnx.export(..., dynamo=True)`` takes, with the same meaning; what differs is listed here.
 
     Args:
-        model: a module in evaluation mode, or a program from ``torch.export.export``. It is not changed.
+        model: a module in evaluation mode, or a program from ``torch.export.export``, which may be fused already.
+            It is not changed.
         args: sample inputs (tensors, nested as the module takes them); unused for a program.
         f: the file to write, whole or not at all. None writes nothing.
         kwargs: sample inputs by name; unused for a program.
         dynamic_shapes: which dimensions vary, as for ``torch.export.export``; strings name them in the ONNX graph.
             For a program only the names are used.
-        opset_version: 23, 24 or 25; None means 24. ONNX Runtime's CPU kernels of Attention end at 24.
+        opset_version: 23, 24 or 25; None means what `fxfuse.prepass` marked the module with, or else 24. ONNX
+            Runtime's CPU kernels of Attention end at 24.
         external_data: the weights go to ``f + ".data"``. A model over 2 GB has no other way.
-        prove: "off" applies matches that were recognised but not proven.
-        patterns: the patterns to look for; None means all registered ones.
+        prove: "off" applies matches that were recognised but not proven; None means what the module was marked
+            with, or else "on".
+        patterns: the patterns to look for; None means what the module was marked with, or else all registered ones.
         custom_translation_table: translations beside fxfuse's own; on the same operator these win.
         verify: torch.onnx's own check of the written graph in ONNX Runtime (needs the `ort` extra).
 
@@ -74,9 +84,13 @@ def export(
         raise FxfuseError(
             "f must be a path, not an open file", where="f", hint="or f=None, then .save() or .model_proto"
         )
-    opset = as_opset(opset_version)
+    marked = options_of(model) or Options()
+    options = Options(
+        marked.opset, marked.patterns if patterns is None else patterns, marked.verify if prove is None else prove
+    )
+    opset = as_opset(marked.opset if opset_version is None else opset_version)
     program = as_program(model, args, kwargs, dynamic_shapes)
-    fused = fxfuse.fuse(program, opset=opset, patterns=patterns, verify=prove)
+    fused = program if holds_fused(program) else fxfuse.fuse(program, **options.for_export(opset))
     onnx_program = translate(
         fused,
         opset=opset,
@@ -134,18 +148,30 @@ def translate(
     **options: Any,
 ) -> torch.onnx.ONNXProgram:
     """The ONNX program of one that `fxfuse.fuse` returned; `options` go to ``torch.onnx.export``."""
-    table: dict[Any, Any] = {**translation_table(opset), **(custom_translation_table or {})}
-    onnx_program = torch.onnx.export(
-        fused,
-        opset_version=opset,
-        dynamo=True,
-        custom_translation_table=table,
-        **options,
-    )
+    table: dict[Any, Any] = {
+        **missing_translations(fused.graph.nodes),
+        **translation_table(opset),
+        **(custom_translation_table or {}),
+    }
+    with within(None):  # where the plugin is installed, it has nothing to add
+        onnx_program = torch.onnx.export(
+            fused,
+            opset_version=opset,
+            dynamo=True,
+            custom_translation_table=table,
+            **options,
+        )
     assert onnx_program is not None  # None is what the TorchScript exporter returns
-    without_boolean_where(onnx_program.model)
-    onnx_program.fxfuse_report = fxfuse.report(fused)  # type: ignore[attr-defined]
+    finish(onnx_program, fused)
     return onnx_program
+
+
+def finish(onnx_program: torch.onnx.ONNXProgram, fused: ExportedProgram) -> None:
+    """What torch's translation leaves to do: Where on booleans, and the report, for `fxfuse.report` to find."""
+    without_boolean_where(onnx_program.model)
+    with suppress(FxfuseError):  # a program that was fused in another process has no report
+        onnx_program.fxfuse_report = fxfuse.report(fused)  # type: ignore[attr-defined]
+        onnx_program.model.meta[REPORT] = fxfuse.report(fused)
 
 
 def as_opset(opset: int | None) -> int:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from fxfuse.kernels import dispatch
 from fxfuse.ops import attention, rms_norm, rotary_embedding, tensor_scatter
-from fxfuse.ops.registry import OPS, OnnxOp, decompositions, translation_table
+from fxfuse.ops.registry import OPS, OnnxOp, decompositions, holds_fused, translation_table
 
 __all__ = [
     "OPS",
     "OnnxOp",
     "attention",
     "decompositions",
+    "holds_fused",
     "rms_norm",
     "rotary_embedding",
     "tensor_scatter",

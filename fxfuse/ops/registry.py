@@ -106,7 +106,7 @@ def has_kernel(grad: torch.Tensor) -> bool:
     return kernels_wanted(grad.device) and not torch.is_grad_enabled()
 
 
-def translation_table(opset: int) -> dict[OpOverload, Callable[..., Any]]:
+def translation_table(opset: int = 24) -> dict[OpOverload, Callable[..., Any]]:
     """What `torch.onnx.export(..., custom_translation_table=)` needs to write every operator as one ONNX node.
 
     Args:
@@ -122,6 +122,11 @@ def translation_table(opset: int) -> dict[OpOverload, Callable[..., Any]]:
 def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     """Every operator's computation in ATen, as `ExportedProgram.run_decompositions` and `make_fx` take it."""
     return {overload: op.decomposition for overload, op in OPS.items()}
+
+
+def holds_fused(program: torch.export.ExportedProgram) -> bool:
+    """Does the program hold operators of this package?"""
+    return any(node.target in OPS for node in program.graph.nodes if node.op == "call_function")
 
 
 def check_opset(opset: object) -> None:

@@ -42,7 +42,7 @@ def run_node(op: OnnxOp, call: Call) -> tuple[Tensor, ...]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "node.onnx"
         onnx.save(model(op, call), path)
-        return tuple(OnnxRuntime(path)(*(arg.contiguous() for arg in args)))
+        return tuple(OnnxRuntime(path, quiet=True)(*(arg.contiguous() for arg in args)))
 
 
 def refusal(call: Call) -> str | None:

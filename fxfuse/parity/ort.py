@@ -25,17 +25,18 @@ class OnnxRuntime:
 
     Args:
         model: a file (with its external data beside it), or a program, which is written to a temporary folder.
+        quiet: do not let ONNX Runtime print its errors beside raising them.
 
     Raises:
         FxfuseError: onnxruntime is not installed, or does not load the model.
     """
 
-    def __init__(self, model: Model) -> None:
-        ort = _onnxruntime()
+    def __init__(self, model: Model, *, quiet: bool = False) -> None:
+        ort = require_onnxruntime()
         with tempfile.TemporaryDirectory() as folder:
             path = _as_file(model, folder)
             options = ort.SessionOptions()
-            options.log_severity_level = 4  # what it would log as an error it raises, too
+            options.log_severity_level = 4 if quiet else 3
             if _size(path) > LARGE:
                 # Folding 16-bit weights to float32 and packing them for the GEMMs would each hold another copy.
                 options.add_session_config_entry("session.disable_prepacking", "1")
@@ -111,8 +112,10 @@ def check_onnx(model: Model) -> None:
             raise FxfuseError(f"not a valid ONNX model: {error}", where=str(path)) from error
 
 
-def float32_twin(model: Model, path: str | os.PathLike[str]) -> None:
-    """Writes `model` to `path` with every bfloat16 tensor, weight, cast and type made float32.
+def float32_twin(
+    model: Model, path: str | os.PathLike[str], narrow: Sequence[ir.DataType] = (ir.DataType.BFLOAT16,)
+) -> None:
+    """Writes `model` to `path` with every tensor, weight, cast and type of the `narrow` types made float32.
 
     ONNX Runtime's CPU provider has no bfloat16 kernels; the twin is the same graph and the same weights, and what it
     computes is what the graph means, less the rounding.
@@ -122,32 +125,32 @@ def float32_twin(model: Model, path: str | os.PathLike[str]) -> None:
         graphs = [loaded.graph, *(function.graph for function in loaded.functions.values())]
         for graph in graphs:
             for value in (*graph.inputs, *graph.initializers.values()):
-                _widen_value(value)
+                _widen_value(value, narrow)
             for node in ir.traversal.RecursiveGraphIterator(graph):
-                _widen_node(node)
+                _widen_node(node, narrow)
         ir.save(loaded, path, external_data=Path(path).name + ".data")
 
 
 _DTYPE_ATTRIBUTES = ("to", "dtype", "output_dtype", "softmax_precision")
 
 
-def _widen_node(node: ir.Node) -> None:
+def _widen_node(node: ir.Node, narrow: Sequence[ir.DataType]) -> None:
     for value in node.outputs:
-        _widen_value(value)
+        _widen_value(value, narrow)
     for name, attribute in list(node.attributes.items()):
-        if name in _DTYPE_ATTRIBUTES and attribute.value == ir.DataType.BFLOAT16:
+        if name in _DTYPE_ATTRIBUTES and attribute.value in narrow:
             node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT))
-        elif attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype == ir.DataType.BFLOAT16:
+        elif attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype in narrow:
             node.attributes[name] = ir.AttrTensor(name, _widen_tensor(attribute.value))
         elif attribute.type == ir.AttributeType.GRAPH:
             for value in (*attribute.value.inputs, *attribute.value.initializers.values()):
-                _widen_value(value)
+                _widen_value(value, narrow)
 
 
-def _widen_value(value: ir.Value) -> None:
-    if value.dtype == ir.DataType.BFLOAT16:
+def _widen_value(value: ir.Value, narrow: Sequence[ir.DataType]) -> None:
+    if value.dtype in narrow:
         value.dtype = ir.DataType.FLOAT
-    if value.const_value is not None and value.const_value.dtype == ir.DataType.BFLOAT16:
+    if value.const_value is not None and value.const_value.dtype in narrow:
         value.const_value = _widen_tensor(value.const_value)
 
 
@@ -170,7 +173,12 @@ def _size(path: Path) -> int:
     return path.stat().st_size + (data.stat().st_size if data.exists() else 0)
 
 
-def _onnxruntime() -> Any:
+def require_onnxruntime() -> Any:
+    """The module.
+
+    Raises:
+        FxfuseError: it is not installed.
+    """
     try:
         import onnxruntime
     except ImportError as error:

@@ -1,18 +1,21 @@
-"""The Attention that replaces a region: layouts, masks and attributes."""
+"""The Attention that replaces a region: layouts and attributes."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
 from fxfuse.graph.region import Region
 from fxfuse.graph.view import fake
 from fxfuse.recognise.answers import Form
+from fxfuse.recognise.attention_bias import bias, with_sinks
 from fxfuse.recognise.evaluate import MAX_ELEMENTS, CannotEvaluate
 from fxfuse.recognise.heads import Axes, Heads, statically_square
+from fxfuse.recognise.masks import HARD, Mask
 from fxfuse.recognise.questions import Questions
-from fxfuse.recognise.scores import HARD, Mask, Scores
+from fxfuse.recognise.scores import Scores
 
 
 def attention_form(region: Region, heads: Heads, scores: Scores, *, causal: bool, masks: tuple[Mask, ...]) -> Form:
@@ -26,24 +29,24 @@ def attention_form(region: Region, heads: Heads, scores: Scores, *, causal: bool
         attributes["softcap"] = scores.softcap
     if flat:
         attributes |= {"q_num_heads": heads.q_heads, "kv_num_heads": heads.kv_heads}
-    square = statically_square(region, heads)
-    if causal and square:
+    by_attribute = causal and scores.sinks is None and statically_square(region, heads)
+    if by_attribute:
         attributes["is_causal"] = 1
     out = fake(region.output).dtype
 
     def attention(*inputs: torch.Tensor) -> torch.Tensor:
-        q, k, v = inputs[:3]
+        # Where the scores are wider than v, all is: the operator has one type.
+        kind = torch.promote_types(torch.promote_types(inputs[0].dtype, inputs[1].dtype), inputs[2].dtype)
+        q, k, v = (t if t.dtype == kind else t.to(kind) for t in inputs[:3])
         lengths = (_length(q, heads.q), _length(k, heads.k))
-        mask = _mask(masks, inputs[3:], scores.rank, heads.q_heads, lengths, q.dtype)
-        if causal and not square:
-            lower = torch.ones(lengths, dtype=torch.bool, device=q.device).tril()
-            mask = (
-                lower
-                if mask is None
-                else mask & lower
-                if mask.dtype == torch.bool
-                else mask.masked_fill(~lower, -math.inf)
-            )
+        others = inputs[3:]
+        triangle = (
+            torch.ones(lengths, dtype=torch.bool, device=q.device).tril() if causal and not by_attribute else None
+        )
+        mask = bias(masks, others, heads.q_heads, lengths, q.dtype, lower=triangle)
+        if (sinks := scores.sinks) is not None:
+            mask = with_sinks(mask, sinks, others[sinks.index], heads.q_heads, lengths, q.dtype)
+            k, v = (torch.nn.functional.pad(t, _one_more(axes)) for t, axes in ((k, heads.k), (v, heads.v)))
         operands = [
             _to(t, axes, flat, count)
             for t, axes, count in (
@@ -60,96 +63,39 @@ def attention_form(region: Region, heads: Heads, scores: Scores, *, causal: bool
 
 
 def is_causal_here(region: Region, scores: Scores, heads: Heads, ask: Questions) -> bool:
-    """Is the one mask the causal one for every size the program admits? Then it need not be built.
+    """Are the masks together the causal one for every size the program admits? Then they need not be built.
 
-    Met at sizes beyond every number in its computation, so that a window does not pass for a causal mask.
+    Met at sizes beyond every number in their computation, so that a window does not pass for a causal mask.
     """
-    if len(scores.masks) != 1 or not statically_square(region, heads):
+    nodes = [region.others[m.index] for m in scores.masks]
+    if not nodes or not statically_square(region, heads) or any(map(ask.depends_on_input, nodes)):
         return False
-    node = region.others[scores.masks[0].index]
-    if ask.depends_on_input(node):
-        return False
+    masks = tuple(replace(m, index=i) for i, m in enumerate(scores.masks))
     try:
-        beyond = ask.beyond_literals(node)
+        beyond = ask.beyond_literals(*nodes)
         for evaluator in (ask.evaluator(0), ask.evaluator(1), *([beyond] if beyond is not None else [])):
-            if torch.Size(evaluator.sizes.shape(node)).numel() > MAX_ELEMENTS // 2:
+            if any(torch.Size(evaluator.sizes.shape(n)).numel() > MAX_ELEMENTS // 2 for n in nodes):
                 return False
-            (value,) = ask.leaf_values([node], evaluator, 0)
-            if not _is_lower(value, scores.masks[0]):
+            values = tuple(ask.leaf_values(nodes, evaluator, 0))
+            length = evaluator.sizes.shape(region.sources[0])[2 if heads.q == "BHSD" else 1]
+            value = bias(masks, values, heads.q_heads, (length, length), torch.float64)
+            if value is None or not _is_lower(value):
                 return False
     except CannotEvaluate:
         return False
     return True
 
 
-def _is_lower(value: torch.Tensor, mask: Mask) -> bool:
-    if value.dim() < 2 or value.shape[-1] != value.shape[-2]:
-        return False
+def _is_lower(value: torch.Tensor) -> bool:
     lower = torch.ones(value.shape[-2:], dtype=torch.bool).tril()
     if value.dtype == torch.bool:
-        return bool(((value if mask.keeps else ~value) == lower).all())
+        return bool((value == lower).all())
     return bool(((value <= HARD) == ~lower).all()) and bool((value.masked_fill(~lower, 0) == 0).all())
 
 
-def _mask(
-    masks: tuple[Mask, ...],
-    others: tuple[torch.Tensor, ...],
-    rank: int,
-    heads: int,
-    lengths: tuple[int, int],
-    dtype: torch.dtype,
-) -> torch.Tensor | None:
-    """The masks as one, boolean or of the query's dtype, its last two axes full."""
-    result: torch.Tensor | None = None
-    for mask in masks:
-        value = _to_four_axes(others[mask.index], rank, heads)
-        if value.dtype != torch.bool and not mask.keeps:
-            value = -value
-        if value.dtype == torch.bool:
-            value = value if mask.keeps else ~value
-            if mask.finite:
-                # Rows with no key: the fill is lost against itself, and the row averages, as the model's does.
-                value = torch.zeros_like(value, dtype=dtype).masked_fill(~value, torch.finfo(dtype).min / 2)
-        if value.dtype == torch.bool:
-            if result is None or result.dtype == torch.bool:
-                result = value if result is None else result & value
-            else:
-                result = result.masked_fill(~value, -math.inf)
-        elif result is None:
-            result = value
-        elif result.dtype == torch.bool:
-            result = torch.where(result, value, -math.inf)
-        else:
-            result = result + value
-    if result is None:
-        return None
-    if result.dtype != torch.bool and result.dtype != dtype:
-        narrow = torch.finfo(result.dtype).bits > torch.finfo(dtype).bits or dtype == torch.float16
-        # A finite minimum of the wider type would become -inf, and a row masked whole would be nan.
-        result = result.clamp(min=torch.finfo(dtype).min).to(dtype) if narrow else result.to(dtype)
-    last = result.shape[-2:] if result.dim() > 1 else (1, result.shape[-1])
-    if str(tuple(last)) != str(tuple(lengths)):
-        result = result.expand(*result.shape[:-2], *lengths)
-    return result
-
-
-def _to_four_axes(mask: torch.Tensor, rank: int, heads: int) -> torch.Tensor:
-    """From broadcasting against scores of this rank to broadcasting against ``[B, H, Sq, T]``."""
-    if rank == 3 and mask.dim() == 3:
-        if mask.shape[0] == 1:
-            return mask.unsqueeze(0)
-        return torch.unflatten(mask, 0, (-1, heads))
-    if rank == 5 and mask.dim() > 3:
-        while mask.dim() < 5:
-            mask = mask.unsqueeze(0)
-        if mask.shape[1] == 1:
-            return (
-                mask.squeeze(1)
-                if mask.shape[2] == 1
-                else mask.expand(-1, heads // mask.shape[2], -1, -1, -1).flatten(1, 2)
-            )
-        return mask.expand(-1, -1, heads // mask.shape[1], -1, -1).flatten(1, 2)
-    return mask
+def _one_more(axes: Axes) -> tuple[int, ...]:
+    """The padding that adds one position of zeros."""
+    return (0, 0, 0, 0, 0, 1) if axes == "BSHD" else (0, 0, 0, 1)
 
 
 def _length(t: torch.Tensor, axes: Axes) -> int:

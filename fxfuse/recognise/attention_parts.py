@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from fxfuse.graph.view import ARITHMETIC, CAST, LAYOUT, NO_OP, GraphView, argume
 from fxfuse.recognise.answers import Reason
 from fxfuse.recognise.contraction import Product, product, swapped
 from fxfuse.recognise.questions import Questions
+from fxfuse.recognise.sizes import Sizes
 from fxfuse.recognise.walk import chain_back, chain_forward
 
 SOFTMAX = frozenset({"softmax", "_softmax"})
@@ -73,14 +74,14 @@ def find_parts(anchor: Node) -> tuple[Parts, ...] | Reason:
             return Reason("attention, but its dropout is active", 2)
         q, k, v = (argument(anchor, n) for n in ("query", "key", "value"))
         return (Parts(anchor, q, k, v, None, None, anchor),)
-    if op_name(anchor) in SOFTMAX and argument(anchor, "dim") not in (-1, fake(anchor).dim() - 1):
-        return Reason("a softmax, but not over the last axis")
     before = _scores(anchor)
     if before is None:
         return Reason("a softmax, but not of a product")
     after = _weighted(anchor)
     if isinstance(after, Reason):
         return after
+    if op_name(anchor) in SOFTMAX and argument(anchor, "dim") not in (-1, fake(anchor).dim() - 1):
+        return Reason("softmax of a product between two products, but not over the last axis, the keys", 2)
     readings = (before[0], swapped(before[0])) if before[1] else before[:1]
     return tuple(Parts(anchor, r.left, r.right, after.right, r, after, after.node) for r in readings)
 
@@ -130,21 +131,31 @@ def _weighted(anchor: Node) -> Product | Reason:
 
 
 def regions(view: GraphView, parts: Parts, ask: Questions) -> Iterator[Region]:
-    """From q, k and v before any repeat, cast or transpose to the result behind its transpose; then narrower ones."""
-    sizes = ask.evaluator(0).sizes
-    reach = LAYOUT | _SCALED | CAST
+    """From q, k and v before any repeat, cast or transpose to the result behind its transpose; then narrower ones.
 
-    def deepest(operand: Node, ranks: tuple[int, ...]) -> Node | None:
-        chain = []
+    The last take the operands with all their heads, however those were made.
+    """
+    sizes = ask.evaluator(0).sizes
+    matrix = _matrices(parts, sizes)
+
+    def chain(operand: Node, ranks: tuple[int, ...]) -> list[Node]:
+        """What the operand is made of by moving and scaling alone, in a layout that the operator has."""
+        reach = LAYOUT | CAST if operand is parts.v else LAYOUT | _SCALED | CAST
+        found = []
         for node in chain_back(view, operand, lambda name: name in reach):
             if tensor(node) is None:
                 continue
             if fake(node).dtype != fake(operand).dtype:
                 break
-            if fake(node).dim() in ranks:
-                chain.append((torch.Size(sizes.shape(node)).numel(), node))
-        fewest = min((n for n, _ in chain), default=0)
-        return next((node for n, node in reversed(chain) if n == fewest), None)
+            if fake(node).dim() in ranks and _may_hold_heads(sizes.shape(node), *matrix[operand]):
+                found.append(node)
+        return found
+
+    def deepest(operand: Node, ranks: tuple[int, ...]) -> Node | None:
+        return min(reversed(chain(operand, ranks)), key=lambda n: torch.Size(sizes.shape(n)).numel(), default=None)
+
+    def nearest(operand: Node) -> Node | None:
+        return next(iter(chain(operand, (4,))), None)
 
     def farthest(ranks: tuple[int, ...]) -> Node | None:
         found = None
@@ -156,13 +167,54 @@ def regions(view: GraphView, parts: Parts, ask: Questions) -> Iterator[Region]:
                 found = node
         return found
 
-    tried = set()
-    for ranks, out in (((3, 4), (3, 4)), ((3, 4), (4,)), ((4,), (4,)), ((4,), (3, 4))):
-        sources = [deepest(operand, ranks) for operand in (parts.q, parts.k, parts.v)]
-        output = farthest(out)
-        if None in sources or output is None or (*sources, output) in tried:
+    def spans() -> Iterator[tuple[Node | None, ...]]:
+        for ranks, out in (((3, 4), (3, 4)), ((3, 4), (4,)), ((4,), (4,)), ((4,), (3, 4))):
+            yield (*(deepest(operand, ranks) for operand in (parts.q, parts.k, parts.v)), farthest(out))
+        for output in (farthest((3, 4)), farthest((3,)), parts.output):
+            yield nearest(parts.q), nearest(parts.k), nearest(parts.v), output
+
+    given = _beside(view, parts)
+    for span in dict.fromkeys(spans()):
+        if None in span:
             continue
-        tried.add((*sources, output))
-        region = between(view, output, [s for s in sources if s is not None], lambda _: True)
+        *sources, output = (node for node in span if node is not None)
+        region = between(view, output, sources, lambda _: True, given=given)
         if region is not None and parts.softmax in region.nodes:
             yield region
+
+
+def _matrices(parts: Parts, sizes: Sizes) -> dict[Node, tuple[int, int]]:
+    """Positions and features of a head of q, k and v."""
+    shapes = {n: torch.empty(sizes.shape(n), device="meta") for n in (parts.q, parts.k, parts.v)}
+    if parts.scores is None or parts.weighted is None:
+        return {n: (t.shape[-2], t.shape[-1]) for n, t in shapes.items()}
+    q, k = parts.scores.rows(shapes[parts.q]), parts.scores.columns(shapes[parts.k])
+    v = parts.weighted.columns(shapes[parts.v]).transpose(-1, -2)
+    return {n: (t.shape[-2], t.shape[-1]) for n, t in ((parts.q, q), (parts.k, k), (parts.v, v))}
+
+
+def _may_hold_heads(shape: tuple[int, ...], length: int, size: int) -> bool:
+    """``[B, S, H·D]``, ``[B, S, H, D]`` or ``[B, H, S, D]``?"""
+    if len(shape) == 3:
+        return shape[1] == length and shape[2] % size == 0
+    return shape[3] == size and length in shape[1:3]
+
+
+def _beside(view: GraphView, parts: Parts) -> list[Node]:
+    """The tensors that meet the scores on their way to the weights, q, k and v excepted: masks, biases, sinks."""
+    if parts.scores is None or parts.weighted is None:
+        mask = argument(parts.softmax, "attn_mask")
+        return [mask] if isinstance(mask, Node) else []
+    way = between(view, parts.weighted.left, [parts.scores.node], lambda _: True)
+    if way is None:
+        return []
+    behind = {n for operand in (parts.q, parts.k, parts.v) for n in chain_back(view, operand, lambda _: True)}
+    inside = set(way.nodes)
+    beside = {i for n in way.nodes for i in n.all_input_nodes if i not in inside and tensor(i) is not None}
+    return [n for n in beside if n not in behind and n is not parts.scores.node]
+
+
+def anchor_of(region: Region) -> Node:
+    """The softmax or SDPA call of a region; an exponential where there is neither."""
+    kinds: tuple[Container[str], ...] = ({SDPA}, SOFTMAX, ANCHORS)
+    return next(n for kind in kinds for n in region.nodes if op_name(n) in kind)

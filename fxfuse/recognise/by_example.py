@@ -10,7 +10,9 @@ parameters in whichever order fits, parameters with a number as default to the n
 
 from __future__ import annotations
 
+import heapq
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from itertools import islice, permutations, product
 from typing import Any
@@ -27,7 +29,7 @@ from fxfuse.recognise.literals import literals
 from fxfuse.recognise.questions import Questions
 
 MAX_NODES = 24
-_MAX_REGIONS = 96
+_MAX_REGIONS = 192
 _MAX_BINDINGS = 512
 
 
@@ -137,23 +139,32 @@ def pattern(
 
 
 def _regions(view: GraphView, output: Node, count: int) -> Iterator[Region]:
-    """Regions that end at `output` and read exactly `count` tensors, smallest first."""
-    first = (frozenset({output}), frozenset(_reads(output)))
-    states = [first]
-    seen = {first[0]}
-    for inside, cut in states:
+    """Regions that end at `output` and read exactly `count` tensors, small ones first.
+
+    Of the many ways to grow, those that read about as many tensors as are wanted come first: the rest of a deep model
+    lies behind every input.
+    """
+    first, read = frozenset({output}), frozenset(_reads(output))
+    numbers = itertools.count()
+    states = [(0, next(numbers), first, read)]
+    seen = {first}
+    while states:
+        _, number, inside, cut = heapq.heappop(states)
+        if number > _MAX_REGIONS:
+            return
         if len(cut) == count:
             region = between(view, output, view.sorted(cut), lambda _: True, limit=MAX_NODES)
             if region is not None and not region.others and set(region.nodes) <= inside:
                 yield region
         for node in view.sorted(cut)[::-1]:
             grown = inside | {node}
-            if len(states) >= _MAX_REGIONS or len(grown) > MAX_NODES:
+            if len(grown) > MAX_NODES:
                 break
             if grown in seen or not is_pure(node) or op_name(node) == "":
                 continue
             seen.add(grown)
-            states.append((grown, (cut - {node}) | frozenset(i for i in _reads(node) if i not in grown)))
+            behind = (cut - {node}) | frozenset(i for i in _reads(node) if i not in grown)
+            heapq.heappush(states, (len(grown) + 3 * abs(len(behind) - count), next(numbers), grown, behind))
 
 
 def _reads(node: Node) -> list[Node]:

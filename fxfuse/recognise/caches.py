@@ -73,7 +73,7 @@ class Cache:
             if sorted(order.values()) != list(order.values())
             else source
         )
-        for position in range(len(axes)):
+        for position in range(len(axes) + 1):  # of a single pair there is no axis to read either
             if position not in order:
                 source = source.unsqueeze(position)
         return -source if self.negative else source

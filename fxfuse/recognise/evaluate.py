@@ -12,6 +12,7 @@ from torch.fx.node import map_arg
 
 from fxfuse.graph.region import Region
 from fxfuse.graph.view import ASSERTIONS, argument, fake, op_name
+from fxfuse.graph.wrapped import Wrapped, wrapped
 from fxfuse.recognise.sizes import Sizes
 
 MAX_ELEMENTS = 1 << 25
@@ -75,13 +76,15 @@ class Evaluator:
         name = op_name(node)
         if node.op != "call_function" or name in ASSERTIONS:
             return None
+        if (inside := wrapped(node)) is not None:
+            return self._run_inside(inside, map_arg(tuple(inside.operands), concrete))
         if node not in self._affordable:
             if math.prod(_shape(node, self.sizes)) > MAX_ELEMENTS:
                 raise CannotEvaluate(f"{node.name} is too large to evaluate: {list(_shape(node, self.sizes))}")
             self._affordable.add(node)
         args = self._retype(map_arg(node.args, concrete))
         kwargs = self._retype(map_arg(dict(node.kwargs), concrete))
-        if self.exact and name == "rms_norm" and argument(node, "eps") is None:
+        if self.exact and node.target is torch.ops.aten.rms_norm.default and argument(node, "eps") is None:
             source = node.args[0]
             assert isinstance(source, Node)
             args = (*args[:3], *([None] * (3 - len(args))), torch.finfo(fake(source).dtype).eps)
@@ -93,6 +96,13 @@ class Evaluator:
             raise
         except Exception as error:  # any failure of a torch operator at these sizes is an answer, not a crash
             raise CannotEvaluate(f"{node.name} cannot run at the probed sizes: {error}") from error
+
+    def _run_inside(self, inside: Wrapped, operands: Sequence[Any]) -> Any:
+        """The results of a subgraph on these operands."""
+        *nodes, output = inside.nodes
+        placeholders = [n for n in nodes if n.op == "placeholder"]
+        values = self.run(nodes, dict(zip(placeholders, operands, strict=True)))
+        return map_arg(output.args[0], values.__getitem__)
 
     def _retype(self, arg: Any) -> Any:
         """Floating dtypes among the arguments become float64, devices the CPU."""

@@ -9,9 +9,9 @@ import torch
 from torch.fx import Node
 
 from fxfuse.graph.region import Region, between
-from fxfuse.graph.view import argument, fake, op_name
+from fxfuse.graph.view import argument, fake
 from fxfuse.recognise.answers import Reason
-from fxfuse.recognise.attention_parts import SDPA, Parts
+from fxfuse.recognise.attention_parts import Parts
 from fxfuse.recognise.evaluate import Evaluator
 from fxfuse.recognise.questions import Questions
 
@@ -51,15 +51,16 @@ def measure_heads(region: Region, parts: Parts, evaluator: Evaluator, ask: Quest
     if v_scale != 1.0:
         return Reason("attention, but v is scaled", 2)
     if parts.scores is not None and parts.weighted is not None:
-        q, k = parts.scores.rows(q), parts.scores.columns(k)
-        v = parts.weighted.columns(v).transpose(-1, -2)
-    elif op_name(parts.softmax) == SDPA and argument(parts.softmax, "enable_gqa") and k.shape[-3] != q.shape[-3]:
-        repeats = q.shape[-3] // k.shape[-3]
-        k, v = k.repeat_interleave(repeats, -3), v.repeat_interleave(repeats, -3)
-    lead: tuple[int, ...] = torch.broadcast_shapes(  # type: ignore[no-untyped-call]
-        q.shape[:-2], k.shape[:-2], v.shape[:-2]
-    )
-    q, k, v = (t.expand(*lead, *t.shape[-2:]).reshape(-1, *t.shape[-2:]) for t in (q, k, v))
+        q, k = _together(parts.scores.rows(q), parts.scores.columns(k))
+        weights = torch.empty(evaluator.sizes.shape(parts.weighted.left))
+        _, v = _together(parts.weighted.rows(weights), parts.weighted.columns(v).transpose(-1, -2))
+    else:
+        if argument(parts.softmax, "enable_gqa") and k.shape[-3] != q.shape[-3]:
+            repeats = q.shape[-3] // k.shape[-3]
+            k, v = k.repeat_interleave(repeats, -3), v.repeat_interleave(repeats, -3)
+        q, k, v = _together(q, k, v)
+    if len({t.shape[0] for t in (q, k, v)}) > 1:
+        return Reason("attention, but the two products do not run over the same heads", 2)
     batch = evaluator.sizes.shape(q_src)[0]
     if q.shape[0] % batch:
         return Reason("attention, but the first axis of q is not the batch", 1)
@@ -83,6 +84,12 @@ def measure_heads(region: Region, parts: Parts, evaluator: Evaluator, ask: Quest
         return Reason("attention, but its result is in another order", 2)
     sizes = (heads, kv_heads, q.shape[-1], v.shape[-1])
     return Heads(layouts["q"], layouts["k"], layouts["v"], out, *sizes, q_scale * k_scale)
+
+
+def _together(*matrices: torch.Tensor) -> list[torch.Tensor]:
+    """The matrices of each operand of one product, broadcast to one another, as ``[N, rows, columns]``."""
+    lead: tuple[int, ...] = torch.broadcast_shapes(*(m.shape[:-2] for m in matrices))  # type: ignore[no-untyped-call]
+    return [m.expand(*lead, *m.shape[-2:]).reshape(-1, *m.shape[-2:]) for m in matrices]
 
 
 def _arrivals(

@@ -30,11 +30,12 @@ class NormFunction:
         gen = generator(seed)
         size = fake(region.sources[0]).shape[-1]
         # An epsilon or a 1 held in a tensor keeps its value; whatever may be the scale is drawn.
-        held = [n for n in region.others if not _as_long(n, size) and not ask.depends_on_input(n)]
-        values = dict(zip(held, ask.leaf_values(held, self.evaluator, seed), strict=True)) if held else {}
+        candidates = [n for n in region.others if not _as_long(n, size)]
+        found = {n: ask.one_number(n, self.evaluator) for n in candidates}
+        values = {n: value for n, value in found.items() if value is not None}
         self.others = [values[n] if n in values else draw(n, self.evaluator, gen).abs() + 0.5 for n in region.others]
         self.free = [i for i, n in enumerate(region.others) if n not in values]
-        self.from_leaves = bool(held)
+        self.from_leaves = bool(values)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.evaluator.region(self.region, [x, *self.others])
@@ -81,7 +82,7 @@ def _constant(values: torch.Tensor) -> bool:
 def measure_epsilon(f: NormFunction, x: Node, scale: torch.Tensor) -> float | Reason:
     """Solve (x·scale/y)² - mean(x²) for tiny x, where epsilon is not."""
     found = []
-    for magnitude in (1e-3, 1e-4):
+    for magnitude in (3e-2, 1e-3, 1e-4):
         tiny = draw(x, f.evaluator, generator(7)) * magnitude
         measured = (tiny * scale / f(tiny)).square() - tiny.square().mean(-1, keepdim=True)
         epsilon = measured.mean().item()
@@ -90,9 +91,13 @@ def measure_epsilon(f: NormFunction, x: Node, scale: torch.Tensor) -> float | Re
                 "RMSNorm, but epsilon is not added to the mean square under the root (outside it, or clamped)", 3
             )
         found.append(epsilon)
-    if abs(found[0] - found[1]) > 1e-3 * abs(found[1]) + 1e-12 or found[1] < -1e-15:
+    last = found[-1]
+    moves = any(abs(e - last) > 1e-3 * abs(last) + 1e-12 for e in found)
+    # Without an epsilon 0 is 0 / 0; where it is 0, something keeps the root from being 0.
+    clamped = abs(last) < 1e-15 and bool(f(torch.zeros_like(tiny)).isfinite().all())
+    if moves or last < -1e-15 or clamped:
         return Reason("RMSNorm, but epsilon is not added to the mean square under the root (outside it, or clamped)", 3)
-    return max(found[1], 0.0)
+    return max(last, 0.0)
 
 
 def near_miss(f: NormFunction, x: Node, size: int) -> Reason:

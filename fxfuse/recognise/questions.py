@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from fxfuse.graph.region import Region
 from fxfuse.graph.view import fake, op_name, static, tensor
+from fxfuse.graph.wrapped import flattened
 from fxfuse.recognise.evaluate import CannotEvaluate, Evaluator, draw, generator
 from fxfuse.recognise.sizes import Sizes, ranges_of
 
@@ -35,13 +36,13 @@ class Questions:
         """An evaluator where bounded symbols take their bound, up to `limit`: tables are met whole."""
         return Evaluator(Sizes(self.ranges, 1, stretch=limit))
 
-    def beyond_literals(self, node: Node) -> Evaluator | None:
-        """An evaluator at which the last two axes of `node` exceed every number its computation mentions.
+    def beyond_literals(self, *nodes: Node) -> Evaluator | None:
+        """An evaluator at which the symbolic axes of `nodes` exceed every number their computation mentions.
 
         None where no axis is symbolic; the upper bound of a symbol is enough.
         """
         largest = 0
-        for ancestor in _ancestors([node]):
+        for ancestor in flattened(_ancestors(nodes)):
             numbers = list(_integers((ancestor.args, dict(ancestor.kwargs))))
             if ancestor.name in self._constants:
                 numbers.extend(self._constants[ancestor.name].shape)
@@ -51,16 +52,22 @@ class Questions:
             largest = max([largest, *(abs(n) for n in numbers if abs(n) < 2**31 - 1)])
         symbols = {
             symbol
-            for dim in map(_any, fake(node).shape[-2:])
+            for node in nodes
+            for dim in map(_any, fake(node).shape)
             if isinstance(dim, torch.SymInt)
             for symbol in dim.node.expr.free_symbols
         }
         return Evaluator(Sizes(self.ranges, 0, preset=dict.fromkeys(symbols, largest + 3))) if symbols else None
 
     def draws(self, nodes: Iterable[Node], evaluator: Evaluator, seed: int) -> list[torch.Tensor]:
-        """Independent random values for each node."""
+        """Independent random values for each node; a node given twice (k that is v too) has one."""
         gen = generator(seed)
-        return [self._fixed(node, evaluator) if self._is_index(node) else draw(node, evaluator, gen) for node in nodes]
+        drawn: dict[Node, torch.Tensor] = {}
+        wanted = list(nodes)
+        for node in wanted:
+            if node not in drawn:
+                drawn[node] = self._fixed(node, evaluator) if self._is_index(node) else draw(node, evaluator, gen)
+        return [drawn[node] for node in wanted]
 
     def _is_index(self, node: Node) -> bool:
         """An integer tensor that no input has a part in: a permutation or a repeat, not a draw."""
@@ -115,6 +122,23 @@ class Questions:
                 env[node] = draw(node, evaluator, gen, high=high)
         values = evaluator.run([n for n in ancestors if n.op == "call_function"], env)
         return [values[n] for n in wanted]
+
+    def one_number(self, node: Node, evaluator: Evaluator) -> torch.Tensor | None:
+        """The node's value, if it is made of constants and one number throughout, at every size; else None.
+
+        It is met at sizes beyond every number in its computation: a window, or a scale that starts to grow at some
+        position, shows only there.
+        """
+        if self.depends_on_input(node):
+            return None
+        try:
+            (value,) = self.leaf_values([node], evaluator, 0)
+            beyond = self.beyond_literals(node)
+            (far,) = self.leaf_values([node], beyond, 0) if beyond is not None else (value,)
+        except CannotEvaluate:
+            return None
+        first = value.flatten()[:1]
+        return value if bool((value == first).all()) and bool((far == first).all()) else None
 
     def depends_on_input(self, node: Node) -> bool:
         """Does the value depend on anything but constants and sizes?"""
@@ -183,7 +207,7 @@ def _is_size(node: Node) -> bool:
 def _table_rows(nodes: Iterable[Node]) -> int:
     """The fewest rows of any table that is indexed: integer inputs below it are valid in all of them."""
     rows = []
-    for node in nodes:
+    for node in flattened(nodes):
         if op_name(node) in _INDEXED:
             table = node.args[0]
             size = static(fake(table).shape[0]) if isinstance(table, Node) else None

@@ -45,7 +45,7 @@ def rotary_forms(region: Region, rotation: Rotation, caches: Caches) -> tuple[Fo
     def form(inside: torch.dtype) -> Form:
         def rotary_embedding(*inputs: torch.Tensor) -> torch.Tensor:
             kind = torch.float64 if inputs[0].dtype == torch.float64 else inside
-            y = _rotate(layout, rotation, caches, inputs, kind)
+            y = rotation.pairing.arrange(_rotate(layout, rotation, caches, inputs, kind))
             return y if y.dtype in (out, torch.float64) else y.to(out)
 
         return rotary_embedding

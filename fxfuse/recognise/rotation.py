@@ -10,6 +10,7 @@ from fxfuse.graph.region import Region
 from fxfuse.graph.view import fake, static
 from fxfuse.recognise.answers import Reason
 from fxfuse.recognise.evaluate import MAX_ELEMENTS, CannotEvaluate, Evaluator
+from fxfuse.recognise.pairing import Pairing, pairing_of
 from fxfuse.recognise.questions import Questions
 
 _TINY = 1e-12
@@ -27,15 +28,22 @@ class Rotation:
     """The values of `Region.others` it was measured with: every element unique."""
     dim: int
     """Features of a position, the last axis of x."""
-    rotary_dim: int
-    """How many of them, from the first on, are rotated."""
-    interleaved: bool
+    pairing: Pairing
     cos: torch.Tensor
     """``[*positions, rotary_dim / 2]``: the cos of each pair at each position of x."""
     sin: torch.Tensor
     """``[*positions, rotary_dim / 2]``"""
     from_leaves: bool
     """The two rows of a pair use one angle in this program, though they read different elements."""
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many features, from the first on, are rotated."""
+        return 2 * len(self.pairing.first)
+
+    @property
+    def interleaved(self) -> bool:
+        return self.pairing.interleaved
 
 
 def measure_rotation(region: Region, ask: Questions) -> Rotation | Reason:
@@ -54,23 +62,23 @@ def measure_rotation(region: Region, ask: Questions) -> Rotation | Reason:
         return Reason("its output has another shape than its input at the probed sizes")
     if evaluator.region(region, [torch.zeros_like(sample), *others]).abs().max() > 0:
         return Reason("f(0) is not 0")
-    pairing = _pairing(_reaches(region, evaluator, others))
+    pairing = pairing_of(_reaches(region, evaluator, others))
     if isinstance(pairing, Reason):
         return pairing
-    first, second, interleaved = pairing
-    cos, sin, minus_sin, other_cos = _rows_of(region, evaluator, others, first, second)
+    cos, sin, minus_sin, other_cos = _rows_of(region, evaluator, others, pairing)
+    first, second = sample[..., pairing.first], sample[..., pairing.second]
     expected = sample.clone()
-    expected[..., first] = cos * sample[..., first] + minus_sin * sample[..., second]
-    expected[..., second] = sin * sample[..., first] + other_cos * sample[..., second]
+    expected[..., pairing.out_first] = cos * first + minus_sin * second
+    expected[..., pairing.out_second] = sin * first + other_cos * second
     if not torch.allclose(expected, y, rtol=1e-9, atol=1e-9):
         return Reason("pairs of features are mixed, but not linearly and position by position, or others are scaled", 1)
     together = torch.allclose(cos, other_cos, rtol=_CLOSE) and torch.allclose(sin, -minus_sin, rtol=_CLOSE)
     if not together:
-        apart = _same_angles_here(region, ask, first, second)
+        apart = _same_angles_here(region, ask, pairing)
         if apart is not None:
             return apart
     from_leaves = bool(signs) or not together
-    return Rotation(evaluator, others, shape[-1], 2 * len(first), interleaved, cos, sin, from_leaves)
+    return Rotation(evaluator, others, shape[-1], pairing, cos, sin, from_leaves)
 
 
 def _signs(region: Region, dim: int, evaluator: Evaluator, ask: Questions) -> dict[int, torch.Tensor]:
@@ -101,32 +109,7 @@ def _reaches(region: Region, evaluator: Evaluator, others: list[torch.Tensor]) -
     return reaches
 
 
-def _pairing(reaches: torch.Tensor) -> tuple[list[int], list[int], bool] | Reason:
-    """First and second feature of each pair, and whether pairs are interleaved."""
-    dim = reaches.shape[-1]
-    rows = [torch.nonzero(reaches[d]).flatten().tolist() for d in range(dim)]
-    rotated = [d for d in range(dim) if rows[d] != [d]]
-    if not rotated:
-        return Reason("no feature reaches another")
-    if any(len(rows[d]) != 2 for d in rotated):
-        return Reason("not two features to a row")
-    count = len(rotated)
-    if rotated != list(range(count)):
-        if rotated == list(range(rotated[0], rotated[0] + count)):
-            return Reason("a rotation, but not of the first features: ONNX rotates the head of each vector", 1)
-        return Reason("a rotation of features that are not next to one another", 1)
-    if any(d not in rows[d] for d in rotated):
-        return Reason("a rotation whose result is permuted (its rows and columns pair differently)", 2)
-    half = count // 2
-    if count % 2 == 0 and all(rows[i] == [i, i + half] == rows[i + half] for i in range(half)):
-        interleaved = count == 2
-        return list(range(half)), list(range(half, count)), interleaved
-    if count % 2 == 0 and all(rows[2 * i] == [2 * i, 2 * i + 1] == rows[2 * i + 1] for i in range(half)):
-        return list(range(0, count, 2)), list(range(1, count, 2)), True
-    return Reason("a rotation, but its pairs are neither halves nor neighbours", 2)
-
-
-def _same_angles_here(region: Region, ask: Questions, first: list[int], second: list[int]) -> Reason | None:
+def _same_angles_here(region: Region, ask: Questions, pairing: Pairing) -> Reason | None:
     """Do both rows of each pair use one angle for the values that the others take in this program?
 
     Constants are met whole: once with a sequence as long as the table, positions counting through it.
@@ -137,7 +120,7 @@ def _same_angles_here(region: Region, ask: Questions, first: list[int], second: 
     for evaluator, seed in asked:
         try:
             others = ask.leaf_values(region.others, evaluator, seed, cover=seed % 2 == 0)
-            matrix = _rows_of(region, evaluator, others, first, second)
+            matrix = _rows_of(region, evaluator, others, pairing)
         except CannotEvaluate as error:
             return Reason(f"a rotation, but whether both rows of a pair use one angle cannot be told: {error}", 3)
         cos, sin, minus_sin, other_cos = matrix
@@ -149,16 +132,17 @@ def _same_angles_here(region: Region, ask: Questions, first: list[int], second: 
 
 
 def _rows_of(
-    region: Region, evaluator: Evaluator, others: list[torch.Tensor], first: list[int], second: list[int]
+    region: Region, evaluator: Evaluator, others: list[torch.Tensor], pairing: Pairing
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """cos, sin, -sin and cos of every pair, from two evaluations: pairs do not reach one another."""
     shape = evaluator.sizes.shape(region.sources[0])
-    read = []
-    for ones in (first, second):
+    read: list[torch.Tensor] = []
+    for ones in (pairing.first, pairing.second):
         x = torch.zeros(shape, dtype=torch.float64)
         x[..., ones] = 1
-        read.append(evaluator.region(region, [x, *others]))
-    return read[0][..., first], read[0][..., second], read[1][..., first], read[1][..., second]
+        y = evaluator.region(region, [x, *others])
+        read.extend((y[..., pairing.out_first], y[..., pairing.out_second]))
+    return read[0], read[1], read[2], read[3]
 
 
 def _close(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""What was fused, what was not, and why: data (`model`) and text (`text`)."""
+"""What was fused, what was not, and why: data (`model`, `layer`), text, HTML (`html`, `drawing`), JSON (`record`)."""
 
 from fxfuse.report.model import Entry, Report
 

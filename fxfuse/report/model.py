@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from fxfuse.report.layer import Layer
+
 Status = Literal["fused", "refused", "near miss"]
 
 
@@ -31,11 +33,11 @@ class Entry:
     """Path of the innermost ``nn.Module``: ``"layers.0.sa_norm"``."""
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """All entries of one `fxfuse.fuse` call, in graph order, with counts and timings.
 
-    `str(report)` is the table a person reads; `to_dict()` is the JSON form.
+    `str(report)` is the table a person reads, a notebook shows it with a drawing; `to_dict()` is the JSON form.
     """
 
     opset: int
@@ -45,6 +47,8 @@ class Report:
     nodes_before: int = 0
     """`call_function` nodes before fusing."""
     nodes_after: int = 0
+    layer: Layer | None = None
+    """One layer before and after, for a drawing; None if nothing was fused."""
 
     def of(self, status: Status, operator: str | None = None) -> list[Entry]:
         """The entries with this status (and operator)."""
@@ -77,3 +81,10 @@ class Report:
         from fxfuse.report.text import render
 
         return render(self)
+
+    __repr__ = __str__  # of hundreds of entries a prompt wants no more than that
+
+    def _repr_html_(self) -> str:
+        from fxfuse.report.html import fragment
+
+        return fragment(self)

@@ -42,6 +42,20 @@ class Unfused:
         return "; ".join(part for part in parts if part)
 
 
+@dataclass(frozen=True)
+class FusedLine:
+    """Regions that one line of the model became, perhaps in every layer."""
+
+    operator: str
+    source: str | None
+    parameters: str
+    """What they have in common."""
+    modules: tuple[str, ...]
+    nodes: int
+    """Nodes of the first of them."""
+    count: int
+
+
 def tallies(report: Report) -> list[Tally]:
     """Rows by operator, in the order of first appearance."""
     rows = []
@@ -69,6 +83,24 @@ def unfused(report: Report) -> list[Unfused]:
     return [
         Unfused(operator, status, reason, len(group), source, group[0].module, group[0].nodes)
         for (operator, status, reason, source), group in groups.items()
+    ]
+
+
+def fused_lines(report: Report) -> list[FusedLine]:
+    """What was fused, by operator and by the model's line that computes the result."""
+    groups: dict[tuple[str, str | None], list[Entry]] = {}
+    for entry in report.fused():
+        groups.setdefault((entry.operator, entry.source), []).append(entry)
+    return [
+        FusedLine(
+            operator,
+            source,
+            _common(group),
+            tuple(dict.fromkeys(entry.module for entry in group if entry.module)),
+            len(group[0].nodes),
+            len(group),
+        )
+        for (operator, source), group in groups.items()
     ]
 
 

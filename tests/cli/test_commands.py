@@ -81,7 +81,7 @@ def test_the_same_weights_every_time(tmp_path: Path) -> None:
 
 
 def test_a_saved_program(saved: Path, tmp_path: Path) -> None:
-    assert main(["export", str(saved), "--out", str(tmp_path / "o"), "--json", str(tmp_path / "r.json")]) == 0
+    assert main(["export", str(saved), "--out", str(tmp_path / "o"), "--report", str(tmp_path / "r.json")]) == 0
     record = json.loads((tmp_path / "r.json").read_text())
     assert record["counts"] == {"RMSNormalization": 1}
     x = torch.randn(5, 3, 8)
@@ -185,7 +185,7 @@ def test_no_parity_leaves_no_model(
         (out / "README").write_text("mine")
     monkeypatch.setattr(commands.fxfuse, "fuse", wrong_fuse)
     report = tmp_path / "r.json"
-    assert main(["export", str(saved), "--out", str(out), "--json", str(report)]) == 3
+    assert main(["export", str(saved), "--out", str(out), "--report", str(report)]) == 3
     error = capsys.readouterr().err
     assert "does not compute what the original does" in error and "export shape" in error and "Traceback" not in error
     assert [p.name for p in out.rglob("*")] == (["README"] if stale else [])
@@ -295,8 +295,12 @@ def test_an_output_folder_that_cannot_be(
     error = capsys.readouterr().err
     assert "output folder" in error and "file" in error
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
-    assert main(["inspect", str(saved), "--json", str(tmp_path)]) == 2
+    (tmp_path / "d.json").mkdir()
+    assert main(["inspect", str(saved), "--report", str(tmp_path / "d.json")]) == 2
     assert "is a folder" in capsys.readouterr().err
+    assert main(["inspect", str(saved), "--report", str(tmp_path / "r.txt")]) == 2
+    assert ".html or as .json" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d.json", "file"]
 
 
 def test_wrong_usage_exits_with_two() -> None:

@@ -16,6 +16,7 @@ import fxfuse.onnx
 from fxfuse.errors import FxfuseError
 from fxfuse.onnx.capture import without_names
 from fxfuse.parity import compare, onnxruntime_outputs, wide_outputs
+from fxfuse.patterns.rms_norm import PATTERN as RMS_NORM
 
 
 def tiny_llama() -> nn.Module:
@@ -184,10 +185,16 @@ def test_one_submodule_in_training_mode_is_named() -> None:
         fxfuse.onnx.export(module, (X,))
 
 
-def test_a_fused_program_is_refused(model: nn.Module) -> None:
-    fused = fxfuse.fuse(torch.export.export(model, (TOKENS,)))
-    with pytest.raises(FxfuseError, match="fxfuse"):
-        fxfuse.onnx.export(fused)
+def test_a_fused_program_is_written_as_it_is(model: nn.Module, tmp_path: Path) -> None:
+    fused = fxfuse.fuse(torch.export.export(model, (TOKENS,)), patterns=[RMS_NORM])
+    exported = fxfuse.onnx.export(fused)
+    assert fxfuse.report(exported).counts == {"RMSNormalization": 5}
+    assert Counter(node.op_type for node in exported.model.graph)["RMSNormalization"] == 5
+    torch.export.save(fused, tmp_path / "fused.pt2")
+    loaded = fxfuse.onnx.export(torch.export.load(tmp_path / "fused.pt2"))
+    assert [n.op_type for n in loaded.model.graph] == [n.op_type for n in exported.model.graph]
+    with pytest.raises(FxfuseError, match="no fusion report"):  # it stayed in the process that fused
+        fxfuse.report(loaded)
 
 
 def test_an_unwritable_file_leaves_nothing(tmp_path: Path) -> None:

@@ -87,6 +87,12 @@ def test_a_pattern_by_example_matches_another_spelling() -> None:
     torch.testing.assert_close(program.module()(x), module(x), rtol=1e-5, atol=1e-5)
 
 
+def test_every_layer_of_a_stack_is_matched() -> None:
+    """However much of the model lies behind it."""
+    stack = nn.Sequential(*(Mlp() for _ in range(4)))
+    assert fxfuse.report(fused(stack)).counts["geglu"] == 4
+
+
 @pytest.mark.parametrize("epsilon", [1e-5, 3e-4, 0.1])
 def test_numbers_are_bound_to_those_of_the_region(epsilon: float) -> None:
     (entry,) = fxfuse.report(fused(Mlp(epsilon))).fused("AddLayerNorm")

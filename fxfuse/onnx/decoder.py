@@ -1,0 +1,132 @@
+"""A causal language model of transformers as one graph that prefills and decodes, named as an ecosystem expects it.
+
+    input_ids      [B, S]           logits          [B, S, vocabulary]
+    attention_mask [B, P + S]       present, key    [B, H, P + S, D]     of every layer, and value
+    position_ids   [B, S]
+    past, key      [B, H, P, D]     of every layer, and value; P is 0 in the first call
+
+What the cache's tensors are called, in layer 3:
+
+    names      input                                        output
+    optimum    past_key_values.3.key                        present.3.key
+    genai      the same: ONNX Runtime GenAI took the names over
+    hf         input.past_key_values.layers.3.keys          output.past_key_values.layers.3.keys
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal, get_args
+
+import onnx_ir as ir
+import torch
+
+from fxfuse.errors import FxfuseError
+from fxfuse.onnx.transformers import FxfuseConfig, FxfuseExporter
+from fxfuse.options import DEFAULT_OPSET
+
+Names = Literal["optimum", "genai", "hf"]
+_CACHE = re.compile(r"(?P<way>input|output)\.past_key_values\.layers\.(?P<layer>\d+)\.(?P<what>key|value)s")
+_WINDOW = "._sliding_window_tensor"
+_AXES = {
+    "input_ids": ("batch_size", "sequence_length"),
+    "attention_mask": ("batch_size", "total_sequence_length"),
+    "position_ids": ("batch_size", "sequence_length"),
+}
+_CACHE_AXES = ("batch_size", None, "past_sequence_length", None)
+
+
+def export_decoder(model: Any, *, opset: int = DEFAULT_OPSET, names: Names = "optimum") -> ir.Model:
+    """The graph of `model`, a `PreTrainedModel` that generates text from text, with its cache as inputs and outputs.
+
+    Raises:
+        FxfuseError: a model that is no such, a cache that is not one key and one value a layer (with `names` other than
+            "hf"), an opset outside 23–25, unknown `names`.
+    """
+    if names not in get_args(Names):
+        raise FxfuseError(f"unknown names={names!r}", where="names", hint=" or ".join(map(repr, get_args(Names))))
+    config = FxfuseConfig(dynamic=True, opset_version=opset)
+    stage, inputs = _decode_stage(model)
+    program: ir.Model = FxfuseExporter().export(stage, inputs, config).program
+    if names != "hf":
+        _drop_windows(program.graph)
+    for value in (*program.graph.inputs, *program.graph.outputs):
+        value.name = _renamed(value.name or "", names)
+    _name_axes(program)
+    return program
+
+
+def _decode_stage(model: Any) -> tuple[Any, dict[str, Any]]:
+    """What `generate` calls for more than one new token, with a past: traced so, it takes an empty past as well."""
+    from transformers.exporters.utils import decompose_for_generation
+
+    # Padding at the left, or `generate` would find the mask superfluous and leave it out.
+    ids = torch.ones((2, 5), dtype=torch.int64, device=model.device)
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], device=model.device)
+    try:
+        stages = decompose_for_generation(model, {"input_ids": ids, "attention_mask": mask}, multi_token_decode=True)
+    except Exception as error:  # whatever a model raises that takes something else than text
+        raise FxfuseError(
+            f"the model does not generate text from text: {error}",
+            where=type(model).__name__,
+            hint="fxfuse.onnx.transformers exports other models, stage by stage",
+        ) from error
+    stage, inputs = stages["decode"]
+    if set(stages) != {"prefill", "decode"} or set(_AXES) - set(inputs):
+        raise FxfuseError(
+            f"not a decoder alone: it generates in the stages {', '.join(stages)} from {', '.join(inputs)}",
+            where=type(model).__name__,
+            hint="fxfuse.onnx.transformers exports other models, stage by stage",
+        )
+    return stage, dict(inputs)
+
+
+def _drop_windows(graph: ir.Graph) -> None:
+    """Takes out the size of a sliding window, a number that transformers passes through the graph with the cache."""
+    for output in [value for value in graph.outputs if (value.name or "").endswith(_WINDOW)]:
+        node = output.producer()
+        graph.outputs.remove(output)
+        if node is not None and not output.uses():
+            graph.remove(node, safe=True)
+    for value in [value for value in graph.inputs if (value.name or "").endswith(_WINDOW)]:
+        if not value.uses():
+            graph.inputs.remove(value)
+
+
+def _renamed(name: str, names: Names) -> str:
+    if names == "hf" or "past_key_values" not in name:
+        return name
+    match = _CACHE.fullmatch(name)
+    if match is None:
+        raise FxfuseError(
+            f"the cache holds {name.partition('.')[2]}, which has no name in an export for {names}",
+            where="names",
+            hint='names="hf" keeps the names of transformers',
+        )
+    way = "past_key_values" if match["way"] == "input" else "present"
+    return f"{way}.{match['layer']}.{match['what']}"
+
+
+def _name_axes(program: ir.Model) -> None:
+    """Names in place of symbols, wherever these stand; numbers where torch wrote a size that it found fixed as text."""
+    known: dict[str, str] = {}
+    for value in program.graph.inputs:
+        names = _AXES.get(value.name or "", _CACHE_AXES if value.shape and len(value.shape) == 4 else ())
+        for dim, name in zip(value.shape or (), names, strict=False):
+            if isinstance(dim, ir.SymbolicDim) and name is not None:
+                known.setdefault(str(dim.value), name)
+    symbols = re.compile(r"\b(" + "|".join(map(re.escape, known)) + r")\b")
+    outputs = (output for node in program.graph.all_nodes() for output in node.outputs)
+    for value in (*program.graph.inputs, *outputs):
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                [dim if isinstance(dim, int) else _named(dim, symbols, known) for dim in value.shape]
+            )
+
+
+def _named(dim: ir.SymbolicDim, symbols: re.Pattern[str], known: dict[str, str]) -> int | str | None:
+    if dim.value is None or dim.value.isdecimal():
+        return dim.value and int(dim.value)
+    text = symbols.sub(lambda match: known[match[0]], dim.value)
+    # Symbols are numbered anew in every export, and so torch puts the terms of a sum in one order or another.
+    return text if "(" in text else " + ".join(sorted(text.split(" + ")))

@@ -1,0 +1,129 @@
+"""What three functions inside ``torch.onnx`` are wrapped in while fxfuse is installed.
+
+    torch.onnx.export(model, …)
+      └─ export(model, …)                                     note how the module was marked by `fxfuse.prepass`
+           ├─ torch.export.export                             (a module only)
+           ├─ _prepare_exported_program_for_export(program)   fuse, before anything is decomposed
+           └─ _exported_program_to_onnx_program(prepared)     finish the result: boolean Where, the report
+
+Whatever goes wrong in here, the export goes on as if fxfuse were not there, and one warning says why.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch.export import ExportedProgram
+
+import fxfuse
+from fxfuse.onnx.active import Active, current, within
+from fxfuse.onnx.exporter import finish
+from fxfuse.onnx.missing import missing_translations
+from fxfuse.onnx.values import with_values
+from fxfuse.ops import holds_fused, translation_table
+from fxfuse.ops.registry import FIRST_OPSET, LAST_OPSET
+from fxfuse.options import Options
+from fxfuse.prepass import options_of
+
+Function = Callable[..., Any]
+Prepare = Callable[..., ExportedProgram]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A program that holds fused operators, and the torch.onnx registry knows how to write them."""
+
+    program: ExportedProgram
+    source: ExportedProgram
+    """What it was fused from here; the program itself, if it came fused."""
+    active: Active
+
+
+_prepared: WeakKeyDictionary[ExportedProgram, Ready] = WeakKeyDictionary()
+"""By what torch made of it, the program that goes to translation."""
+_marked: ContextVar[Options | None] = ContextVar("fxfuse_marked", default=None)
+
+
+def export(original: Function) -> Function:
+    @functools.wraps(original)
+    def hooked(model: Any, *args: Any, **kwargs: Any) -> Any:
+        token = _marked.set(options_of(model))
+        try:
+            return original(model, *args, **kwargs)
+        finally:
+            _marked.reset(token)
+
+    return hooked
+
+
+def prepare(original: Prepare) -> Prepare:
+    @functools.wraps(original)
+    def hooked(exported_program: ExportedProgram, *, registry: Any, **rest: Any) -> ExportedProgram:
+        active = current()
+        ready = None if active is None else _ready(exported_program, registry, active)
+        if ready is None:
+            return original(exported_program, registry=registry, **rest)
+        try:
+            prepared = original(ready.program, registry=registry, **rest)
+        except Exception as error:
+            if ready.source is ready.program:
+                raise
+            ready.active.warn("torch.onnx could not decompose the fused program", error)
+            return original(exported_program, registry=registry, **rest)
+        _prepared[prepared] = ready
+        return prepared
+
+    return hooked
+
+
+def translate(original: Function) -> Function:
+    @functools.wraps(original)
+    def hooked(exported_program: ExportedProgram, *, registry: Any, **rest: Any) -> Any:
+        ready = _prepared.pop(exported_program, None)
+        if ready is None:
+            return original(exported_program, registry=registry, **rest)
+        try:
+            onnx_program = original(exported_program, registry=registry, **rest)
+        except Exception as error:
+            if ready.source is ready.program:
+                raise
+            ready.active.warn("torch.onnx could not translate the fused program", error)
+            from torch.onnx._internal.exporter import _core
+
+            with within(None):
+                plain = _core._prepare_exported_program_for_export(ready.source, registry=registry)
+                return original(plain, registry=registry, **rest)
+        finish(onnx_program, ready.program)
+        return onnx_program
+
+    return hooked
+
+
+def _ready(program: ExportedProgram, registry: Any, active: Active) -> Ready | None:
+    """The program, fused and registered; None, after a warning, if that cannot be."""
+    opset = getattr(registry, "opset_version", None)
+    if not isinstance(opset, int) or not FIRST_OPSET <= opset <= LAST_OPSET:
+        active.warn(
+            f"the export is for opset {opset}, and the fused operators exist in opsets {FIRST_OPSET} to "
+            f"{LAST_OPSET}; pass opset_version=24 to torch.onnx.export, whose default is older"
+        )
+        return None
+    try:
+        fused = program
+        if not holds_fused(program):
+            options = _marked.get() or active.options
+            fused = fxfuse.fuse(with_values(program), **options.for_export(opset))
+        table = {**missing_translations(fused.graph.nodes), **translation_table(opset)}
+        for operator, translation in table.items():
+            own = any(known.is_custom for known in registry.get_decomps(operator))
+            if not own:  # the caller's custom_translation_table goes first
+                registry.register_op(operator, translation)
+        return Ready(fused, program, active)
+    except Exception as error:  # a plugin never takes somebody else's export down
+        active.warn("fusing failed", error)
+        return None

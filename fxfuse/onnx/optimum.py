@@ -1,0 +1,97 @@
+"""What ``optimum-cli export fxfuse`` does; the command itself is the distribution in ``integrations/optimum``."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import onnx_ir as ir
+import torch
+
+import fxfuse
+from fxfuse.errors import FxfuseError, ParityError
+from fxfuse.onnx.decoder import Names, export_decoder
+from fxfuse.onnx.files import move_into, staging
+from fxfuse.ops.registry import check_opset
+from fxfuse.options import DEFAULT_OPSET
+from fxfuse.parity import OnnxRuntime, compare, float32_twin
+from fxfuse.report import Report
+
+MODEL = "model.onnx"
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+
+
+def export_pretrained(
+    model: str,
+    out: str,
+    *,
+    opset: int = DEFAULT_OPSET,
+    names: Names = "optimum",
+    dtype: Dtype = "auto",
+    trust_remote_code: bool = False,
+) -> Report:
+    """Writes ``model.onnx`` (its weights beside it), the configurations and the tokenizer to the folder `out`.
+
+    The graph is compared with the model in ONNX Runtime, a prefill and a decoding step, before anything is written.
+
+    Args:
+        model: a folder, or the name of a model on the Hub.
+        names: see `fxfuse.onnx.decoder`.
+        dtype: of the weights; "auto" is what the checkpoint is in.
+
+    Raises:
+        FxfuseError: a model that cannot be loaded or exported, or a folder that cannot be written.
+        ParityError: ONNX Runtime computes something else.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    check_opset(opset)
+    if dtype not in get_args(Dtype):
+        raise FxfuseError(f"unknown dtype={dtype!r}", where="dtype", hint=" or ".join(get_args(Dtype)))
+    options = {"trust_remote_code": trust_remote_code}
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **options).eval()
+    except (OSError, ValueError) as error:
+        raise FxfuseError(f"the model cannot be loaded: {error}", where=model) from error
+    program = export_decoder(loaded, opset=opset, names=names)
+    target = Path(out)
+    with staging(target, MODEL) as folder:
+        ir.save(program, folder / MODEL, external_data=MODEL + ".data")
+        check_parity(loaded, folder / MODEL)
+        loaded.config.save_pretrained(folder)
+        loaded.generation_config.save_pretrained(folder)
+        with suppress(OSError, ValueError):  # there may be no tokenizer
+            AutoTokenizer.from_pretrained(model, **options).save_pretrained(folder)
+        move_into(folder, target, model=MODEL)
+    return fxfuse.report(program)
+
+
+@torch.no_grad()
+def check_parity(model: Any, path: Path) -> None:
+    """Compares logits of a prompt, padded at the left, and of what follows it, with those of one eager call.
+
+    Raises:
+        ParityError: ONNX Runtime computes something else.
+    """
+    size = model.config.get_text_config().vocab_size
+    ids = torch.randint(0, size, (3, 8), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    expected = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+    with tempfile.TemporaryDirectory() as folder:
+        dtype = model.dtype
+        if dtype == torch.bfloat16:  # for which ONNX Runtime's CPU provider has no kernels
+            dtype, twin = torch.float32, Path(folder) / MODEL
+            float32_twin(path, twin)
+            path = twin
+        run = OnnxRuntime(path)
+        past = [torch.zeros(3, int(i.shape[1]), 0, int(i.shape[3]), dtype=dtype) for i in run.session.get_inputs()[3:]]
+        for part in (slice(0, 6), slice(6, 8)):
+            logits, *past = run(ids[:, part], mask[:, : part.stop], positions[:, part], *past)
+            seen = mask[:, part].bool()
+            result = compare([expected[:, part][seen]], [logits[seen]])
+            if not result.passed:
+                raise ParityError(f"ONNX Runtime does not give the model's logits: {result.reason}", where=str(path))

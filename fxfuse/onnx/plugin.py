@@ -1,0 +1,159 @@
+"""Make a plain ``torch.onnx.export(..., dynamo=True, opset_version=24)`` fuse, other libraries' calls included.
+
+fxfuse.onnx.install()              # for the process, until fxfuse.onnx.uninstall()
+
+with fxfuse.onnx.enabled():        # for the block, in this thread (and async context) only
+    torch.onnx.export(model, args, "model.onnx", dynamo=True, opset_version=24)
+
+The functions that `fxfuse.onnx.hooks` wraps are private to torch, and the same in torch 2.11 to 2.15. They are wrapped
+while anybody needs it, and put back after that. A torch in which they look different is left alone, with a warning.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, cast
+
+from fxfuse.errors import FxfuseError, FxfuseWarning
+from fxfuse.onnx import hooks
+from fxfuse.onnx.active import Active, callers_level, for_process, within
+from fxfuse.options import Options
+from fxfuse.recognise.answers import Pattern
+
+HOOKS: dict[str, Callable[[hooks.Function], hooks.Function]] = {
+    "export": hooks.export,
+    "_prepare_exported_program_for_export": hooks.prepare,
+    "_exported_program_to_onnx_program": hooks.translate,
+}
+"""Functions of torch.onnx._internal.exporter._core, and what they are wrapped in."""
+
+_lock = threading.RLock()
+_users = 0
+_installed = False
+_ours: dict[hooks.Function, hooks.Function] = {}
+"""Functions that stand in torch.onnx now, and those they replaced."""
+
+
+def install(*, patterns: Sequence[Pattern] | None = None, prove: Literal["on", "off"] = "on") -> None:
+    """From now on ``torch.onnx.export(..., dynamo=True)`` fuses, in every thread, until `uninstall`.
+
+    Installing again only changes the options.
+
+    Args:
+        patterns: the patterns to look for; None means all registered ones. A module that `fxfuse.prepass` marked is
+            fused as the mark says.
+        prove: "off" applies matches that were recognised but not proven.
+
+    An export at an opset outside 23 to 25 (torch's default is 20), or one that fails when it is fused, is done as if
+    fxfuse were not installed; one `FxfuseWarning` says why.
+
+    Raises:
+        FxfuseError: `patterns` or `prove` is not what it should be.
+    """
+    global _installed
+    active = activation(patterns, prove)
+    with _lock:
+        if not _installed:
+            _acquire()
+        _installed = True
+        for_process(active)
+
+
+def uninstall() -> None:
+    """End what `install` began; nothing happens if it did not. Blocks under `enabled` go on to their end."""
+    global _installed
+    with _lock:
+        for_process(None)
+        if _installed:
+            _release()
+        _installed = False
+
+
+@contextmanager
+def enabled(*, patterns: Sequence[Pattern] | None = None, prove: Literal["on", "off"] = "on") -> Iterator[None]:
+    """Within the block ``torch.onnx.export(..., dynamo=True)`` fuses; the arguments are those of `install`.
+
+    Blocks nest: the innermost one's options hold, over those of `install` too. A thread that is started within the
+    block is not within it.
+
+    Raises:
+        FxfuseError: `patterns` or `prove` is not what it should be.
+    """
+    active = activation(patterns, prove)
+    with _lock:
+        _acquire()
+    try:
+        with within(active):
+            yield
+    finally:
+        with _lock:
+            _release()
+
+
+def activation(patterns: Sequence[Pattern] | None, prove: Literal["on", "off"]) -> Active:
+    """The arguments of `install` and `enabled`, checked."""
+    if prove not in ("on", "off"):
+        raise FxfuseError(f"unknown prove={prove!r}", where="prove", hint='"on" or "off"')
+    return Active(Options(None, patterns, prove))
+
+
+def _acquire() -> None:
+    global _users
+    _users += 1
+    try:
+        _wrap()
+    except (ImportError, Unfamiliar) as error:
+        warnings.warn(f"torch.onnx.export will not fuse: {error}", FxfuseWarning, stacklevel=callers_level())
+
+
+def _release() -> None:
+    global _users
+    _users -= 1
+    if _users == 0:
+        _unwrap()
+
+
+class Unfamiliar(Exception):
+    """torch.onnx is not built as it was in the releases that this was written for."""
+
+
+def _wrap() -> None:
+    """Wrap all of `HOOKS`, or none if one of them looks different; what is wrapped already stays so."""
+    from torch.onnx._internal.exporter import _core
+
+    found = {name: _checked(name, getattr(_core, name, None)) for name in HOOKS}
+    for name, function in found.items():
+        if function not in _ours:
+            wrapped = HOOKS[name](function)
+            _ours[wrapped] = function
+            setattr(_core, name, wrapped)
+
+
+def _unwrap() -> None:
+    """Put back what was there. What somebody else wrapped meanwhile stays theirs: ours does nothing beneath it."""
+    from torch.onnx._internal.exporter import _core
+
+    for name in HOOKS:
+        if (current := getattr(_core, name, None)) in _ours:
+            setattr(_core, name, _ours.pop(current))
+
+
+def _checked(name: str, function: Any) -> hooks.Function:
+    """The function, if it is called as it was: one program or model, `registry` by name, the rest optional."""
+    where = f"torch.onnx._internal.exporter._core.{name}"
+    if not callable(function):
+        raise Unfamiliar(f"this torch has no {where}")
+    try:
+        first, *others = inspect.signature(function).parameters.values()
+    except ValueError as error:
+        raise Unfamiliar(f"in this torch {where} has no signature that could be read") from error
+    optional = {p.name for p in others if p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    required = {p.name for p in others} - optional
+    known = "registry" in {p.name for p in others} and first.kind is first.POSITIONAL_OR_KEYWORD
+    if not known or not required <= {"registry"}:
+        raise Unfamiliar(f"in this torch {where} takes {inspect.signature(function)}")
+    return cast(hooks.Function, function)

@@ -1,0 +1,54 @@
+"""How a door fuses: what `fxfuse.prepass` and the exporter plugin remember and hand to `fuse`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fxfuse.errors import FxfuseError
+from fxfuse.ops.registry import check_opset
+from fxfuse.recognise.answers import Pattern
+
+DEFAULT_OPSET = 24
+"""It has every fused operator, and ONNX Runtime has a kernel for each."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Arguments of `fuse`; checked where they are given, not where they are used much later.
+
+    Raises:
+        FxfuseError: an opset outside 23–25, something that is no pattern, an unknown `verify`.
+    """
+
+    opset: int | None = None
+    """None is the opset of the export, or 24 where there is none."""
+    patterns: Sequence[Pattern] | None = None
+    """None is the whole catalogue."""
+    verify: Literal["on", "off"] = "on"
+
+    def __post_init__(self) -> None:
+        if self.opset is not None:
+            check_opset(self.opset)
+        if self.verify not in ("on", "off"):
+            raise FxfuseError(f"unknown verify={self.verify!r}", where="verify", hint='"on" or "off"')
+        if self.patterns is not None:
+            if not isinstance(self.patterns, Sequence):
+                raise FxfuseError(f"patterns is a list of patterns, not {self.patterns!r}", where="patterns")
+            for pattern in self.patterns:
+                if not isinstance(pattern, Pattern):
+                    raise FxfuseError(
+                        f"{pattern!r} is not a pattern",
+                        where="patterns",
+                        hint="fxfuse.patterns.rms_norm.PATTERN is one, and what @fxfuse.pattern returns",
+                    )
+
+    def for_export(self, opset: int) -> dict[str, Any]:
+        """Keyword arguments of `fuse` for an export at `opset`: nothing newer than either of the two."""
+        return {**self.arguments, "opset": opset if self.opset is None else min(opset, self.opset)}
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `fuse`."""
+        return {"opset": self.opset or DEFAULT_OPSET, "patterns": self.patterns, "verify": self.verify}

@@ -1,0 +1,61 @@
+"""Translations that torch's exporter lacks: grouped matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxfuse.onnx
+from fxfuse.onnx.missing import missing_translations
+from fxfuse.parity.ort import OnnxRuntime
+
+
+@pytest.fixture(scope="module")
+def fallback() -> Iterator[torch._ops.OpOverload]:
+    """transformers' own operator if it is there, else one of its name and meaning."""
+    pytest.importorskip("transformers.integrations.moe")
+    yield torch.ops.transformers.grouped_mm_fallback.default
+
+
+class Experts(nn.Module):
+    def __init__(self, operator: torch._ops.OpOverload, groups: int) -> None:
+        super().__init__()
+        self.operator = operator
+        self.weight = nn.Parameter(torch.randn(groups, 8, 5))
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        return self.operator(x, self.weight, ends)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_grouped_products_run_in_onnx_runtime(fallback: torch._ops.OpOverload, groups: int) -> None:
+    module = Experts(fallback, groups).eval()
+    x, ends = torch.randn(12, 8), torch.linspace(12 / groups, 12, groups).int()
+    program = fxfuse.onnx.export(module, (x, ends), dynamic_shapes=({0: "tokens"}, {}))
+    run = OnnxRuntime(program)
+    for rows, last in ((12, 12), (7, 7), (9, 6)):  # the last: rows after the last group are 0
+        x = torch.randn(rows, 8)
+        ends = torch.tensor([last]) if groups == 1 else torch.tensor([2, 2, last - 1, last])  # one group is empty
+        (got,) = run(x, ends.int())
+        torch.testing.assert_close(got, module(x, ends.int()), rtol=1e-5, atol=1e-5)
+
+
+def test_inverse_error_function_runs_in_onnx_runtime() -> None:
+    class Quantile(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.erfinv(x)
+
+    x = torch.cat([torch.linspace(-0.9999, 0.9999, 401), torch.tensor([-1.0, 0.0, 1e-6, 1.0])])
+    (got,) = OnnxRuntime(fxfuse.onnx.export(Quantile().eval(), (x,)))(x)
+    torch.testing.assert_close(got, torch.erfinv(x), rtol=2e-5, atol=1e-7)
+
+
+def test_only_what_a_program_holds_is_translated() -> None:
+    class Plain(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ x.T
+
+    assert missing_translations(torch.export.export(Plain(), (torch.randn(3, 3),)).graph.nodes) == {}

@@ -1,0 +1,111 @@
+"""The README's examples, run as they stand there: each block under a ``<!-- runs: name -->``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from torchtune.models.llama3_2 import llama3_2
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import fxfuse
+from fxfuse.ops import holds_fused
+from fxfuse.recognise.catalogue import unregister
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = dict(re.findall(r"<!-- runs: (\w+) -->\n```python\n(.*?)```", README, flags=re.DOTALL))
+ALL = {"RMSNormalization": 3, "RotaryEmbedding": 2, "Attention": 1}
+"""A TorchTune Llama of one layer."""
+Names = dict[str, Any]
+
+
+def fused(names: Names) -> None:
+    assert fxfuse.report(names["fused"]).counts == fxfuse.report(names["onnx"]).counts == ALL
+    assert Path("model.onnx").is_file()
+
+
+def plugin(names: Names) -> None:
+    assert fxfuse.report(names["onnx"]).counts == ALL
+    assert "RotaryEmbedding" in {node.op_type for node in onnx.load("model.onnx").graph.node}
+
+
+def prepass(names: Names) -> None:
+    assert fxfuse.report(names["fused"]).counts == ALL
+    assert fxfuse.report(names["onnx"]).counts == {"RMSNormalization": 3}
+    assert names["onnx"].model.opset_imports == {"": 23}
+
+
+def transformers(names: Names) -> None:
+    assert [fxfuse.report(c.program).counts for c in names["exported"].components.values()] == [ALL, ALL]
+    written = {"prefill.onnx", "decode.onnx", "export.json", "config.json"}
+    assert written <= {path.name for path in Path("llama-onnx").iterdir()}
+
+
+def onward(names: Names) -> None:
+    assert holds_fused(torch.export.load("fused.pt2")) and not holds_fused(names["plain"])
+    assert all(weight.grad is not None for weight in names["model"].parameters())
+
+
+def pattern(names: Names) -> None:
+    class Feed(torch.nn.Module):
+        def forward(self, x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+            return F.linear(x, up) * F.gelu(F.linear(x, gate))
+
+    inputs = (torch.randn(3, 4), torch.randn(5, 4), torch.randn(5, 4))
+    program = fxfuse.fuse(torch.export.export(Feed(), inputs), patterns=[names["geglu"]])
+    assert fxfuse.report(program).counts == {"geglu": 1}
+    assert torch.ops.mine.geglu.default in {node.target for node in program.graph.nodes}
+
+
+CHECKS: dict[str, Callable[[Names], None]] = {
+    "fuse": fused,
+    "plugin": plugin,
+    "prepass": prepass,
+    "transformers": transformers,
+    "onward": onward,
+    "pattern": pattern,
+}
+"""What must be true after a block."""
+
+
+def test_every_block_is_checked() -> None:
+    assert BLOCKS.keys() == CHECKS.keys()
+
+
+@pytest.fixture
+def an_operator_of_the_readers() -> Iterator[None]:
+    library = torch.library.Library("mine", "DEF")
+    library.define("geglu(Tensor x, Tensor w_gate, Tensor w_up) -> Tensor")
+    library.impl("geglu", lambda x, gate, up: F.gelu(x @ gate.T) * (x @ up.T), "CompositeExplicitAutograd")
+    yield
+    unregister("geglu")
+    library._destroy()
+
+
+@pytest.mark.usefixtures("an_operator_of_the_readers")
+@pytest.mark.parametrize("block", CHECKS)
+def test_an_example_of_the_readme(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = llama3_2(
+        vocab_size=32, num_layers=1, num_heads=4, num_kv_heads=2, embed_dim=32, max_seq_len=64, intermediate_dim=48
+    ).eval()
+    if "from_pretrained" in BLOCKS[block]:
+        config = LlamaConfig(
+            vocab_size=32,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+        LlamaForCausalLM(config).save_pretrained("llama")
+    names: Names = {"model": model, "tokens": torch.arange(10).reshape(2, 5)}
+    exec(compile(BLOCKS[block], f"README.md: {block}", "exec"), names)
+    CHECKS[block](names)

@@ -1,0 +1,1 @@
+"""Real decoders of the transformers library, tiny and with random weights."""
