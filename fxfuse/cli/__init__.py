@@ -1,4 +1,4 @@
-"""The command line: ``fxfuse export``, ``fxfuse inspect``, ``fxfuse repair``, ``fxfuse patterns``."""
+"""The command line: ``fxfuse export``, ``inspect``, ``repair``, ``patterns`` and ``parity``."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from fxfuse.cli import commands
+from fxfuse.cli.parity import parity
 
 SOURCES = """\
 SOURCE is one of
@@ -15,6 +16,12 @@ SOURCE is one of
 
 exit codes: 0 done; 2 bad input; 3 the exported model does not compute what the original does
 """
+
+PARITY = """\
+Without SOURCE it is the operators that are compared, over a matrix of types, layouts, shapes and options. Without a
+GPU Triton's kernels run in its interpreter.
+
+""" + SOURCES.replace("3 the exported model does not compute what the original does", "3 an implementation is wrong")
 
 REPAIRS = """\
 mended are
@@ -59,11 +66,30 @@ def parser() -> argparse.ArgumentParser:
     repair.add_argument("--out", required=True, type=Path, metavar="FILE", help="the file to write")
     repair.add_argument("--no-parity", dest="parity", action="store_false", help="do not run it against the original")
     command("patterns", commands.patterns, "list the catalogue")
+    compare = command("parity", parity, "compare eager, composite, Triton and ONNX Runtime with float64", PARITY)
+    _model(compare, "?")
+    compare.add_argument("--json", type=Path, metavar="FILE", help="also write every comparison here")
+    compare.add_argument("--op", action="append", default=[], metavar="NAME", help="only this operator; repeatable")
+    compare.add_argument("--full", action="store_true", help="every combination of the matrix, not a sample of it")
+    compare.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+    compare.add_argument("--plot", type=Path, metavar="FILE", help="also draw the errors: .png or .svg")
     return top
 
 
 def _source(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("source", metavar="SOURCE", help="the model; see below")
+    _model(sub, None)
+    sub.add_argument(
+        "--report",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="also write the report here: a page (.html) or data (.json); repeatable",
+    )
+
+
+def _model(sub: argparse.ArgumentParser, nargs: str | None) -> None:
+    sub.add_argument("source", metavar="SOURCE", nargs=nargs, help="the model; see below")
     sub.add_argument("--opset", type=int, default=24, help="ONNX opset, 23 to 25 (default 24)")
     sub.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float32, or what the source has)")
     sub.add_argument(
@@ -79,11 +105,3 @@ def _source(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--batch", type=int, help="batch size of the sample inputs of a torchtune model (default 2)")
     sub.add_argument("--seq", type=int, help="their length (default 16)")
-    sub.add_argument(
-        "--report",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="also write the report here: a page (.html) or data (.json); repeatable",
-    )

@@ -40,13 +40,13 @@ def export(arguments: argparse.Namespace, out: Console, err: Console) -> None:
         FxfuseError: bad input. What stood in the folder before still does.
         ParityError: the model computes something else. The folder holds no model then.
     """
-    request = _request(arguments)
+    request = request_of(arguments)
     target: Path = arguments.out
     if target.exists() and not target.is_dir():
         raise FxfuseError("the output folder is a file", where=str(target))
     stages = Stages(err)
     with staging(target.absolute().parent, target.name) as folder, report_files(arguments.report) as write_reports:
-        loaded, program = _load(request, stages)
+        loaded, program = load_program(request, stages)
         with stages.stage("fuse"):
             fused = fxfuse.fuse(program, opset=arguments.opset)
         report = fxfuse.report(fused)
@@ -102,10 +102,10 @@ def inspect(arguments: argparse.Namespace, out: Console, err: Console) -> None:
     Raises:
         FxfuseError: bad input.
     """
-    request = _request(arguments)
+    request = request_of(arguments)
     stages = Stages(err)
     with report_files(arguments.report) as write_reports:
-        _, program = _load(request, stages)
+        _, program = load_program(request, stages)
         with stages.stage("fuse"):
             report = fxfuse.report(fxfuse.fuse(program, opset=arguments.opset))
         tables.show_report(out, report)
@@ -137,7 +137,7 @@ def patterns(arguments: argparse.Namespace, out: Console, err: Console) -> None:
     tables.show_patterns(out, list(catalogue()))
 
 
-def _request(arguments: argparse.Namespace) -> source.Request:
+def request_of(arguments: argparse.Namespace) -> source.Request:
     """Everything that can be wrong with the arguments alone, before any of the long work."""
     check_opset(arguments.opset)
     return source.Request(
@@ -150,7 +150,8 @@ def _request(arguments: argparse.Namespace) -> source.Request:
     )
 
 
-def _load(request: source.Request, stages: Stages) -> tuple[source.Loaded, ExportedProgram]:
+def load_program(request: source.Request, stages: Stages) -> tuple[source.Loaded, ExportedProgram]:
+    """The model that is asked for, and its capture."""
     # torch.onnx says at every export that torchvision is not there.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with stages.stage("load"):

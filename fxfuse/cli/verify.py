@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from fxfuse.parity import OnnxRuntime, Result, ShapeCase, check_onnx, compare, float32_twin, wide_outputs, working_dtype
+from fxfuse.parity import Result, ShapeCase, check_onnx, compare, open_session, wide_outputs, working_dtype
 
 
 @dataclass(frozen=True)
@@ -71,21 +70,11 @@ def check_model(path: Path, expected: list[Expected]) -> list[Check]:
         FxfuseError: the checker or ONNX Runtime refuses the file, or onnxruntime is not installed.
     """
     check_onnx(path)
-    if all(e.dtype != torch.bfloat16 for e in expected):
-        session = OnnxRuntime(path)
-        return [e.check("ONNX Runtime", session(*e.case.inputs)) for e in expected]
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        twin = Path(folder) / "twin.onnx"
-        float32_twin(path, twin)
-        session = OnnxRuntime(twin)
-        return [e.check("ONNX Runtime (f32)", session(*(_float32(t) for t in e.case.inputs))) for e in expected]
+    name, session = open_session(path, expected[0].dtype)
+    return [e.check(name, session(*e.case.inputs)) for e in expected]
 
 
 def _run(module: torch.nn.Module, case: ShapeCase) -> list[torch.Tensor]:
     with torch.no_grad():
         outputs = module(*case.args, **case.kwargs)
     return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
-
-
-def _float32(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor

@@ -6,6 +6,7 @@ out of a graph that holds them, to ONNX and back to ATen.
 
 from __future__ import annotations
 
+from fxfuse.kernels import dispatch
 from fxfuse.ops import attention, rms_norm, rotary_embedding, tensor_scatter
 from fxfuse.ops.registry import OPS, OnnxOp, decompositions, holds_fused, translation_table
 
@@ -20,3 +21,5 @@ __all__ = [
     "tensor_scatter",
     "translation_table",
 ]
+
+dispatch.register()

@@ -35,7 +35,8 @@ from torch import Tensor
 from fxfuse.errors import FxfuseError
 from fxfuse.ops import attention_math as math_
 from fxfuse.ops.attention_arguments import Attributes, Inputs, Sizes, check
-from fxfuse.ops.registry import as_laid_out, define_op, equal, one_node, refuse
+from fxfuse.ops.attention_backward import fast_gradients
+from fxfuse.ops.registry import as_laid_out, define_op, equal, has_kernel, one_node, refuse
 
 ARGUMENTS = (
     "(Tensor Q, Tensor K, Tensor V, Tensor? attn_mask=None, Tensor? past_key=None, Tensor? past_value=None, "
@@ -157,7 +158,10 @@ def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_Y is not None:
         grad_Y = math_.split_heads(grad_Y, a.q_num_heads)
     p = math_.problem(i, a, sizes, K, V)
-    grad_Q, grad_K, grad_V, grad_mask = math_.gradients(p, a, grad_Y, grad_qk)
+    if grad_Y is not None and grad_qk is None and has_kernel(grad_Y):
+        grad_Q, grad_K, grad_V, grad_mask = fast_gradients(p, a, grad_Y, ctx.needs_input_grad[3:4] == (True,))
+    else:
+        grad_Q, grad_K, grad_V, grad_mask = math_.gradients(p, a, grad_Y, grad_qk)
     if grad_present_key is not None:
         grad_K = grad_K + grad_present_key
     if grad_present_value is not None:

@@ -132,15 +132,16 @@ def ungrouped(x: Tensor, like: Tensor) -> Tensor:
 
 def sdpa_computes(p: Problem, a: Attributes) -> bool:
     """Is this what PyTorch's SDPA computes? Its softmax is at least float32, rows without keys give zero."""
-    if a.softcap or (a.softmax_precision is not None and not _precise(a.softmax_precision, p.Q.dtype)):
+    if a.softcap or not softmax_is_precise(a, p.Q.dtype):
         return False
     # With values of another size than the keys, PyTorch's CPU kernel would repeat the keys of every group.
     return equal(p.Q.shape[1], p.K.shape[1]) or equal(p.K.shape[3], p.V.shape[3])
 
 
-def _precise(number: int, dtype: torch.dtype) -> bool:
-    wanted = onnx_float(number, "softmax_precision")
-    return wanted == dtype or (wanted == torch.float32 and dtype in (torch.float16, torch.bfloat16))
+def softmax_is_precise(a: Attributes, dtype: torch.dtype) -> bool:
+    """Is a softmax in `dtype`, but in float32 at least, what softmax_precision asks for?"""
+    wanted = softmax_dtype(a)
+    return wanted in (None, dtype) or (wanted == torch.float32 and dtype in (torch.float16, torch.bfloat16))
 
 
 def softmax_dtype(a: Attributes) -> torch.dtype | None:

@@ -1,7 +1,7 @@
 """How an operator of this package is put together: one record, one way to register it.
 
 Every operator is a `torch.library` operator in the namespace `fxfuse`. Its composite implementation serves every
-device; a faster kernel for one device is added with `torch.library.impl("fxfuse::name", "CUDA")`.
+device; `fxfuse.kernels.dispatch` adds the kernels that take its place on CUDA.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch._ops import OpOverload
 
 from fxfuse.errors import FxfuseError
+from fxfuse.ops.switch import kernels_wanted
 
 FIRST_OPSET = 23
 """The first ONNX opset with RMSNormalization, RotaryEmbedding and Attention."""
@@ -34,6 +35,8 @@ class OnnxOp:
     """The first opset that has that ONNX operator."""
     make_translation: Callable[[int], Callable[..., Any]]
     """Takes the opset, gives the function for `torch.onnx.export`'s `custom_translation_table`."""
+    composite: Callable[..., Any]
+    """What it runs where there is no kernel; takes what the operator takes."""
     decomposition: Callable[..., Any]
     """The same computation in ATen operators only; takes what the operator takes."""
 
@@ -82,9 +85,25 @@ def define_op(
     torch.library.register_fake(qualified, fake)
     torch.library.register_autograd(qualified, backward, setup_context=setup_context)
     overload: OpOverload = getattr(torch.ops.fxfuse, name).default
-    op = OnnxOp(overload, onnx_name, since_opset, make_translation, decomposition)
+    op = OnnxOp(overload, onnx_name, since_opset, make_translation, composite, decomposition)
     OPS[overload] = op
     return op
+
+
+def define_backward(name: str, schema: str, *, composite: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Register `fxfuse::name`, a backward pass that has a kernel; `composite` is what it runs where there is none.
+
+    An operator's backward function calls it where `has_kernel` says so. It has no gradient of its own.
+    """
+    qualified = f"fxfuse::{name}"
+    torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(qualified, "default", composite)
+    torch.library.register_fake(qualified, fake)
+
+
+def has_kernel(grad: torch.Tensor) -> bool:
+    """Can the backward pass of this gradient be a kernel? Not if it is to be differentiated itself."""
+    return kernels_wanted(grad.device) and not torch.is_grad_enabled()
 
 
 def translation_table(opset: int = 24) -> dict[OpOverload, Callable[..., Any]]:

@@ -20,7 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxfuse.ops.registry import define_op, differ, one_node, onnx_float, refuse, show
+from fxfuse.ops.registry import (
+    as_laid_out,
+    define_backward,
+    define_op,
+    differ,
+    has_kernel,
+    one_node,
+    onnx_float,
+    refuse,
+    show,
+)
 
 SCHEMA = "(Tensor X, Tensor scale, *, int axis=-1, float epsilon=1e-05, int stash_type=1) -> Tensor"
 DEFAULTS = {"axis": -1, "epsilon": 1e-05, "stash_type": 1}
@@ -81,19 +91,43 @@ def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], keyword_only_inputs: 
 
 def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     X, scale = ctx.saved_tensors
-    axis = ctx.attributes["axis"] % X.dim()
-    stash = onnx_float(ctx.attributes["stash_type"], "stash_type")
+    need = ctx.needs_input_grad
+    if has_kernel(grad):
+        grad_X, grad_scale = torch.ops.fxfuse.rms_norm_backward(grad, X, scale, **ctx.attributes)
+        return grad_X if need[0] else None, grad_scale if need[1] else None
+    return gradients(grad, X, scale, need, **ctx.attributes)
+
+
+def gradients(
+    grad: Tensor, X: Tensor, scale: Tensor, need: tuple[bool, ...], axis: int, epsilon: float, stash_type: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of X and scale that are needed, by the textbook."""
+    axis %= X.dim()
+    stash = onnx_float(stash_type, "stash_type")
     dims = list(range(axis, X.dim()))
     x = X.to(stash)
-    r = torch.rsqrt(x.square().mean(dims, keepdim=True) + ctx.attributes["epsilon"])
+    r = torch.rsqrt(x.square().mean(dims, keepdim=True) + epsilon)
     n = x * r
     grad_X = grad_scale = None
-    if ctx.needs_input_grad[0]:
+    if need[0]:
         g = grad.to(stash) * scale.to(stash)
         grad_X = (r * (g - n * (g * n).mean(dims, keepdim=True))).to(X.dtype)
-    if ctx.needs_input_grad[1]:
+    if need[1]:
         grad_scale = (grad.to(stash) * n.to(X.dtype)).sum_to_size(scale.shape).to(scale.dtype)
     return grad_X, grad_scale
+
+
+def composite_backward(
+    grad: Tensor, X: Tensor, scale: Tensor, *, axis: int, epsilon: float, stash_type: int
+) -> tuple[Tensor, Tensor]:
+    """The gradients of X and scale, contiguous."""
+    grad_X, grad_scale = gradients(grad, X, scale, (True, True), axis, epsilon, stash_type)
+    assert grad_X is not None and grad_scale is not None
+    return as_laid_out(grad_X), as_laid_out(grad_scale)
+
+
+def fake_backward(grad: Tensor, X: Tensor, scale: Tensor, **attributes: Any) -> tuple[Tensor, Tensor]:
+    return X.new_empty(X.shape), scale.new_empty(scale.shape)
 
 
 def make_translation(opset: int) -> Any:
@@ -117,4 +151,11 @@ define_op(
     onnx_name="RMSNormalization",
     since_opset=23,
     make_translation=make_translation,
+)
+
+define_backward(
+    "rms_norm_backward",
+    "(Tensor grad, Tensor X, Tensor scale, *, int axis, float epsilon, int stash_type) -> (Tensor, Tensor)",
+    composite=composite_backward,
+    fake=fake_backward,
 )

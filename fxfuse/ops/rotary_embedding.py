@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxfuse.ops.registry import define_op, differ, exceeds, one_node, refuse, show
+from fxfuse.ops.registry import define_backward, define_op, differ, exceeds, has_kernel, one_node, refuse, show
 
 SCHEMA = (
     "(Tensor X, Tensor cos_cache, Tensor sin_cache, Tensor? position_ids=None, *, "
@@ -177,8 +177,8 @@ def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tens
     attributes = ctx.attributes
     grad_X = grad_cos = grad_sin = None
     if ctx.needs_input_grad[0]:
-        # A rotation's transpose is the rotation by the opposite angle.
-        grad_X = torch.ops.fxfuse.rotary_embedding(grad, cos_cache, -sin_cache, position_ids, **attributes)
+        rotate_back = torch.ops.fxfuse.rotary_embedding_backward if has_kernel(grad) else composite_backward
+        grad_X = rotate_back(grad, cos_cache, sin_cache, position_ids, **attributes)
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
         D = attributes["rotary_embedding_dim"] or cos_cache.shape[-1] * 2
         x1, x2 = halves(heads_last(X, attributes["num_heads"]), attributes["interleaved"], D)
@@ -188,6 +188,18 @@ def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tens
             grad_cos = torch.zeros_like(cos_cache).index_put((position_ids,), grad_cos, accumulate=True)
             grad_sin = torch.zeros_like(sin_cache).index_put((position_ids,), grad_sin, accumulate=True)
     return grad_X, grad_cos, grad_sin, None
+
+
+def composite_backward(
+    grad: Tensor, cos_cache: Tensor, sin_cache: Tensor, position_ids: Tensor | None = None, **attributes: int
+) -> Tensor:
+    """The gradient of X: a rotation's transpose is the rotation by the opposite angle."""
+    grad_X: Tensor = torch.ops.fxfuse.rotary_embedding(grad, cos_cache, -sin_cache, position_ids, **attributes)
+    return grad_X
+
+
+def fake_backward(grad: Tensor, cos_cache: Tensor, *rest: Any, **attributes: int) -> Tensor:
+    return output(grad)
 
 
 def make_translation(opset: int) -> Any:
@@ -224,4 +236,12 @@ define_op(
     onnx_name="RotaryEmbedding",
     since_opset=23,
     make_translation=make_translation,
+)
+
+define_backward(
+    "rotary_embedding_backward",
+    "(Tensor grad, Tensor cos_cache, Tensor sin_cache, Tensor? position_ids, *, "
+    "int interleaved=0, int num_heads=0, int rotary_embedding_dim=0) -> Tensor",
+    composite=composite_backward,
+    fake=fake_backward,
 )

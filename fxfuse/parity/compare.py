@@ -26,6 +26,9 @@ import torch
 MAX_FACTOR, MAX_ULP = 6.0, 32.0
 RMS_FACTOR, RMS_ULP = 3.0, 4.0
 
+FEW = 16
+"""Of fewer elements the RMS is no average: one unlucky rounding is all of it, and the first line has to do."""
+
 _CEILING = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 """Relative RMS error above which neither result says anything about the other."""
 
@@ -65,6 +68,7 @@ def compare(
     other: Sequence[torch.Tensor],
     wide: Sequence[torch.Tensor] | None = None,
     dtype: torch.dtype | None = None,
+    floor: float = 0.0,
 ) -> Result:
     """Compares the outputs of two implementations on the same inputs, output by output.
 
@@ -74,6 +78,8 @@ def compare(
         wide: the original evaluated in a wider dtype: `fxfuse.parity.wide_outputs`.
         dtype: what the model computes in, where that is narrower than an output: `fxfuse.parity.working_dtype`.
             Many 16-bit models return float32 logits.
+        floor: the least that an output's RMS counts for, where what cancels in it was larger: a gradient that is
+            zero is as wrong as its terms are.
 
     Returns:
         The worst output's result; `reason` names the first output that failed.
@@ -82,7 +88,7 @@ def compare(
         return _failed(f"{len(other)} outputs instead of {len(eager)}")
     worst: Result | None = None
     for index, (e, o) in enumerate(zip(eager, other, strict=True)):
-        result = _compare_one(e, o, None if wide is None else wide[index], dtype)
+        result = _compare_one(e, o, None if wide is None else wide[index], dtype, floor)
         if not result.passed:
             where = f"output {index}: " if len(eager) > 1 else ""
             return Result(**{**result.to_dict(), "reason": f"{where}{result.reason}"})
@@ -91,8 +97,23 @@ def compare(
     return worst or _failed("there are no outputs to compare")
 
 
+def error_ulp(
+    outputs: Sequence[torch.Tensor], wide: Sequence[torch.Tensor], dtype: torch.dtype, floor: float = 0.0
+) -> float:
+    """The largest error against `wide`, in units in the last place of `dtype` at that output's RMS (see `compare`)."""
+    worst = 0.0
+    for output, exact in zip(outputs, wide, strict=True):
+        o, w = output.detach().cpu().double(), exact.detach().cpu().double()
+        if o.shape != w.shape or not torch.equal(o.isfinite(), w.isfinite()):
+            return math.inf
+        if o.numel():
+            error = float((o - w).abs().nan_to_num().max())
+            worst = max(worst, error / (_eps(dtype) * (max(rms(w.nan_to_num()), floor) or 1.0)))
+    return worst
+
+
 def _compare_one(
-    eager: torch.Tensor, other: torch.Tensor, wide: torch.Tensor | None, working: torch.dtype | None
+    eager: torch.Tensor, other: torch.Tensor, wide: torch.Tensor | None, working: torch.dtype | None, floor: float
 ) -> Result:
     if eager.shape != other.shape:
         return _failed(f"shape {list(other.shape)} instead of {list(eager.shape)}")
@@ -112,16 +133,16 @@ def _compare_one(
     w = (e if wide is None else wide.detach().cpu().double())[finite]
     e, o = e[finite], o[finite]
 
-    scale = _rms(w) or 1.0
+    scale = max(rms(w), floor) or 1.0
     ulp = _eps(dtype) * scale
     max_abs = float((o - e).abs().max())
-    own_max, own_rms = float((e - w).abs().max()), _rms(e - w)
-    its_max, its_rms = float((o - w).abs().max()), _rms(o - w)
+    own_max, own_rms = float((e - w).abs().max()), rms(e - w)
+    its_max, its_rms = float((o - w).abs().max()), rms(o - w)
     if wide is None:
         max_bound, rms_bound = (bound * scale for bound in _FIXED[dtype])
     else:
         max_bound = MAX_FACTOR * own_max + MAX_ULP * ulp
-        rms_bound = RMS_FACTOR * own_rms + RMS_ULP * ulp
+        rms_bound = RMS_FACTOR * own_rms + RMS_ULP * ulp if w.numel() >= FEW else max_bound
     ceiling = _CEILING[dtype] * scale
 
     reason = None
@@ -146,7 +167,8 @@ def _eps(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps)
 
 
-def _rms(x: torch.Tensor) -> float:
+def rms(x: torch.Tensor) -> float:
+    """The root of the mean of the squares."""
     return float(x.square().mean().sqrt())
 
 

@@ -68,6 +68,29 @@ class OnnxRuntime:
         return [torch.from_numpy(np.asarray(output)) for output in outputs]
 
 
+def open_session(path: Path, dtype: torch.dtype) -> tuple[str, Callable[..., list[torch.Tensor]]]:
+    """What runs the file in ONNX Runtime, and what to call it: a bfloat16 model runs as its float32 twin.
+
+    Args:
+        path: a model, with its external data beside it.
+        dtype: what the model computes in.
+
+    Raises:
+        FxfuseError: onnxruntime is not installed, or does not load the model.
+    """
+    if dtype != torch.bfloat16:
+        return "ONNX Runtime", OnnxRuntime(path)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        twin = Path(folder) / "twin.onnx"
+        float32_twin(path, twin)
+        session = OnnxRuntime(twin)
+    return "ONNX Runtime (f32)", lambda *inputs: session(*(_float32(t) for t in inputs))
+
+
+def _float32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+
+
 def onnxruntime_outputs(model: Model, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The outputs of `model` in ONNX Runtime on the CPU; see `OnnxRuntime`, which runs several inputs."""
     return OnnxRuntime(model)(*inputs)

@@ -91,6 +91,23 @@ def test_rounding_passes_and_mistakes_do_not(dtype: torch.dtype) -> None:
     assert compare([eager], [eager], [wide]).max_abs == 0
 
 
+def test_a_few_elements_have_no_rms() -> None:
+    wide = torch.ones(3, dtype=torch.float64)
+    eager = wide.float()  # exact, as a few elements can be
+    eps = torch.finfo(torch.float32).eps
+    assert compare([eager], [eager + 8 * eps], [wide]).passed
+    assert not compare([eager], [eager + 40 * eps], [wide]).passed
+    many = torch.ones(100, dtype=torch.float64)
+    assert not compare([many.float()], [many.float() + 8 * eps], [many]).passed
+
+
+def test_a_floor_for_what_cancels() -> None:
+    wide, noise = torch.full((100,), 1e-9, dtype=torch.float64), torch.full((100,), 1e-7)
+    assert "nothing can be told" in str(compare([noise], [noise], [wide]).reason)
+    assert compare([noise], [-noise], [wide], floor=1.0).passed
+    assert not compare([noise], [noise * 20], [wide], floor=1.0).passed
+
+
 def test_without_a_wide_result_the_bounds_are_fixed() -> None:
     eager = torch.randn(100, generator=torch.Generator().manual_seed(0))
     assert compare([eager], [eager + 5e-5]).passed
