@@ -1,4 +1,4 @@
-"""What ``optimum-cli export fxfuse`` does; the command itself is the distribution in ``integrations/optimum``."""
+"""What ``optimum-cli export fxfuse`` does; the command itself is the distribution in ``integrations/optimum`` beside this file."""
 
 from __future__ import annotations
 

@@ -15,6 +15,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, T5Config
 from transformers.models.auto import AutoModel
 
+pytest.importorskip("optimum.commands", reason="Optimum is tested in an environment of its own: .ci/optimum")
+
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
