@@ -17,8 +17,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def packages_on_disk() -> set[str]:
+    apart = ROOT / "fxfuse" / "onnx" / "integrations"  # distributions of their own
     found = {
-        "fxfuse" + ".".join(["", *p.parent.relative_to(ROOT / "fxfuse").parts]) for p in (ROOT / "fxfuse").rglob("*.py")
+        "fxfuse" + ".".join(["", *p.parent.relative_to(ROOT / "fxfuse").parts])
+        for p in (ROOT / "fxfuse").rglob("*.py")
+        if apart not in p.parents
     }
     return found | {
         "fxfuse.patterns" + ".".join(["", *p.parent.relative_to(ROOT / "patterns").parts])

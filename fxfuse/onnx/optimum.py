@@ -1,4 +1,4 @@
-"""What ``optimum-cli export fxfuse`` does; the command itself is the distribution in ``integrations/optimum`` beside this file."""
+"""What ``optimum-cli export fxfuse`` does; the command is a distribution of its own, ``integrations/optimum`` here."""
 
 from __future__ import annotations
 
