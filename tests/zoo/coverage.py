@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .expected import UPSTREAM
+
 HERE = Path(__file__).parent
 RESULTS, TABLE = HERE / "results.jsonl", HERE / "coverage.md"
 
@@ -117,7 +119,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     ]
     for result in sorted(built, key=lambda r: r["arch"]):
         norms, rotations, attentions = result.get("fused", ("", "", ""))
-        said = "; ".join([*result.get("open", []), *([result["error"]] if "error" in result else [])])
+        why = UPSTREAM.get(result["arch"], result.get("error", ""))
+        said = "; ".join([*result.get("open", []), *([why] if result["stage"] != "done" else [])])
         right = "yes" if result["stage"] == "done" else "no"
         lines.append(
             f"| {result['arch']} | {norms} | {rotations} | {attentions} | {result.get('expanded', '') or ''} | {right} "

@@ -48,3 +48,17 @@ EXPECTED: dict[str, Expected] = {
     "bloom": Expected(0, 0, 2, 4, "ALiBi by baddbmm"),
     "gpt_neo": Expected(0, 0, 2, 4, "masks in buffers, no scale"),
 }
+
+
+_ONE_LENGTH = "a loop over the positions in Python: torch.export captures it for the sample's length"
+_FIXED = "torch.export makes the sequence static: the model reads its length as a number"
+_EXPERTS = "a loop over the experts that were hit: torch.export cannot decide how many there are"
+
+UPSTREAM: dict[str, str] = {
+    **dict.fromkeys(("falcon_mamba", "jamba", "mamba", "recurrent_gemma", "rwkv", "xlstm", "zamba"), _ONE_LENGTH),
+    **dict.fromkeys(("cpmant", "prophetnet"), _FIXED),
+    **dict.fromkeys(("dbrx", "longcat_flash"), _EXPERTS),
+    "qwen4_exp_text": "a branch on how many blocks are complete: torch.export cannot decide it",
+    "zamba2": "its configuration admits no tiny model: layers are shared by a table of fixed length",
+}
+"""Architectures that no exporter takes with batch and sequence dynamic, and why."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from . import coverage
+from .expected import UPSTREAM
 
 pytest.importorskip("transformers")
 
@@ -22,9 +23,11 @@ def test_nothing_recorded_as_right_has_keys_expanded_without_a_word() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", RIGHT)
-def test_is_as_good_as_recorded(arch: str) -> None:
+@pytest.mark.parametrize("arch", sorted(set(coverage.architectures()) - set(UPSTREAM)))
+def test_every_architecture(arch: str) -> None:
+    """Exports with batch and sequence dynamic, gives PyTorch's numbers, and fuses what it did when it was recorded."""
     result = coverage.run(arch)
     assert result["stage"] == "done", result.get("error")
-    assert list(result["fused"]) == list(RECORDED[arch]["fused"]), result["open"]
-    assert result["expanded"] <= RECORDED[arch]["expanded"]
+    if arch in RECORDED:
+        assert list(result["fused"]) == list(RECORDED[arch]["fused"]), result["open"]
+        assert result["expanded"] <= RECORDED[arch]["expanded"]
