@@ -19,11 +19,15 @@ pytestmark = pytest.mark.slow
 
 
 def shown(notebook: Any) -> list[list[tuple[str, str]]]:
-    """Of every code cell: the kinds of its outputs and their text, less what no two runs have in common."""
+    """Of every code cell: the kinds of its outputs and their text, less what no two runs have in common.
+
+    Warnings are of the machine: they name its folders.
+    """
     return [
         [
             (kind, re.sub(r"\d+\.\d+ s|\d(\.\d+)?e[-+]\d+", "#", text))
             for output in cell.outputs
+            if output.get("name") != "stderr"
             for kind, text in {output.output_type: output.get("text", ""), **output.get("data", {})}.items()
             if kind != "text/html"  # the same as text/plain, with a drawing
         ]

@@ -26,8 +26,8 @@ HALF = {"phi3", "gemma2", "qwen3", "glm", "deepseek_v3", "gpt_oss", "codegen", "
 EAGER = {"llama", "gemma3_text", "glm", "gpt_neox", "deepseek_v3", "doge", "mistral", "olmo2"}
 
 
-def every(selected: set[str]) -> list[object]:
-    return [a if a in selected else pytest.param(a, marks=pytest.mark.slow) for a in EXPECTED]
+def every(selected: set[str], without: frozenset[str] | set[str] = frozenset()) -> list[object]:
+    return [a if a in selected else pytest.param(a, marks=pytest.mark.slow) for a in EXPECTED if a not in without]
 
 
 def check_counts(arch: str, program: torch.onnx.ONNXProgram) -> None:
@@ -120,7 +120,7 @@ def test_scaled_angles(arch: str, scaling: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("arch", every(EAGER))
+@pytest.mark.parametrize("arch", every(EAGER, without={"bamba"}))  # torch.export guards its length: see tests/onnx
 def test_padding_on_either_side_and_positions(arch: str, attention: str) -> None:
     model = build(arch, attention=attention)
     names = ("input_ids", "attention_mask", "position_ids")
