@@ -73,6 +73,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 8},
     **dict.fromkeys(_LATENT_ARCHITECTURES, _LATENT),
     "gptj": {"rotary_dim": 8},
+    "hy_v4": {"qk_rope_head_dim": 8},
     "cohere_compass_text": {
         "layer_types": ["full_attention", "sliding_attention"],
         "rope_parameters": {
