@@ -170,13 +170,16 @@ def regions(view: GraphView, parts: Parts, ask: Questions) -> Iterator[Region]:
     def spans() -> Iterator[tuple[Node | None, ...]]:
         for ranks, out in (((3, 4), (3, 4)), ((3, 4), (4,)), ((4,), (4,)), ((4,), (3, 4))):
             yield (*(deepest(operand, ranks) for operand in (parts.q, parts.k, parts.v)), farthest(out))
+        operands = nearest(parts.q), nearest(parts.k), nearest(parts.v)
         for output in (farthest((3, 4)), farthest((3,)), parts.output):
-            yield nearest(parts.q), nearest(parts.k), nearest(parts.v), output
+            yield *operands, output
 
     given = _beside(view, parts)
-    for span in dict.fromkeys(spans()):
-        if None in span:
+    tried: set[tuple[Node | None, ...]] = set()
+    for span in spans():  # the first is mostly the one: the rest is not looked for then
+        if None in span or span in tried:
             continue
+        tried.add(span)
         *sources, output = (node for node in span if node is not None)
         region = between(view, output, sources, lambda _: True, given=given)
         if region is not None and parts.softmax in region.nodes:
