@@ -1,4 +1,4 @@
-"""A causal language model of transformers as one graph that prefills and decodes, named as an ecosystem expects it.
+"""A causal language model of transformers or torchtune as one graph that prefills and decodes, named as an ecosystem expects it.
 
     input_ids      [B, S]           logits          [B, S, vocabulary]
     attention_mask [B, P + S]       present, key    [B, H, P + S, D]     of every layer, and value
@@ -22,7 +22,7 @@ import onnx_ir as ir
 import torch
 
 from fxfuse.errors import FxfuseError
-from fxfuse.onnx.transformers import FxfuseConfig, FxfuseExporter
+from fxfuse.onnx import torchtune
 from fxfuse.options import DEFAULT_OPSET
 
 Names = Literal["optimum", "genai", "hf"]
@@ -39,12 +39,30 @@ _CACHE_AXES = ("batch_size", None, "past_sequence_length", None)
 def export_decoder(model: Any, *, opset: int = DEFAULT_OPSET, names: Names = "optimum") -> ir.Model:
     """The graph of `model`, a `PreTrainedModel` that generates text from text, with its cache as inputs and outputs.
 
+    Or of a `torchtune.modules.TransformerDecoder`; its own caches, if they were set up, play no part.
+
     Raises:
         FxfuseError: a model that is no such, a cache that is not one key and one value a layer (with `names` other than
             "hf"), an opset outside 23–25, unknown `names`.
     """
     if names not in get_args(Names):
         raise FxfuseError(f"unknown names={names!r}", where="names", hint=" or ".join(map(repr, get_args(Names))))
+    program = (
+        _of_torchtune(model, opset, names) if torchtune.is_decoder(model) else _of_transformers(model, opset, names)
+    )
+    _name_axes(program)
+    return program
+
+
+def _of_torchtune(model: Any, opset: int, names: Names) -> ir.Model:
+    if names == "hf":
+        raise FxfuseError("a model of torchtune has no names of transformers", where="names", hint='names="optimum"')
+    return torchtune.export_growing(model, opset=opset)
+
+
+def _of_transformers(model: Any, opset: int, names: Names) -> ir.Model:
+    from fxfuse.onnx.transformers import FxfuseConfig, FxfuseExporter
+
     config = FxfuseConfig(dynamic=True, opset_version=opset)
     stage, inputs = _decode_stage(model)
     program: ir.Model = FxfuseExporter().export(stage, inputs, config).program
@@ -52,7 +70,6 @@ def export_decoder(model: Any, *, opset: int = DEFAULT_OPSET, names: Names = "op
         _drop_windows(program.graph)
     for value in (*program.graph.inputs, *program.graph.outputs):
         value.name = _renamed(value.name or "", names)
-    _name_axes(program)
     return program
 
 
