@@ -1,4 +1,4 @@
-"""A causal language model of transformers as one graph that prefills and decodes, named as an ecosystem expects it.
+"""A causal language model as one graph that prefills and decodes, named as an ecosystem expects it.
 
     input_ids      [B, S]           logits          [B, S, vocabulary]
     attention_mask [B, P + S]       present, key    [B, H, P + S, D]     of every layer, and value
@@ -22,8 +22,8 @@ import onnx_ir as ir
 import torch
 
 from fxfuse.errors import FxfuseError
+from fxfuse.onnx import torchtune
 from fxfuse.onnx.static_cache import Profile, describe, make_static
-from fxfuse.onnx.transformers import FxfuseConfig, FxfuseExporter
 from fxfuse.options import DEFAULT_OPSET
 
 Names = Literal["optimum", "genai", "hf"]
@@ -42,6 +42,8 @@ def export_decoder(
     model: Any, *, opset: int = DEFAULT_OPSET, names: Names = "optimum", cache: Cache = "auto", profile: Profile = "cpu"
 ) -> ir.Model:
     """The graph of `model`, a `PreTrainedModel` that generates text from text, with its cache as inputs and outputs.
+
+    Or of a `torchtune.modules.TransformerDecoder`; its own caches, if they were set up, play no part.
 
     Args:
         cache: "growing" gives back a longer cache than it took; "static" writes into buffers of any length T, which
@@ -64,6 +66,26 @@ def export_decoder(
         raise FxfuseError("a static cache needs TensorScatter, which opset 24 brought", where="opset", hint="opset=24")
     if names not in get_args(Names):
         raise FxfuseError(f"unknown names={names!r}", where="names", hint=" or ".join(map(repr, get_args(Names))))
+    program = (
+        _of_torchtune(model, opset, names) if torchtune.is_decoder(model) else _of_transformers(model, opset, names)
+    )
+    _name_axes(program)
+    if cache == "static":
+        make_static(program, profile)
+    elif names != "hf":
+        describe(program, "growing")
+    return program
+
+
+def _of_torchtune(model: Any, opset: int, names: Names) -> ir.Model:
+    if names == "hf":
+        raise FxfuseError("a model of torchtune has no names of transformers", where="names", hint='names="optimum"')
+    return torchtune.export_growing(model, opset=opset)
+
+
+def _of_transformers(model: Any, opset: int, names: Names) -> ir.Model:
+    from fxfuse.onnx.transformers import FxfuseConfig, FxfuseExporter
+
     config = FxfuseConfig(dynamic=True, opset_version=opset)
     stage, inputs = _decode_stage(model)
     program: ir.Model = FxfuseExporter().export(stage, inputs, config).program
@@ -71,11 +93,6 @@ def export_decoder(
         _drop_windows(program.graph)
     for value in (*program.graph.inputs, *program.graph.outputs):
         value.name = _renamed(value.name or "", names)
-    _name_axes(program)
-    if cache == "static":
-        make_static(program, profile)
-    elif names != "hf":
-        describe(program, "growing")
     return program
 
 
