@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from weakref import WeakKeyDictionary
 from torch.export import ExportedProgram
 
 import fxfuse
+from fxfuse.flex.capture import flex_capture
 from fxfuse.onnx.active import Active, current, within
 from fxfuse.onnx.exporter import finish
 from fxfuse.onnx.missing import missing_translations
@@ -54,7 +56,8 @@ def export(original: Function) -> Function:
     def hooked(model: Any, *args: Any, **kwargs: Any) -> Any:
         token = _marked.set(options_of(model))
         try:
-            return original(model, *args, **kwargs)
+            with nullcontext() if current() is None else flex_capture():
+                return original(model, *args, **kwargs)
         finally:
             _marked.reset(token)
 
