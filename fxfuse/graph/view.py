@@ -170,7 +170,7 @@ def is_pure(node: Node) -> bool:
     """Computes a value from its inputs and does nothing else."""
     if node.op != "call_function":
         return False
-    if node.target is operator.getitem:
+    if node.target is operator.getitem or node.target is torch.ops.higher_order.flex_attention:
         return True
     schema = getattr(node.target, "_schema", None)
     if schema is None or schema.is_mutable:

@@ -56,7 +56,7 @@ def _same_function(region: Region, found: Found, form: Form, ask: Questions) -> 
     for profile in range(PROFILES):
         if profile == PROFILES - 1 and compared >= DRAWS:
             break
-        evaluator = ask.evaluator(profile)
+        evaluator = ask.evaluator(profile, alike=region.alike)
         try:
             inputs = ask.inputs(region, evaluator, 100 + profile, from_leaves=found.from_leaves)
             expected = evaluator.region(region, inputs)
@@ -80,7 +80,7 @@ def _same_function(region: Region, found: Found, form: Form, ask: Questions) -> 
 def _rounding(region: Region, found: Found, form: Form, ask: Questions) -> float:
     """The share of values that differ from the region's in its own dtype, none by more than the operator's bound."""
     dtype = fake(region.output).dtype
-    working = ask.evaluator(0, exact=False)
+    working = ask.evaluator(0, exact=False, alike=region.alike)
     try:
         inputs = ask.inputs(region, working, 200, from_leaves=found.from_leaves)
         expected = working.region(region, inputs)
