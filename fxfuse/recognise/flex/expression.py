@@ -23,6 +23,8 @@ _SAME = frozenset(
     ["lift_fresh_copy", "detach", "detach_", "alias", "clone", "contiguous", "view", "reshape", "squeeze", "expand"]
 )
 """On scalars these change nothing."""
+_ELEMENTWISE = frozenset(["to", "_to_copy", "where", "floor_divide", "type_as"])
+"""Elementwise, but not tagged so."""
 _FILLED = {"new_ones": 1, "ones": 1, "ones_like": 1, "new_zeros": 0, "zeros": 0, "zeros_like": 0}
 _LOGICAL: dict[str, Callable[..., Any]] = {
     "__and__": torch.logical_and,
@@ -167,8 +169,8 @@ def _read(node: Node, env: Mapping[Node, Any]) -> Any:
     if rank == 0 and (fill := _filled(name, args)) is not None:
         return constant(torch.tensor(fill, dtype=dtype))
     tags: Any = getattr(node.target, "tags", ())
-    pointwise = torch.Tag.pointwise in tags or name in ("to", "_to_copy", "where")
-    known = pointwise or name in _LOGICAL or name in _OVER_DIMS or name in ("index", "arange") or dtype is None
+    known = torch.Tag.pointwise in tags or name in _ELEMENTWISE or name in _LOGICAL
+    known = known or name in _OVER_DIMS or name in ("index", "arange") or dtype is None
     schema = getattr(node.target, "_schema", None)
     if not known or (schema is not None and schema.is_mutable):
         raise Unreadable(f"it calls {full}")
