@@ -312,9 +312,7 @@ def chunks(m):
 
 @idiom("chunks after left padding", "transformers chunked_overlay")
 def chunks_padded(m):
-    return Mods(
-        mask=and_masks(lambda b, h, q, kv: (kv - m.left[b]) // 8 == (q - m.left[b]) // 8, causal_mask)
-    )
+    return Mods(mask=and_masks(lambda b, h, q, kv: (kv - m.left[b]) // 8 == (q - m.left[b]) // 8, causal_mask))
 
 
 @idiom("block diffusion", "https://arxiv.org/abs/2503.09573")
@@ -400,8 +398,8 @@ def dropped_keys(m):
     return Mods(mask=lambda b, h, q, kv: m.dropped[h, q, kv])
 
 
-@idiom("causal and not beyond half the length", "PyTorch (a size is captured)")
-def half_length(m):
+@idiom("causal, the first keys only", "PyTorch")
+def first_keys(m):
     return Mods(mask=and_masks(causal_mask, lambda b, h, q, kv: kv < 10))
 
 
@@ -510,7 +508,9 @@ def softcap_approximate(m):
 
 @idiom("soft-cap, then window", "https://arxiv.org/abs/2408.00118")
 def softcap_window(m):
-    return Mods(score=lambda s, b, h, q, kv: torch.tanh(s / 2.0) * 2.0, mask=lambda b, h, q, kv: (q >= kv) & (q - kv < 6))
+    return Mods(
+        score=lambda s, b, h, q, kv: torch.tanh(s / 2.0) * 2.0, mask=lambda b, h, q, kv: (q >= kv) & (q - kv < 6)
+    )
 
 
 @idiom("soft-cap, then mask in the score", "gym")
