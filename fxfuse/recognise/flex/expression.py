@@ -145,7 +145,7 @@ def expression(mod: GraphModule, inputs: Sequence[Expr]) -> Expr:
 
 
 def _read(node: Node, env: Mapping[Node, Any]) -> Any:
-    args = map_arg(node.args, env.__getitem__)
+    args: Any = map_arg(node.args, env.__getitem__)
     kwargs = map_arg(dict(node.kwargs), env.__getitem__)
     value = node.meta.get("val")
     dtype = value.dtype if isinstance(value, torch.Tensor) else None

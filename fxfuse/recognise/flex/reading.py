@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from fxfuse.recognise.flex.forms import Problem, attention_form, decomposed_form
 from fxfuse.recognise.flex.score import WORKING, Opaque, conjuncts, read_score
 
 _ULP = 8.0
+_LONGEST = 160
+"""Numbers up to here are met by sequences that are longer."""
 
 
 def region_of(view: GraphView, call: Flex, taken: Node) -> Region:
@@ -28,7 +30,8 @@ def region_of(view: GraphView, call: Flex, taken: Node) -> Region:
     query, key, value = (fake(n).shape for n in sources)
     sizes = [(key[0], query[0]), (value[0], query[0]), (value[2], key[2])]
     alike = tuple((a, b) for a, b in sizes if str(a) != str(b)) + tuple(_indexed(call))
-    return Region(view, taken, tuple(sources), tuple(others), (call.node, taken), alike)
+    beyond = tuple(_beyond(call, (query[2], key[2]), query[0]))
+    return Region(view, taken, tuple(sources), tuple(others), (call.node, taken), alike, beyond)
 
 
 def _indexed(call: Flex) -> Iterator[tuple[Any, Any]]:
@@ -48,6 +51,23 @@ def _indexed(call: Flex) -> Iterator[tuple[Any, Any]]:
             for size, index in zip(fake(buffer).shape, expr.args[1], strict=False):
                 if isinstance(index, Expr) and index.leaf in lengths and str(size) not in known:
                     yield size, lengths[index.leaf]
+
+
+def _beyond(call: Flex, lengths: Sequence[Any], batch: Any) -> Iterator[tuple[Any, int]]:
+    """Lengths that exceed every number in the mods, if they are not too long to compute with."""
+    try:
+        numbers = [n for root in expressions(call) for expr in root.walk() for n in _integers(expr)]
+    except Unreadable:
+        return
+    largest = max([0, *(n for n in numbers if n <= _LONGEST)])
+    for i, size in enumerate((batch, *lengths)):
+        if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+            yield size.node.expr, 2 if i == 0 else largest + 3 + i
+
+
+def _integers(expr: Expr) -> Iterator[int]:
+    numbers = [expr.number] if expr.leaf == "constant" else expr.args
+    yield from (abs(n) for n in numbers if isinstance(n, int) and not isinstance(n, bool))
 
 
 def read(region: Region) -> Found | Reason:
