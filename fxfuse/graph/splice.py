@@ -14,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxfuse.graph.layout import cancel_layouts, real_before_layout
 from fxfuse.graph.region import Region
+from fxfuse.graph.unread import remove_unread
 from fxfuse.graph.view import ASSERTIONS, fake, is_pure, op_name
 
 KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "custom")
@@ -120,6 +121,7 @@ class Splicer:
         self._inserted.extend(real_before_layout(self._inserted))
         self._share()
         self._remove_dead([*self._dead, *self._inserted])
+        remove_unread(self.graph, self._dead)
         self.program.graph_module.delete_all_unused_submodules()
         self.graph.lint()
 
