@@ -23,6 +23,7 @@ import torch
 
 from fxfuse.errors import FxfuseError
 from fxfuse.onnx import torchtune
+from fxfuse.onnx.ragged_cache import make_ragged
 from fxfuse.onnx.static_cache import Profile, describe, make_static
 from fxfuse.options import DEFAULT_OPSET
 
@@ -39,7 +40,13 @@ _CACHE_AXES = ("batch_size", None, "past_sequence_length", None)
 
 
 def export_decoder(
-    model: Any, *, opset: int = DEFAULT_OPSET, names: Names = "optimum", cache: Cache = "auto", profile: Profile = "cpu"
+    model: Any,
+    *,
+    opset: int = DEFAULT_OPSET,
+    names: Names = "optimum",
+    cache: Cache = "auto",
+    profile: Profile = "cpu",
+    ragged: bool = False,
 ) -> ir.Model:
     """The graph of `model`, a `PreTrainedModel` that generates text from text, with its cache as inputs and outputs.
 
@@ -49,6 +56,8 @@ def export_decoder(
         cache: "growing" gives back a longer cache than it took; "static" writes into buffers of any length T, which
             input and output may share (`fxfuse.onnx.static_cache`); "auto" is growing.
         profile: of a static cache; "cuda" reads the buffers whole, where ONNX Runtime's CPU kernels want a slice.
+        ragged: of a static cache; each row stands at a length of its own (`fxfuse.onnx.ragged_cache`), and there is no
+            attention_mask.
 
     Raises:
         FxfuseError: a model that is no such, a cache that is not one key and one value a layer (with `names` other than
@@ -60,6 +69,8 @@ def export_decoder(
         raise FxfuseError(f"unknown profile={profile!r}", where="profile", hint=" or ".join(get_args(Profile)))
     if profile == "cuda" and cache != "static":
         raise FxfuseError("a growing cache is the same everywhere", where="profile", hint='cache="static"')
+    if ragged and cache != "static":
+        raise FxfuseError("in a growing cache all rows are of one length", where="ragged", hint='cache="static"')
     if cache == "static" and names == "hf":
         raise FxfuseError("transformers has no names for a static cache", where="names", hint='names="optimum"')
     if cache == "static" and opset < 24:
@@ -70,7 +81,9 @@ def export_decoder(
         _of_torchtune(model, opset, names) if torchtune.is_decoder(model) else _of_transformers(model, opset, names)
     )
     _name_axes(program)
-    if cache == "static":
+    if ragged:
+        make_ragged(program)
+    elif cache == "static":
         make_static(program, profile)
     elif names != "hf":
         describe(program, "growing")
