@@ -1,4 +1,6 @@
-"""A causal language model of transformers or torchtune as one graph that prefills and decodes, named as an ecosystem expects it.
+"""A causal language model as one graph that prefills and decodes, named as an ecosystem expects it.
+
+It may be one of transformers or of torchtune.
 
     input_ids      [B, S]           logits          [B, S, vocabulary]
     attention_mask [B, P + S]       present, key    [B, H, P + S, D]     of every layer, and value
@@ -47,9 +49,8 @@ def export_decoder(model: Any, *, opset: int = DEFAULT_OPSET, names: Names = "op
     """
     if names not in get_args(Names):
         raise FxfuseError(f"unknown names={names!r}", where="names", hint=" or ".join(map(repr, get_args(Names))))
-    program = (
-        _of_torchtune(model, opset, names) if torchtune.is_decoder(model) else _of_transformers(model, opset, names)
-    )
+    export = _of_torchtune if torchtune.is_decoder(model) else _of_transformers
+    program = export(model, opset, names)
     _name_axes(program)
     return program
 
