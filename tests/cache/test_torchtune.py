@@ -81,6 +81,16 @@ def test_prefill_and_decode(name: str, tmp_path: Path) -> None:
     assert all(layer.attn.kv_cache is None for layer in model.layers)
 
 
+def test_a_static_cache(tmp_path: Path) -> None:
+    model = build("llama3_2")
+    program = export_decoder(model, cache="static")
+    assert sum(node.op_type == "TensorScatter" for node in program.graph) == 4
+    tokens, logits = expected(model, PROMPT, PADDED, 4)
+    ours, values = Decoder(program, tmp_path, length=16).greedy(PROMPT, PADDED, 4, chunk=2)
+    torch.testing.assert_close(values, logits, atol=2e-5, rtol=1e-4)
+    assert torch.equal(ours, tokens)
+
+
 def test_caches_that_are_set_up_are_left_alone(tmp_path: Path) -> None:
     model = build("llama3_2")
     model.setup_caches(batch_size=1, dtype=torch.float32, decoder_max_seq_len=8)  # type: ignore[operator]
