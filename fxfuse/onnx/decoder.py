@@ -36,8 +36,13 @@ _AXES = {
 _CACHE_AXES = ("batch_size", None, "past_sequence_length", None)
 
 
-def export_decoder(model: Any, *, opset: int = DEFAULT_OPSET, names: Names = "optimum") -> ir.Model:
+def export_decoder(
+    model: Any, *, opset: int = DEFAULT_OPSET, names: Names = "optimum", one_token: bool = False
+) -> ir.Model:
     """The graph of `model`, a `PreTrainedModel` that generates text from text, with its cache as inputs and outputs.
+
+    Args:
+        one_token: for S = 1 only, which needs no causal mask.
 
     Raises:
         FxfuseError: a model that is no such, a cache that is not one key and one value a layer (with `names` other than
@@ -46,7 +51,7 @@ def export_decoder(model: Any, *, opset: int = DEFAULT_OPSET, names: Names = "op
     if names not in get_args(Names):
         raise FxfuseError(f"unknown names={names!r}", where="names", hint=" or ".join(map(repr, get_args(Names))))
     config = FxfuseConfig(dynamic=True, opset_version=opset)
-    stage, inputs = _decode_stage(model)
+    stage, inputs = _decode_stage(model, one_token)
     program: ir.Model = FxfuseExporter().export(stage, inputs, config).program
     if names != "hf":
         _drop_windows(program.graph)
@@ -56,7 +61,7 @@ def export_decoder(model: Any, *, opset: int = DEFAULT_OPSET, names: Names = "op
     return program
 
 
-def _decode_stage(model: Any) -> tuple[Any, dict[str, Any]]:
+def _decode_stage(model: Any, one_token: bool) -> tuple[Any, dict[str, Any]]:
     """What `generate` calls for more than one new token, with a past: traced so, it takes an empty past as well."""
     from transformers.exporters.utils import decompose_for_generation
 
@@ -64,7 +69,9 @@ def _decode_stage(model: Any) -> tuple[Any, dict[str, Any]]:
     ids = torch.ones((2, 5), dtype=torch.int64, device=model.device)
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], device=model.device)
     try:
-        stages = decompose_for_generation(model, {"input_ids": ids, "attention_mask": mask}, multi_token_decode=True)
+        stages = decompose_for_generation(
+            model, {"input_ids": ids, "attention_mask": mask}, multi_token_decode=not one_token
+        )
     except Exception as error:  # whatever a model raises that takes something else than text
         raise FxfuseError(
             f"the model does not generate text from text: {error}",

@@ -11,6 +11,7 @@
      "model":  {"vocab_size": 384, "context_length": 512, "hidden_size": 64, "heads": 4,
                 "pad": 0, "bos": null, "eos": [1]}}
 
+Prefill reads any number of tokens after any past; decode may be made for one token a row.
 A link says that an output of one call is an input of the next; where it is shared, both are one buffer, [B, H, T, D],
 of which a call writes the columns P to P + S. Otherwise the output is [B, H, P + S, D] for an input of [B, H, P, D].
 """
@@ -115,29 +116,26 @@ class Manifest:
         (folder / MANIFEST).write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
 
 
-def manifest_of(decode: ir.Model, file: str, *, prefill: tuple[ir.Model, str] | None = None, **model: Any) -> Manifest:
-    """The manifest of one graph, or of a decoding and a `prefill` graph, read off their inputs and outputs.
+def manifest_of(prefill: ir.Model, file: str, *, decode: tuple[ir.Model, str] | None = None, **model: Any) -> Manifest:
+    """The manifest of one graph, or of that and a `decode` graph for one token, read off their inputs and outputs.
 
     Args:
-        file: its name in the folder.
+        file: the first graph's name in the folder.
+        decode: the second graph and its name.
         model: fields of `Model`; ``vocab_size`` is read off the logits.
 
     Raises:
-        FxfuseError: the graph is no decoder with its cache, or the two are not one model's.
+        FxfuseError: a graph is no decoder with its cache, or the two are not of one cache.
     """
-    cache, links = _cache(decode, file)
-    logits = _named(decode.graph.outputs, "logits", file)
+    cache, links = _cache(prefill, file)
+    logits = _named(prefill.graph.outputs, "logits", file)
     size = logits.shape[-1] if logits.shape else None
     if not isinstance(size, int):
         raise FxfuseError("the logits' last dimension is not a number", where=file)
-    first, first_file = prefill or (decode, file)
-    written = {value.name for value in first.graph.outputs}
-    absent = [link.output for link in links if link.output not in written]
-    if absent:
-        raise FxfuseError(
-            f"the prefill graph does not give {absent[0]}, which the decoding graph reads", where=first_file
-        )
-    return Manifest(_stage(first, first_file), _stage(decode, file), cache, links, Model(vocab_size=size, **model))
+    second, second_file = decode or (prefill, file)
+    if _cache(second, second_file) != (cache, links):
+        raise FxfuseError(f"its cache is not that of {file}", where=second_file)
+    return Manifest(_stage(prefill, file), _stage(second, second_file), cache, links, Model(vocab_size=size, **model))
 
 
 def read_manifest(path: str | os.PathLike[str]) -> tuple[Path, Manifest]:

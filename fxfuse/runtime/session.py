@@ -87,8 +87,7 @@ class Session:
         final, result = last(mask), None
         width = chunk or ids.shape[1]
         for start in range(0, ids.shape[1], width):
-            stage = self.manifest.prefill if self.length == 0 else self.manifest.decode
-            logits = self._run(stage, ids[:, start : start + width], mask[:, start : start + width])
+            logits = self._run(self.manifest.prefill, ids[:, start : start + width], mask[:, start : start + width])
             here = (final >= start) & (final < start + width)
             result = torch.empty(len(ids), logits.shape[-1], dtype=logits.dtype) if result is None else result
             result[here] = logits[here, final[here] - start]

@@ -186,6 +186,6 @@ def test_what_the_session_refuses(session: Session, file: Path, tmp_path: Path) 
     with pytest.raises(FxfuseError, match=r"no fxfuse\.json"):
         Session(tmp_path)
     (tmp_path / "broken.onnx").write_bytes(b"not ONNX")
-    with pytest.raises(FxfuseError, match="cannot be read|decoder"):
+    with pytest.raises(FxfuseError, match=r"cannot be read|decoder"):
         Session(tmp_path / "broken.onnx")
     assert list(itertools.islice(session.pointers, 2)) == ["past_key_values.0.key", "past_key_values.0.value"]
