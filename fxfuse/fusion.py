@@ -208,7 +208,7 @@ class _Run:
         splicer = Splicer(self.program)
         for match in matches:
             node = splicer.replace(match.region, match.body)
-            mark(node, len(self.report.entries))
+            mark(node, len(self.report.entries), match.region.output)
             self.report.entries.append(
                 Entry(
                     operator=match.found.operator,

@@ -25,6 +25,12 @@ class Region:
     """Tensors the region also reads, computed without the sources: weights, cos and sin, masks."""
     nodes: tuple[Node, ...]
     """In graph order; the output is last."""
+    beside: tuple[Node, ...] = ()
+    """Values computed on the way that the replacement gives too, after the output."""
+
+    @property
+    def outputs(self) -> tuple[Node, ...]:
+        return (self.output, *self.beside)
 
     @property
     def inputs(self) -> tuple[Node, ...]:
@@ -40,7 +46,7 @@ class Region:
             value = tensor(node)
             assert value is not None
             parts.append(f"{value.dtype}{self.view.shape(node)}")
-        parts.append(str(len(self.sources)))
+        parts.append(f"{len(self.sources)},{[self.nodes.index(n) for n in self.beside]}")
 
         def spell(arg: Any) -> str:
             if isinstance(arg, Node):
@@ -67,9 +73,9 @@ class Region:
 
     @cached_property
     def closed(self) -> bool:
-        """Does nothing outside read a value computed inside, the output excepted? Then the whole computation goes."""
+        """Does nothing outside read a value computed inside, but for the outputs? Then the whole computation goes."""
         inside = set(self.nodes)
-        return all(u in inside for n in self.computed if n is not self.output for u in real_users(n))
+        return all(u in inside for n in self.computed if n not in self.outputs for u in real_users(n))
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ class Guarded(Exception):
     """The replacement would specialise a symbolic size."""
 
 
-def trace(form: Callable[..., torch.Tensor], inputs: Iterable[Node]) -> Graph:
+def trace(form: Callable[..., Any], inputs: Iterable[Node]) -> Graph:
     """The ATen graph of a replacement on inputs of these nodes' shapes and dtypes, symbols kept.
 
     Raises:
@@ -36,7 +36,7 @@ def trace(form: Callable[..., torch.Tensor], inputs: Iterable[Node]) -> Graph:
     env = mode.shape_env
     guards = len(env.guards) if env is not None else 0
 
-    def in_mode(*tensors: torch.Tensor) -> torch.Tensor:
+    def in_mode(*tensors: torch.Tensor) -> Any:
         with mode:
             return form(*tensors)
 
@@ -85,13 +85,13 @@ class Splicer:
         sources = iter(region.inputs)
         provenance = {k: output.meta[k] for k in KEPT_META if k in output.meta}
         point = output
-        result: Node | None = None
+        results: list[Node] = []
         for node in body.nodes:
             if node.op == "placeholder":
                 old = next(sources)
                 env[node] = self.replaced.get(old, old)
             elif node.op == "output":
-                result = env[_single(node.args[0])]
+                results = [env[n] for n in _several(node.args[0])]
             elif (size := self._known_size(node, output)) is not None:
                 env[node] = size
             else:
@@ -101,18 +101,21 @@ class Splicer:
                 new.meta[INSERTED] = True
                 env[node] = point = new
                 self._inserted.append(new)
-        assert result is not None
-        output.replace_all_uses_with(
-            result, delete_user_cb=lambda user: op_name(user) not in ASSERTIONS, propagate_meta=False
-        )
-        self._rename_output(output, result)
-        self.replaced[output] = result
+        for old, new in zip(region.outputs, results, strict=True):
+            old.replace_all_uses_with(
+                new,
+                # Within the region it goes on as it was, for what is not replaced may read it.
+                delete_user_cb=lambda user: op_name(user) not in ASSERTIONS and user not in region.nodes,
+                propagate_meta=False,
+            )
+            self._rename_output(old, new)
+            self.replaced[old] = new
         self._dead.extend(region.nodes)
         self._dead.extend(region.others)
         # What the capture computed beside the region and never read (the repeats of `enable_gqa`).
         self._dead.extend(u for n in (*region.sources, *region.nodes) for u in n.users if not u.users)
         self._dead.extend(i for n in region.nodes for i in n.all_input_nodes)
-        return result
+        return results[0]
 
     def finish(self) -> None:
         """Undo layouts that cancel, share what was inserted twice, and remove what nobody reads any more."""
@@ -163,7 +166,7 @@ class Splicer:
                 spec.arg.name = new.name
 
 
-def _single(result: Any) -> Node:
-    node = result[0] if isinstance(result, (list, tuple)) else result
-    assert isinstance(node, Node)
-    return node
+def _several(results: Any) -> list[Node]:
+    nodes = list(results) if isinstance(results, (list, tuple)) else [results]
+    assert all(isinstance(node, Node) for node in nodes)
+    return nodes

@@ -12,6 +12,7 @@ import torch
 from torch.export import ExportedProgram
 
 import fxfuse
+from fxfuse.cache.lift import check_nothing_dropped, lift
 from fxfuse.errors import FxfuseError
 from fxfuse.fusion import REPORT
 from fxfuse.onnx.active import within
@@ -19,6 +20,7 @@ from fxfuse.onnx.boolean import without_boolean_where
 from fxfuse.onnx.capture import capture, check_program, named
 from fxfuse.onnx.files import save
 from fxfuse.onnx.missing import missing_translations
+from fxfuse.onnx.state import name_states
 from fxfuse.ops import holds_fused, translation_table
 from fxfuse.ops.registry import check_opset
 from fxfuse.options import Options
@@ -72,6 +74,9 @@ def export(
         custom_translation_table: translations beside fxfuse's own; on the same operator these win.
         verify: torch.onnx's own check of the written graph in ONNX Runtime (needs the `ort` extra).
 
+    Buffers that the model writes to become inputs and outputs, behind all others: `fxfuse.onnx.state` says how they
+    are named. `dynamic_shapes` of such a program name no dimensions.
+
     Returns:
         The ONNX program. `fxfuse.report` of it says what was fused, and what was not and why.
 
@@ -89,12 +94,13 @@ def export(
         marked.opset, marked.patterns if patterns is None else patterns, marked.verify if prove is None else prove
     )
     opset = as_opset(marked.opset if opset_version is None else opset_version)
-    program = as_program(model, args, kwargs, dynamic_shapes)
+    lifted = lift(as_program(model, args, kwargs, dynamic_shapes))
+    program = lifted.program
     fused = program if holds_fused(program) else fxfuse.fuse(program, **options.for_export(opset))
     onnx_program = translate(
         fused,
         opset=opset,
-        dynamic_shapes=dynamic_shapes if any(named(dynamic_shapes)) else None,
+        dynamic_shapes=dynamic_shapes if any(named(dynamic_shapes)) and not lifted.states else None,
         input_names=input_names,
         output_names=output_names,
         custom_translation_table=custom_translation_table,
@@ -106,6 +112,7 @@ def export(
         dump_exported_program=dump_exported_program,
         artifacts_dir=artifacts_dir,
     )
+    name_states(onnx_program.model, fused, lifted.states)
     if f is not None:
         save(
             onnx_program,
@@ -147,7 +154,12 @@ def translate(
     custom_translation_table: dict[Callable[..., Any], Callable[..., Any]] | None = None,
     **options: Any,
 ) -> torch.onnx.ONNXProgram:
-    """The ONNX program of one that `fxfuse.fuse` returned; `options` go to ``torch.onnx.export``."""
+    """The ONNX program of one that `fxfuse.fuse` returned; `options` go to ``torch.onnx.export``.
+
+    Raises:
+        FxfuseError: the program writes to buffers.
+    """
+    check_nothing_dropped(fused)
     table: dict[Any, Any] = {
         **missing_translations(fused.graph.nodes),
         **translation_table(opset),

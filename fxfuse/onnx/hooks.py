@@ -6,7 +6,8 @@
            ├─ _prepare_exported_program_for_export(program)   fuse, before anything is decomposed
            └─ _exported_program_to_onnx_program(prepared)     finish the result: boolean Where, the report
 
-Whatever goes wrong in here, the export goes on as if fxfuse were not there, and one warning says why.
+Whatever goes wrong in here, the export goes on as if fxfuse were not there, and one warning says why. But for one
+thing: a buffer that the program writes to is dropped by torch.onnx without a word, and is refused here.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from weakref import WeakKeyDictionary
 from torch.export import ExportedProgram
 
 import fxfuse
+from fxfuse.cache.lift import check_nothing_dropped
 from fxfuse.onnx.active import Active, current, within
 from fxfuse.onnx.exporter import finish
 from fxfuse.onnx.missing import missing_translations
@@ -65,6 +67,8 @@ def prepare(original: Prepare) -> Prepare:
     @functools.wraps(original)
     def hooked(exported_program: ExportedProgram, *, registry: Any, **rest: Any) -> ExportedProgram:
         active = current()
+        if active is not None:
+            check_nothing_dropped(exported_program)
         ready = None if active is None else _ready(exported_program, registry, active)
         if ready is None:
             return original(exported_program, registry=registry, **rest)

@@ -23,9 +23,9 @@ class Input:
     position: int
 
 
-Form = Callable[..., torch.Tensor]
-"""A plain function of the region's inputs, in the order of `Region.inputs`. The same function is proven and traced
-into the graph, so what is proven is what is spliced."""
+Form = Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
+"""A plain function of the region's inputs, in the order of `Region.inputs`, that gives its output, or all of its
+`Region.outputs`. The same function is proven and traced into the graph, so what is proven is what is spliced."""
 
 
 @dataclass(frozen=True)

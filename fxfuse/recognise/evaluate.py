@@ -56,11 +56,16 @@ class Evaluator:
 
     def region(self, region: Region, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """The region's output for these values of `region.inputs`."""
+        return self.outputs(region, inputs)[0]
+
+    def outputs(self, region: Region, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """All of `region.outputs` for these values of `region.inputs`."""
         env = dict(zip(region.inputs, inputs, strict=True))
-        out = self.run(region.nodes, env, _aliases(region))[region.output]
-        if not isinstance(out, torch.Tensor):
+        values = self.run(region.nodes, env, _aliases(region))
+        outputs = [values[node] for node in region.outputs]
+        if not all(isinstance(out, torch.Tensor) for out in outputs):
             raise CannotEvaluate("the region's output is not a tensor")
-        return out
+        return outputs
 
     def _call(self, node: Node, values: dict[Node, Any], aliases: Mapping[Node, Node]) -> Any:
         def concrete(n: Node) -> Any:

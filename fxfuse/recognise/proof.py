@@ -59,22 +59,30 @@ def _same_function(region: Region, found: Found, form: Form, ask: Questions) -> 
         evaluator = ask.evaluator(profile)
         try:
             inputs = ask.inputs(region, evaluator, 100 + profile, from_leaves=found.from_leaves)
-            expected = evaluator.region(region, inputs)
+            results = evaluator.outputs(region, inputs)
         except CannotEvaluate as error:
             why = str(error)
             continue
-        actual = _apply(form, inputs)
-        _same_shape(expected, actual)
-        defined = expected.isfinite()
-        if defined.double().mean() < DEFINED:
+        pairs = list(zip(results, _apply(form, inputs, len(results)), strict=True))
+        for expected, actual in pairs:
+            _same_shape(expected, actual)
+        if pairs[0][0].isfinite().double().mean() < DEFINED:
             continue
-        difference = (actual - expected)[defined].abs().max().item()
-        size = expected[defined].abs().max().item()
-        if not difference <= EXACT_TOLERANCE * max(size, 1e-30):
-            raise Refused(f"differs in float64 by {difference:.3g} where values are up to {size:.3g}")
+        for expected, actual in pairs:
+            _same_values(expected, actual)
         compared += 1
     if compared < DRAWS:
         raise Refused(f"could not be compared at {DRAWS} sets of sizes: {why}")
+
+
+def _same_values(expected: torch.Tensor, actual: torch.Tensor) -> None:
+    defined = expected.isfinite()
+    if not defined.any():
+        return
+    difference = (actual - expected)[defined].abs().max().item()
+    size = expected[defined].abs().max().item()
+    if not difference <= EXACT_TOLERANCE * max(size, 1e-30):
+        raise Refused(f"differs in float64 by {difference:.3g} where values are up to {size:.3g}")
 
 
 def _rounding(region: Region, found: Found, form: Form, ask: Questions) -> float:
@@ -83,11 +91,17 @@ def _rounding(region: Region, found: Found, form: Form, ask: Questions) -> float
     working = ask.evaluator(0, exact=False)
     try:
         inputs = ask.inputs(region, working, 200, from_leaves=found.from_leaves)
-        expected = working.region(region, inputs)
-        reference = _reference(region, working, inputs)
+        results = working.outputs(region, inputs)
+        references = _references(region, working, inputs)
     except CannotEvaluate as error:
         raise Refused(f"could not be run in {dtype}: {error}") from error
-    actual = _apply(form, inputs)
+    results_and_ours = zip(results, references, _apply(form, inputs, len(results)), strict=True)
+    return max(_differing(found, *values) for values in results_and_ours)
+
+
+def _differing(found: Found, expected: torch.Tensor, reference: torch.Tensor, actual: torch.Tensor) -> float:
+    """The share of values of one output that differ."""
+    dtype = expected.dtype
     _same_shape(expected, actual)
     if actual.dtype != expected.dtype:
         raise Refused(f"gives {actual.dtype} for {expected.dtype}")
@@ -109,16 +123,22 @@ def _rounding(region: Region, found: Found, form: Form, ask: Questions) -> float
     return differing
 
 
-def _reference(region: Region, working: Evaluator, inputs: list[torch.Tensor]) -> torch.Tensor:
+def _references(region: Region, working: Evaluator, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     """The region in float64 on the very values that were rounded to the working dtypes."""
     exact = Evaluator(working.sizes, exact=True)
-    return exact.region(region, [t.to(exact.dtype(t.dtype)) for t in inputs])
+    return exact.outputs(region, [t.to(exact.dtype(t.dtype)) for t in inputs])
 
 
-def _apply(form: Form, inputs: list[torch.Tensor]) -> torch.Tensor:
+def _apply(form: Form, inputs: list[torch.Tensor], count: int) -> list[torch.Tensor]:
     try:
         with torch.no_grad():
-            return form(*inputs)
+            out = form(*inputs)
+        results = list(out) if isinstance(out, tuple) else [out]
+        if len(results) != count:
+            raise Refused(f"the replacement gives {len(results)} values for {count}")
+        return results
+    except Refused:
+        raise
     except Exception as error:  # the replacement is user code: whatever it raises is the proof's answer
         raise Refused(f"the replacement fails on the region's inputs: {type(error).__name__}: {error}") from error
 

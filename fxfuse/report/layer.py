@@ -61,8 +61,12 @@ class Layer:
     after: tuple[Call, ...]
 
 
-def mark(result: Node, entry: int) -> None:
-    """Note on the nodes just inserted up to `result` which entry of the report they stand for."""
+def mark(result: Node, entry: int, replaced: Node) -> None:
+    """Note on the nodes just inserted up to `result` which entry of the report they stand for.
+
+    Where `replaced` had been put in by an entry itself, it is still that one's.
+    """
+    entry = replaced.meta.get(_ENTRY, entry)
     stack = [result]
     while stack:
         node = stack.pop()

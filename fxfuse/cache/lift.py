@@ -1,0 +1,223 @@
+"""State that a program writes in place, as inputs and outputs: ONNX graphs keep nothing between two calls.
+
+buffer ─┬─ index_put_ ─▶ (written in place)          input ── index_put ─┬─ output
+        └─ attention …                    becomes                       └─ attention …
+
+1  a constant that is written to is a buffer
+2  functionalise: in-place operators become values, and the signature says which of them a buffer ends with
+3  such a buffer is an input, after all others and by name; its last value an output, after all others
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch.export import ExportedProgram
+from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
+from torch.export.graph_signature import (
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    OutputSpec,
+)
+from torch.fx import Graph, Node
+from torch.utils import _pytree as pytree
+
+from fxfuse.cache.mutations import STATE, WRITES, Mutation, in_place, mutations
+from fxfuse.errors import FxfuseError
+from fxfuse.graph.program import copy_program
+from fxfuse.graph.source import source_line
+
+
+@dataclass(frozen=True)
+class Lifted:
+    """A program that writes nothing in place, and what it was lifted from."""
+
+    program: ExportedProgram
+    states: tuple[State, ...] = ()
+
+
+@dataclass(frozen=True)
+class State:
+    """One tensor that goes in as it was before the call and comes out as it is after it."""
+
+    target: str
+    """The path of the buffer in its module, or the name of the input."""
+    placeholder: str
+    initial: torch.Tensor | None
+    """What the buffer held when it was captured; None of an input."""
+
+
+def lift(program: ExportedProgram) -> Lifted:
+    """`program` with all its state as inputs and outputs; itself where it has none.
+
+    The inputs of lifted buffers come last, as keyword arguments named as the placeholders; their values after the call
+    come last too, in the same order. What was written of an input comes out as well. `program` is not changed.
+
+    Raises:
+        FxfuseError: a write that cannot be lifted; the message names the buffer and the model's line.
+    """
+    found = mutations(program)
+    if not found:
+        return Lifted(program)
+    functional = _functional(program, found)
+    specs = [s for s in functional.graph_signature.output_specs if s.kind in WRITES]
+    for node in functional.graph.nodes:
+        for root in in_place(functional.graph_module, functional.graph, node):
+            _refuse(root.name, functional, source_line(node), f"{node.target} has no functional form")
+        if str(node.target).startswith("auto_functionalized"):
+            names = {m.placeholder for m in found} & {i.name for i in node.all_input_nodes}
+            line = next((m.source for m in found if m.placeholder in names), None)
+            _refuse(min(names, default=node.name), functional, line, f"{node.args[0]} has no functional form")
+    if not specs:
+        return Lifted(program)  # all of it was written to copies
+    return _as_inputs(functional)
+
+
+def check_nothing_dropped(program: ExportedProgram) -> None:
+    """Refuses a program that writes to buffers, which torch.onnx leaves out of the graph without a word.
+
+    Raises:
+        FxfuseError: it does; the message names the buffer and the model's line.
+    """
+    lines = {m.target: m.source for m in mutations(program)}
+    for state in lift(program).states:
+        if state.initial is not None:
+            raise FxfuseError(
+                f"the program writes to {state.target!r} in place, and torch.onnx would drop that from the graph",
+                where=lines.get(state.target) or f"buffer {state.target!r}",
+                hint="fxfuse.onnx.export makes it an input and an output, and so does fxfuse.cache.lift(program)",
+            )
+
+
+def _functional(program: ExportedProgram, found: list[Mutation]) -> ExportedProgram:
+    if all(s.kind in WRITES for s in _writes(program)) and _writes(program) and not _in_place(program):
+        return program
+    prepared = copy_program(program)
+    written = {m.placeholder for m in found}
+    for spec in prepared.graph_signature.input_specs:
+        if spec.kind is InputKind.CONSTANT_TENSOR and getattr(spec.arg, "name", "") in written:
+            spec.kind, spec.persistent = InputKind.BUFFER, False
+    try:
+        # An empty table: nothing is decomposed, and linear, rms_norm and attention stay what they are.
+        functional: ExportedProgram = prepared.run_decompositions({})
+        return functional
+    except Exception as error:  # whatever functionalisation raises of this program
+        first = found[0]
+        _refuse(first.placeholder, program, first.source, f"{type(error).__name__}: {error}", error)
+
+
+def _writes(program: ExportedProgram) -> list[OutputSpec]:
+    return [s for s in program.graph_signature.output_specs if s.kind in WRITES]
+
+
+def _in_place(program: ExportedProgram) -> bool:
+    return any(in_place(program.graph_module, program.graph, n) for n in program.graph.nodes)
+
+
+def _as_inputs(functional: ExportedProgram) -> Lifted:
+    result = copy_program(functional)
+    graph, signature = result.graph, result.graph_signature
+    writes = [s for s in signature.output_specs if s.kind in WRITES]
+    kinds = {getattr(s.arg, "name", ""): s for s in signature.input_specs}
+    by_target = {s.target: name for name, s in kinds.items() if s.kind in STATE}
+    states = []
+    lifted: list[str] = []
+    for spec in writes:
+        target = str(spec.target)
+        placeholder = by_target.get(target, target)
+        if placeholder not in kinds:
+            _refuse(target, functional, None, "it is no buffer and no input of the program")
+        initial = functional.state_dict.get(target, functional.constants.get(target))
+        is_buffer = kinds[placeholder].kind in STATE
+        states.append(State(target, placeholder, initial if is_buffer else None))
+        if is_buffer:
+            lifted.append(placeholder)
+
+    # Placeholders: lifted ones behind all others.
+    nodes = {n.name: n for n in graph.find_nodes(op="placeholder")}
+    last = list(graph.find_nodes(op="placeholder"))[-1]
+    for name in lifted:
+        if nodes[name] is not last:
+            last.append(nodes[name])
+            last = nodes[name]
+    inputs = [s for s in signature.input_specs if getattr(s.arg, "name", "") not in lifted]
+    inputs += [InputSpec(InputKind.USER_INPUT, kinds[name].arg, None) for name in lifted]
+
+    # Outputs: what the model returns, then the states.
+    output = graph.output_node()
+    values: Any = output.args[0]
+    pairs = list(zip(signature.output_specs, values, strict=True))
+    ordered = [p for p in pairs if p[0].kind not in WRITES] + [p for p in pairs if p[0].kind in WRITES]
+    returned: list[Node] = []
+    for spec, value in ordered:
+        if spec.kind in WRITES and (value in returned or value.op == "placeholder"):
+            value = _copied(graph, value)
+            spec.arg.name = value.name
+        returned.append(value)
+    output.args = (tuple(returned),)
+    outputs = [OutputSpec(OutputKind.USER_OUTPUT, s.arg, None) if s.kind in WRITES else s for s, _ in ordered]
+    targets = {s.target for s in states if s.initial is not None}
+    module = result.graph_module
+    graph._codegen = torch.fx.graph.CodeGen()
+    module.recompile()
+    program = ExportedProgram(
+        root=module,
+        graph=graph,
+        graph_signature=ExportGraphSignature(inputs, outputs),
+        state_dict={k: v for k, v in functional.state_dict.items() if k not in targets},
+        range_constraints=result.range_constraints,
+        module_call_graph=_call_graph(result, lifted, states),
+        example_inputs=_examples(result, lifted, states),
+        constants={k: v for k, v in functional.constants.items() if k not in targets},
+        verifiers=result.verifiers,
+    )
+    program.graph_module.meta.update(functional.graph_module.meta)
+    return Lifted(program, tuple(states))
+
+
+def _copied(graph: Graph, value: Node) -> Node:
+    """A node of its own, for a state that ends as an input, or as another output does: one value has one name."""
+    with graph.inserting_before(graph.output_node()):
+        node = graph.call_function(torch.ops.aten.clone.default, (value,))
+    node.meta = {**value.meta}
+    return node
+
+
+def _call_graph(program: ExportedProgram, lifted: list[str], states: list[State]) -> list[ModuleCallEntry]:
+    """How the root is called: with the lifted tensors by name, and giving all states after what it gave."""
+    root, *others = copy.deepcopy(program.module_call_graph)
+    before = root.signature
+    assert before is not None, "an exported program's root has a signature"
+    leaf = object()
+    args, kwargs = pytree.tree_unflatten([leaf] * before.in_spec.num_leaves, before.in_spec)
+    in_spec = pytree.tree_structure((args, {**kwargs, **dict.fromkeys(lifted, leaf)}))
+    returned = pytree.tree_unflatten([leaf] * before.out_spec.num_leaves, before.out_spec)
+    out_spec = pytree.tree_structure((returned, {s.placeholder: leaf for s in states}))
+    names = None if before.forward_arg_names is None else [*before.forward_arg_names, *lifted]
+    signature = ModuleCallSignature(inputs=[], outputs=[], in_spec=in_spec, out_spec=out_spec, forward_arg_names=names)
+    return [ModuleCallEntry(root.fqn, signature), *others]
+
+
+def _examples(program: ExportedProgram, lifted: list[str], states: list[State]) -> Any:
+    if program.example_inputs is None:
+        return None
+    args, kwargs = program.example_inputs
+    initial = {s.placeholder: s.initial for s in states}
+    return args, {**kwargs, **{name: initial[name] for name in lifted}}
+
+
+def _refuse(
+    name: str, program: ExportedProgram, line: str | None, why: str, cause: Exception | None = None
+) -> NoReturn:
+    spec = next((s for s in program.graph_signature.input_specs if getattr(s.arg, "name", "") == name), None)
+    target = str(spec.target or name) if spec is not None else name
+    raise FxfuseError(
+        f"the program writes to {target!r} in place, which cannot become an output: {why}",
+        where=line or f"buffer {target!r}",
+        hint="return the new value from forward instead, and take the old one as an argument",
+    ) from cause
