@@ -39,7 +39,13 @@ _CACHE_AXES = ("batch_size", None, "past_sequence_length", None)
 
 
 def export_decoder(
-    model: Any, *, opset: int = DEFAULT_OPSET, names: Names = "optimum", cache: Cache = "auto", profile: Profile = "cpu"
+    model: Any,
+    *,
+    opset: int = DEFAULT_OPSET,
+    names: Names = "optimum",
+    cache: Cache = "auto",
+    profile: Profile = "cpu",
+    one_token: bool = False,
 ) -> ir.Model:
     """The graph of `model`, a `PreTrainedModel` that generates text from text, with its cache as inputs and outputs.
 
@@ -49,6 +55,7 @@ def export_decoder(
         cache: "growing" gives back a longer cache than it took; "static" writes into buffers of any length T, which
             input and output may share (`fxfuse.onnx.static_cache`); "auto" is growing.
         profile: of a static cache; "cuda" reads the buffers whole, where ONNX Runtime's CPU kernels want a slice.
+        one_token: for S = 1 only, which needs no causal mask.
 
     Raises:
         FxfuseError: a model that is no such, a cache that is not one key and one value a layer (with `names` other than
@@ -67,7 +74,7 @@ def export_decoder(
     if names not in get_args(Names):
         raise FxfuseError(f"unknown names={names!r}", where="names", hint=" or ".join(map(repr, get_args(Names))))
     export = _of_torchtune if torchtune.is_decoder(model) else _of_transformers
-    program = export(model, opset, names)
+    program = export(model, opset, names, one_token)
     _name_axes(program)
     if cache == "static":
         make_static(program, profile)
@@ -76,17 +83,17 @@ def export_decoder(
     return program
 
 
-def _of_torchtune(model: Any, opset: int, names: Names) -> ir.Model:
+def _of_torchtune(model: Any, opset: int, names: Names, one_token: bool) -> ir.Model:
     if names == "hf":
         raise FxfuseError("a model of torchtune has no names of transformers", where="names", hint='names="optimum"')
-    return torchtune.export_growing(model, opset=opset)
+    return torchtune.export_growing(model, opset=opset, one_token=one_token)
 
 
-def _of_transformers(model: Any, opset: int, names: Names) -> ir.Model:
+def _of_transformers(model: Any, opset: int, names: Names, one_token: bool) -> ir.Model:
     from fxfuse.onnx.transformers import FxfuseConfig, FxfuseExporter
 
     config = FxfuseConfig(dynamic=True, opset_version=opset)
-    stage, inputs = _decode_stage(model)
+    stage, inputs = _decode_stage(model, one_token)
     program: ir.Model = FxfuseExporter().export(stage, inputs, config).program
     if names != "hf":
         _drop_windows(program.graph)
@@ -95,7 +102,7 @@ def _of_transformers(model: Any, opset: int, names: Names) -> ir.Model:
     return program
 
 
-def _decode_stage(model: Any) -> tuple[Any, dict[str, Any]]:
+def _decode_stage(model: Any, one_token: bool) -> tuple[Any, dict[str, Any]]:
     """What `generate` calls for more than one new token, with a past: traced so, it takes an empty past as well."""
     from transformers.exporters.utils import decompose_for_generation
 
@@ -103,7 +110,9 @@ def _decode_stage(model: Any) -> tuple[Any, dict[str, Any]]:
     ids = torch.ones((2, 5), dtype=torch.int64, device=model.device)
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], device=model.device)
     try:
-        stages = decompose_for_generation(model, {"input_ids": ids, "attention_mask": mask}, multi_token_decode=True)
+        stages = decompose_for_generation(
+            model, {"input_ids": ids, "attention_mask": mask}, multi_token_decode=not one_token
+        )
     except Exception as error:  # whatever a model raises that takes something else than text
         raise FxfuseError(
             f"the model does not generate text from text: {error}",
