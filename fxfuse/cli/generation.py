@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def export_generation(arguments: argparse.Namespace, out: Console, err: Console)
                 decode=decode,
                 package=arguments.package or "fxfuse",
                 model=about,
-                tokenizer=Path(arguments.source) if is_pretrained(arguments.source) else None,
+                tokenizer=Path(arguments.source) if is_pretrained(arguments.source) else arguments.checkpoint,
                 check=check if arguments.parity else None,
             )
         sizes = {path.name: path.stat().st_size for path in target.iterdir() if path.suffix in (".onnx", ".data")}
@@ -149,8 +150,23 @@ def load_model(arguments: argparse.Namespace, dtype: torch.dtype | None) -> tupl
         "context_length": getattr(tune, "max_seq_len", None),
         "hidden_size": tune.tok_embeddings.embedding_dim,
         "heads": heads,
+        **special_tokens(arguments.checkpoint),
     }
     return tune, about, loaded.notes
+
+
+def special_tokens(checkpoint: Path | None) -> dict[str, Any]:
+    """What the checkpoint's config.json says of its tokens, if there is one: torchtune's models say nothing of them."""
+    file = checkpoint / "config.json" if checkpoint is not None else None
+    if file is None or not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        ids = {name: config.get(f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    except (ValueError, AttributeError) as error:
+        raise FxfuseError(f"not a configuration: {error}", where=str(file)) from error
+    eos = ids["eos"]
+    return {**ids, "eos": eos if isinstance(eos, list) else [] if eos is None else [eos]}
 
 
 def load_pretrained(folder: Path, dtype: torch.dtype | None) -> Any:
