@@ -23,11 +23,12 @@ import torch
 
 from fxfuse.errors import FxfuseError
 from fxfuse.onnx import torchtune
+from fxfuse.onnx.ring_cache import make_rings
 from fxfuse.onnx.static_cache import Profile, describe, make_static
 from fxfuse.options import DEFAULT_OPSET
 
 Names = Literal["optimum", "genai", "hf"]
-Cache = Literal["auto", "growing", "static"]
+Cache = Literal["auto", "growing", "static", "sliding"]
 _CACHE = re.compile(r"(?P<way>input|output)\.past_key_values\.layers\.(?P<layer>\d+)\.(?P<what>key|value)s")
 _WINDOW = "._sliding_window_tensor"
 _AXES = {
@@ -53,7 +54,8 @@ def export_decoder(
 
     Args:
         cache: "growing" gives back a longer cache than it took; "static" writes into buffers of any length T, which
-            input and output may share (`fxfuse.onnx.static_cache`); "auto" is growing.
+            input and output may share (`fxfuse.onnx.static_cache`); "sliding" is static, and layers with a window
+            have rings of its size (`fxfuse.onnx.ring_cache`); "auto" is growing.
         profile: of a static cache; "cuda" reads the buffers whole, where ONNX Runtime's CPU kernels want a slice.
         one_token: for S = 1 only, which needs no causal mask.
 
@@ -67,9 +69,9 @@ def export_decoder(
         raise FxfuseError(f"unknown profile={profile!r}", where="profile", hint=" or ".join(get_args(Profile)))
     if profile == "cuda" and cache != "static":
         raise FxfuseError("a growing cache is the same everywhere", where="profile", hint='cache="static"')
-    if cache == "static" and names == "hf":
+    if cache in ("static", "sliding") and names == "hf":
         raise FxfuseError("transformers has no names for a static cache", where="names", hint='names="optimum"')
-    if cache == "static" and opset < 24:
+    if cache in ("static", "sliding") and opset < 24:
         raise FxfuseError("a static cache needs TensorScatter, which opset 24 brought", where="opset", hint="opset=24")
     if names not in get_args(Names):
         raise FxfuseError(f"unknown names={names!r}", where="names", hint=" or ".join(map(repr, get_args(Names))))
@@ -78,9 +80,29 @@ def export_decoder(
     _name_axes(program)
     if cache == "static":
         make_static(program, profile)
+    elif cache == "sliding":
+        make_rings(program, windows_of(model))
     elif names != "hf":
         describe(program, "growing")
     return program
+
+
+def windows_of(model: Any) -> dict[int, int]:
+    """How many positions a query sees, its own included, in the layers that limit that.
+
+    Raises:
+        FxfuseError: no layer does.
+    """
+    if torchtune.is_decoder(model):
+        windows = torchtune.windows(model)
+    else:
+        text = model.config.get_text_config()
+        size = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+        kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers
+        windows = {i: size for i, kind in enumerate(kinds) if kind == "sliding_attention" and size}
+    if not windows:
+        raise FxfuseError("no layer of the model has a sliding window", where="cache", hint='cache="static"')
+    return windows
 
 
 def _of_torchtune(model: Any, opset: int, names: Names, one_token: bool) -> ir.Model:

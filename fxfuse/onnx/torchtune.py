@@ -154,6 +154,12 @@ class _Window:
         return args, {**kwargs, "mask": mask & near}
 
 
+def windows(model: nn.Module) -> dict[int, int]:
+    """How many positions a query sees, its own included, in the layers that limit that."""
+    sizes = (getattr(attention, "sliding_window_size", None) for attention in _attentions(model))
+    return {layer: size for layer, size in enumerate(sizes) if size is not None}
+
+
 def _attentions(model: Any) -> list[Any]:
     """The self-attention of every layer."""
     found = []
