@@ -103,6 +103,7 @@ def test_caches_of_torchtune(tmp_path: Path) -> None:
     """Their positions are a buffer too, and follow one another because they did at first."""
     model = build_torchtune("llama3_2").requires_grad_(False)
     model.setup_caches(batch_size=2, dtype=torch.float32, decoder_max_seq_len=T)  # type: ignore[operator]
+    model.eval()  # the caches come in training mode
     causal = torch.ones(T, T, dtype=torch.bool).tril()
 
     def inputs(start: int, length: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -113,9 +114,7 @@ def test_caches_of_torchtune(tmp_path: Path) -> None:
     graphs = []
     for length in (4, 1):
         ids, others = inputs(0, length)
-        # Not strict, torchtune's assertion on the cache's length is a guard on data.
-        program = torch.export.export(model, (ids,), others, strict=True)
-        onnx_program = fxfuse.onnx.export(program)
+        onnx_program = fxfuse.onnx.export(model, (ids,), kwargs=others)
         assert fxfuse.report(onnx_program).counts["TensorScatter"] == 4
         (tmp_path / str(length)).mkdir()
         graphs.append(session(onnx_program, tmp_path / str(length)))
@@ -134,10 +133,9 @@ def test_caches_of_torchtune(tmp_path: Path) -> None:
 def test_the_static_cache_of_transformers(tmp_path: Path) -> None:
     model = build("llama").requires_grad_(False)
     model.generation_config.cache_implementation = "static"
-    module = TorchExportableModuleWithStaticCache(model, batch_size=1, max_cache_len=T, device="cpu")
+    module = TorchExportableModuleWithStaticCache(model, batch_size=1, max_cache_len=T, device="cpu").eval()
     feeds = {"input_ids": torch.tensor([[5]]), "cache_position": torch.tensor([0])}
-    # Not strict, the caches would be constants without a name.
-    onnx_program = fxfuse.onnx.export(torch.export.export(module, (), feeds, strict=True))
+    onnx_program = fxfuse.onnx.export(module, kwargs=feeds)
     assert fxfuse.report(onnx_program).counts["TensorScatter"] == 4
     graph = session(onnx_program, tmp_path)
     state = empty(graph, set(feeds))
