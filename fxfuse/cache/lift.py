@@ -27,6 +27,7 @@ from torch.export.graph_signature import (
 from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
+from fxfuse.cache.counters import count_from_first
 from fxfuse.cache.mutations import STATE, WRITES, Mutation, in_place, mutations
 from fxfuse.errors import FxfuseError
 from fxfuse.graph.program import copy_program
@@ -177,6 +178,9 @@ def _as_inputs(functional: ExportedProgram) -> Lifted:
         verifiers=result.verifiers,
     )
     program.graph_module.meta.update(functional.graph_module.meta)
+    for state, value in zip(states, returned[-len(states) :], strict=True):
+        if state.initial is not None:
+            count_from_first(program, nodes[state.placeholder], state.initial, value)
     return Lifted(program, tuple(states))
 
 

@@ -11,6 +11,7 @@ from fxfuse.cli.parity import parity
 SOURCES = """\
 SOURCE is one of
   torchtune:BUILDER       a model of torchtune by its builder's name: torchtune:llama3_2_1b, torchtune:gemma2
+  FOLDER                  a language model of transformers: config.json, weights, tokenizer (export only)
   FILE.pt2                a program saved with torch.export.save
   PACKAGE.MODULE:NAME     a function that returns (model, args[, kwargs[, dynamic_shapes]])
 
@@ -58,6 +59,18 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--out", required=True, type=Path, metavar="DIR", help="folder for model.onnx, its weights and report.json"
     )
+    export.add_argument(
+        "--package",
+        choices=["fxfuse", "genai"],
+        help="what is to run a model that generates text (default fxfuse; genai: onnxruntime-genai as well)",
+    )
+    export.add_argument(
+        "--cache",
+        choices=["auto", "growing", "static"],
+        help="the cache of a model that generates text (default auto, which is growing); for torchtune's, which are "
+        "exported without one else, it asks for one",
+    )
+    export.add_argument("--pair", action="store_true", help="a graph for prompts and one for single tokens")
     export.add_argument("--no-parity", dest="parity", action="store_false", help="do not compare with eager")
     inspect = command("inspect", commands.inspect, "fuse a model and report; export nothing", SOURCES)
     _source(inspect)

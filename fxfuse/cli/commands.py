@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 
 import fxfuse
 from fxfuse.cli import source, tables
+from fxfuse.cli.generation import check_options, export_generation, generates
 from fxfuse.cli.progress import Stages, human, peak_memory
 from fxfuse.cli.reports import report_files
 from fxfuse.cli.verify import Check, check_fused, check_model, eager_outputs, expectations
@@ -40,6 +41,9 @@ def export(arguments: argparse.Namespace, out: Console, err: Console) -> None:
         FxfuseError: bad input. What stood in the folder before still does.
         ParityError: the model computes something else. The folder holds no model then.
     """
+    check_options(arguments)
+    if generates(arguments):
+        return export_generation(arguments, out, err)
     request = request_of(arguments)
     target: Path = arguments.out
     if target.exists() and not target.is_dir():

@@ -58,6 +58,12 @@ def load(request: Request) -> Loaded:
         return _torchtune(name, request)
     if request.batch is not None or request.seq is not None:
         raise FxfuseError("--batch and --seq are for torchtune models", where=request.source)
+    if (Path(request.source) / "config.json").is_file():
+        raise FxfuseError(
+            "a model of transformers is exported with its cache",
+            where=request.source,
+            hint="fxfuse export FOLDER --out DIR, whose report says what was fused",
+        )
     if request.source.endswith(".pt2") or (not name and Path(request.source).exists()):
         return _saved(Path(request.source), request)
     if name:
@@ -65,7 +71,7 @@ def load(request: Request) -> Loaded:
     raise FxfuseError(
         "no such source",
         where=request.source,
-        hint="torchtune:BUILDER, a .pt2 file, or package.module:function",
+        hint="torchtune:BUILDER, a checkpoint's folder, a .pt2 file, or package.module:function",
     )
 
 

@@ -71,10 +71,12 @@ class Region:
 
     @cached_property
     def computed(self) -> frozenset[Node]:
-        """The nodes but for sources moved about (a transpose, a repeat of heads), which other regions may share."""
+        """The nodes but for what other regions may share: sources moved about (a transpose, a repeat of heads), and
+        the positions at which something is read or written."""
         moved = set(self.sources)
         for node in self.nodes[:-1]:
-            if op_name(node) in LAYOUT and all(i in moved or tensor(i) is None for i in node.all_input_nodes):
+            only_moved = op_name(node) in LAYOUT and all(i in moved or tensor(i) is None for i in node.all_input_nodes)
+            if only_moved or _is_position(node):
                 moved.add(node)
         return frozenset(n for n in self.nodes if n not in moved)
 
@@ -166,6 +168,11 @@ def between(
 def real_users(node: Node) -> list[Node]:
     """The users of a node that need its value: assertions on its metadata do not."""
     return [u for u in node.users if op_name(u) not in ASSERTIONS]
+
+
+def _is_position(node: Node) -> bool:
+    value = tensor(node)
+    return value is not None and value.dtype in (torch.int32, torch.int64)
 
 
 def spelled_out(reference: Node) -> str:

@@ -21,6 +21,8 @@ def capture(
     args: tuple[Any, ...] = (),
     kwargs: dict[str, Any] | None = None,
     dynamic_shapes: dict[str, Any] | tuple[Any, ...] | list[Any] | None = None,
+    *,
+    strict: bool | None = None,
 ) -> ExportedProgram:
     """Captures `module` with ``torch.export.export``: non-strict, and strict where that fails.
 
@@ -29,6 +31,7 @@ def capture(
         args: sample inputs; tensors in any nesting of tuples, lists and dicts.
         kwargs: sample inputs by name.
         dynamic_shapes: as ``torch.export.export`` takes it; a dimension may also be a string, its name in ONNX.
+        strict: one of the two only.
 
     Raises:
         FxfuseError: a training-mode module, an input that is no tensor or is complex, or a module that neither
@@ -36,23 +39,28 @@ def capture(
     """
     check_module(module)
     with flex_capture():
-        return _captured(module, *check_inputs(args, kwargs), dynamic_shapes)
+        modes = (False, True) if strict is None else (strict,)
+        return _captured(module, *check_inputs(args, kwargs), dynamic_shapes, modes)
 
 
 def _captured(
-    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+    module: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_shapes: Any,
+    modes: tuple[bool, ...],
 ) -> ExportedProgram:
     shapes = without_names(dynamic_shapes)
     failures = []
-    for strict in (False, True):
-        export = partial(torch.export.export, module, dynamic_shapes=shapes, strict=strict)
+    for mode in modes:
+        export = partial(torch.export.export, module, dynamic_shapes=shapes, strict=mode)
         try:
             return general(export(args, kwargs), module, (args, kwargs), export)
         except Exception as error:  # torch.export raises whatever the model, dynamo or a guard raises
-            failures.append((strict, error))
+            failures.append((mode, error))
     raise FxfuseError(
         "torch.export.export could not capture the module\n"
-        + "\n".join(f"  strict={strict}: {_brief(error)}" for strict, error in failures),
+        + "\n".join(f"  strict={mode}: {_brief(error)}" for mode, error in failures),
         where=type(module).__qualname__,
         hint="make `torch.export.export(module, args, kwargs, dynamic_shapes=...)` work first; "
         "the error above is torch's own",

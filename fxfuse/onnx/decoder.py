@@ -24,11 +24,12 @@ import torch
 from fxfuse.errors import FxfuseError
 from fxfuse.onnx import torchtune
 from fxfuse.onnx.ragged_cache import make_ragged
+from fxfuse.onnx.ring_cache import make_rings
 from fxfuse.onnx.static_cache import Profile, describe, make_static
 from fxfuse.options import DEFAULT_OPSET
 
 Names = Literal["optimum", "genai", "hf"]
-Cache = Literal["auto", "growing", "static"]
+Cache = Literal["auto", "growing", "static", "sliding"]
 _CACHE = re.compile(r"(?P<way>input|output)\.past_key_values\.layers\.(?P<layer>\d+)\.(?P<what>key|value)s")
 _WINDOW = "._sliding_window_tensor"
 _AXES = {
@@ -47,6 +48,7 @@ def export_decoder(
     cache: Cache = "auto",
     profile: Profile = "cpu",
     ragged: bool = False,
+    one_token: bool = False,
 ) -> ir.Model:
     """The graph of `model`, a `PreTrainedModel` that generates text from text, with its cache as inputs and outputs.
 
@@ -54,10 +56,12 @@ def export_decoder(
 
     Args:
         cache: "growing" gives back a longer cache than it took; "static" writes into buffers of any length T, which
-            input and output may share (`fxfuse.onnx.static_cache`); "auto" is growing.
+            input and output may share (`fxfuse.onnx.static_cache`); "sliding" is static, and layers with a window
+            have rings of its size (`fxfuse.onnx.ring_cache`); "auto" is growing.
         profile: of a static cache; "cuda" reads the buffers whole, where ONNX Runtime's CPU kernels want a slice.
         ragged: of a static cache; each row stands at a length of its own (`fxfuse.onnx.ragged_cache`), and there is no
             attention_mask.
+        one_token: for S = 1 only, which needs no causal mask.
 
     Raises:
         FxfuseError: a model that is no such, a cache that is not one key and one value a layer (with `names` other than
@@ -71,36 +75,55 @@ def export_decoder(
         raise FxfuseError("a growing cache is the same everywhere", where="profile", hint='cache="static"')
     if ragged and cache != "static":
         raise FxfuseError("in a growing cache all rows are of one length", where="ragged", hint='cache="static"')
-    if cache == "static" and names == "hf":
+    if cache in ("static", "sliding") and names == "hf":
         raise FxfuseError("transformers has no names for a static cache", where="names", hint='names="optimum"')
-    if cache == "static" and opset < 24:
+    if cache in ("static", "sliding") and opset < 24:
         raise FxfuseError("a static cache needs TensorScatter, which opset 24 brought", where="opset", hint="opset=24")
     if names not in get_args(Names):
         raise FxfuseError(f"unknown names={names!r}", where="names", hint=" or ".join(map(repr, get_args(Names))))
-    program = (
-        _of_torchtune(model, opset, names) if torchtune.is_decoder(model) else _of_transformers(model, opset, names)
-    )
+    export = _of_torchtune if torchtune.is_decoder(model) else _of_transformers
+    program = export(model, opset, names, one_token)
     _name_axes(program)
     if ragged:
         make_ragged(program)
     elif cache == "static":
         make_static(program, profile)
+    elif cache == "sliding":
+        make_rings(program, windows_of(model))
     elif names != "hf":
         describe(program, "growing")
     return program
 
 
-def _of_torchtune(model: Any, opset: int, names: Names) -> ir.Model:
+def windows_of(model: Any) -> dict[int, int]:
+    """How many positions a query sees, its own included, in the layers that limit that.
+
+    Raises:
+        FxfuseError: no layer does.
+    """
+    if torchtune.is_decoder(model):
+        windows = torchtune.windows(model)
+    else:
+        text = model.config.get_text_config()
+        size = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+        kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers
+        windows = {i: size for i, kind in enumerate(kinds) if kind == "sliding_attention" and size}
+    if not windows:
+        raise FxfuseError("no layer of the model has a sliding window", where="cache", hint='cache="static"')
+    return windows
+
+
+def _of_torchtune(model: Any, opset: int, names: Names, one_token: bool) -> ir.Model:
     if names == "hf":
         raise FxfuseError("a model of torchtune has no names of transformers", where="names", hint='names="optimum"')
-    return torchtune.export_growing(model, opset=opset)
+    return torchtune.export_growing(model, opset=opset, one_token=one_token)
 
 
-def _of_transformers(model: Any, opset: int, names: Names) -> ir.Model:
+def _of_transformers(model: Any, opset: int, names: Names, one_token: bool) -> ir.Model:
     from fxfuse.onnx.transformers import FxfuseConfig, FxfuseExporter
 
     config = FxfuseConfig(dynamic=True, opset_version=opset)
-    stage, inputs = _decode_stage(model)
+    stage, inputs = _decode_stage(model, one_token)
     program: ir.Model = FxfuseExporter().export(stage, inputs, config).program
     if names != "hf":
         _drop_windows(program.graph)
@@ -109,7 +132,7 @@ def _of_transformers(model: Any, opset: int, names: Names) -> ir.Model:
     return program
 
 
-def _decode_stage(model: Any) -> tuple[Any, dict[str, Any]]:
+def _decode_stage(model: Any, one_token: bool) -> tuple[Any, dict[str, Any]]:
     """What `generate` calls for more than one new token, with a past: traced so, it takes an empty past as well."""
     from transformers.exporters.utils import decompose_for_generation
 
@@ -117,7 +140,9 @@ def _decode_stage(model: Any) -> tuple[Any, dict[str, Any]]:
     ids = torch.ones((2, 5), dtype=torch.int64, device=model.device)
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], device=model.device)
     try:
-        stages = decompose_for_generation(model, {"input_ids": ids, "attention_mask": mask}, multi_token_decode=True)
+        stages = decompose_for_generation(
+            model, {"input_ids": ids, "attention_mask": mask}, multi_token_decode=not one_token
+        )
     except Exception as error:  # whatever a model raises that takes something else than text
         raise FxfuseError(
             f"the model does not generate text from text: {error}",

@@ -12,7 +12,7 @@ import torch
 from torch.export import ExportedProgram
 
 import fxfuse
-from fxfuse.cache.lift import check_nothing_dropped, lift
+from fxfuse.cache.lift import Lifted, check_nothing_dropped, lift
 from fxfuse.errors import FxfuseError
 from fxfuse.fusion import REPORT
 from fxfuse.onnx.active import within
@@ -94,7 +94,7 @@ def export(
         marked.opset, marked.patterns if patterns is None else patterns, marked.verify if prove is None else prove
     )
     opset = as_opset(marked.opset if opset_version is None else opset_version)
-    lifted = lift(as_program(model, args, kwargs, dynamic_shapes))
+    lifted = _lifted(model, args, kwargs, dynamic_shapes)
     program = lifted.program
     fused = program if holds_fused(program) else fxfuse.fuse(program, **options.for_export(opset))
     onnx_program = translate(
@@ -122,6 +122,25 @@ def export(
             keep_initializers_as_inputs=keep_initializers_as_inputs,
         )
     return onnx_program
+
+
+def _lifted(model: Any, args: Any, kwargs: Any, dynamic_shapes: Any) -> Lifted:
+    """The program, its state as inputs and outputs.
+
+    State that is no buffer of the model's (the tensors of transformers' `StaticCache`) is captured as constants without
+    a name, which cannot be lifted, unless Dynamo traces it.
+    """
+    program = as_program(model, args, kwargs, dynamic_shapes)
+    try:
+        return lift(program)
+    except FxfuseError:
+        if program is model:
+            raise
+        try:
+            return lift(capture(model, args, kwargs, dynamic_shapes, strict=True))
+        except FxfuseError:
+            pass
+        raise
 
 
 def as_program(

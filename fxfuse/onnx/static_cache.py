@@ -61,22 +61,34 @@ def make_static(model: ir.Model, profile: Profile = "cpu") -> None:
         FxfuseError: below opset 24, which has no TensorScatter; a cache that is not only joined with new keys. The
             model is of no use then.
     """
+    check_opset(model)
+    caches = [past for _, past in pasts_of(model)]
+    lengths = Lengths(model.graph, caches[0] if profile == "cuda" else None)
+    for past in caches:
+        Buffer(past, lengths).rewrite()
+    describe(model, "static")
+
+
+def check_opset(model: ir.Model) -> None:
+    """Raises FxfuseError if the model is of an opset that has no TensorScatter."""
     if model.opset_imports[""] < 24:
         raise FxfuseError(
             "a static cache is written by TensorScatter, which there is from opset 24 on",
             where="cache",
             hint="opset 24",
         )
-    caches = [value for value in model.graph.inputs if _PAST.fullmatch(value.name or "")]
-    if not caches:
+
+
+def pasts_of(model: ir.Model) -> list[tuple[int, ir.Value]]:
+    """The inputs that are a cache, each with its layer's number."""
+    matches = [(_PAST.fullmatch(value.name or ""), value) for value in model.graph.inputs]
+    pasts = [(int(match[1]), value) for match, value in matches if match is not None]
+    if not pasts:
         raise FxfuseError("the graph has no cache", where="cache")
-    lengths = _Lengths(model.graph, caches[0] if profile == "cuda" else None)
-    for past in caches:
-        _Buffer(past, lengths).rewrite()
-    describe(model, "static")
+    return pasts
 
 
-class _Lengths:
+class Lengths:
     """P and P + S as values at the top of the graph, each [1]; where the rows of a batch are written, [B]; and, where
     `whole` buffers are read, what is filled of each, [B], and the pads of a mask [.., P + S] before and after, [2]."""
 
@@ -108,11 +120,25 @@ class _Lengths:
         self.nodes.append(node)
         return node.outputs[0]
 
+    def append(
+        self,
+        op: str,
+        inputs: Sequence[ir.Value],
+        attributes: dict[str, Any] | None = None,
+        kind: ir.DataType = ir.DataType.INT64,
+    ) -> ir.Value:
+        """One more value at the top of the graph, behind those that are there."""
+        last = self.nodes[-1]
+        value = self._add(op, inputs, attributes)
+        value.dtype = kind
+        self.graph.insert_after(last, self.nodes[-1])
+        return value
 
-class _Buffer:
+
+class Buffer:
     """One input of the cache: whatever reads it is made to read a buffer of T slots."""
 
-    def __init__(self, past: ir.Value, lengths: _Lengths) -> None:
+    def __init__(self, past: ir.Value, lengths: Lengths) -> None:
         self.past, self.lengths, self.graph = past, lengths, lengths.graph
         assert past.shape is not None
         self.batch, self.heads, _, self.size = past.shape
@@ -131,12 +157,12 @@ class _Buffer:
             elif use.node.op_type == "Concat" and use.idx == 0 and len(use.node.inputs) == 2:
                 new = use.node.inputs[1]
                 assert new is not None
-                self._replace(use.node, use.node.outputs[0], new)
+                self.replace(use.node, use.node.outputs[0], new)
                 written = True
             else:
-                raise self._refused(f"{use.node.op_type} reads it")
+                raise self.refused(f"{use.node.op_type} reads it")
         if not written:
-            raise self._refused("nothing is joined to it")
+            raise self.refused("nothing is joined to it")
 
     def _length(self, node: ir.Node) -> None:
         """Shape of the past, as it was: P in the place of T."""
@@ -146,8 +172,8 @@ class _Buffer:
             if axis == 2:
                 sizes.append(self.lengths.past)
             else:
-                sizes.append(self._insert(node, "Shape", [self.past], {"start": axis, "end": axis + 1}))
-        whole = sizes[0] if len(sizes) == 1 else self._insert(node, "Concat", sizes, {"axis": 0})
+                sizes.append(self.insert(node, "Shape", [self.past], {"start": axis, "end": axis + 1}))
+        whole = sizes[0] if len(sizes) == 1 else self.insert(node, "Concat", sizes, {"axis": 0})
         node.outputs[0].replace_all_uses_with(whole)
         self.graph.remove(node, safe=True)
 
@@ -159,18 +185,18 @@ class _Buffer:
         heads = self._heads(node, new, "kv_num_heads") if flat else new
         outputs = node.outputs
         if len(outputs) <= place - 3 or not outputs[place - 3].is_graph_output():
-            raise self._refused("an Attention reads it and does not give the present")
-        used = self._replace(node, outputs[place - 3], heads)
+            raise self.refused("an Attention reads it and does not give the present")
+        used = self.replace(node, outputs[place - 3], heads)
         node.replace_input_with(place - 3, used)
         node.replace_input_with(place, None)
         if all(len(node.inputs) <= i or node.inputs[i] is None for i in (4, 5)):
-            self._without_past(node, flat)
+            self.without_past(node, flat)
         return True
 
-    def _without_past(self, node: ir.Node, flat: bool) -> None:
+    def without_past(self, node: ir.Node, flat: bool) -> None:
         """The same node with one output; q in four dims, as the keys are."""
         if node.attributes.get_int("is_causal", 0):
-            raise self._refused("an Attention is causal by its attribute, which counts from the end of the past")
+            raise self.refused("an Attention is causal by its attribute, which counts from the end of the past")
         q, old = node.inputs[0], node.outputs[0]
         assert q is not None
         attributes = {n: a for n, a in node.attributes.items() if n not in ("q_num_heads", "kv_num_heads")}
@@ -178,14 +204,14 @@ class _Buffer:
         inputs = [q, *node.inputs[1:4]]
         if self.lengths.whole:
             if any(value is None or not _is_written(value) for value in inputs[1:3]):
-                raise self._refused("other nodes read the keys and values so far, which profile='cuda' does not make")
+                raise self.refused("other nodes read the keys and values so far, which profile='cuda' does not make")
             mask = inputs[3] if len(inputs) == 4 else None
             inputs = [*inputs[:3], mask if mask is None else self._full(node, mask), None, None, self.lengths.filled]
-        result = self._insert(node, "Attention", inputs, attributes)
+        result = self.insert(node, "Attention", inputs, attributes)
         result.type = old.type
         if flat:
-            result = self._insert(node, "Transpose", [result], {"perm": [0, 2, 1, 3]})
-            result = self._insert(node, "Reshape", [result, constant(self.graph, [0, 0, -1])])
+            result = self.insert(node, "Transpose", [result], {"perm": [0, 2, 1, 3]})
+            result = self.insert(node, "Reshape", [result, constant(self.graph, [0, 0, -1])])
         result.type, result.shape, result.name = old.type, old.shape, old.name
         old.name = None
         old.replace_all_uses_with(result, replace_graph_outputs=True)
@@ -196,41 +222,45 @@ class _Buffer:
         if mask not in self.lengths.masks:
             last = constant(self.graph, [-1])
             pads = [mask, self.lengths.padding, None, last]
-            self.lengths.masks[mask] = self._insert(node, "Pad", pads, {"mode": "constant"})
+            self.lengths.masks[mask] = self.insert(node, "Pad", pads, {"mode": "constant"})
         return self.lengths.masks[mask]
 
     def _heads(self, node: ir.Node, value: ir.Value, attribute: str) -> ir.Value:
         """[B, S, H·D] as [B, H, S, D]."""
         heads = node.attributes[attribute].as_int()
-        apart = self._insert(node, "Reshape", [value, constant(self.graph, [0, 0, heads, -1])])
-        return self._insert(node, "Transpose", [apart], {"perm": [0, 2, 1, 3]})
+        apart = self.insert(node, "Reshape", [value, constant(self.graph, [0, 0, heads, -1])])
+        return self.insert(node, "Transpose", [apart], {"perm": [0, 2, 1, 3]})
 
-    def _replace(self, node: ir.Node, grown: ir.Value, new: ir.Value) -> ir.Value:
+    def replace(self, node: ir.Node, grown: ir.Value, new: ir.Value) -> ir.Value:
         """Writes `new` [B, H, S, D] into the buffer, before `node`; what read the `grown` keys reads their slice."""
         attributes = {"axis": 2, "mode": "linear"}
-        buffer = self._insert(node, "TensorScatter", [self.past, new, self.lengths.start], attributes)
+        buffer = self.insert(node, "TensorScatter", [self.past, new, self.lengths.start], attributes)
         buffer.shape, buffer.type = self.past.shape, self.past.type
         reads_whole = self.lengths.whole and node.op_type == "Attention" and not grown.uses()
         used = buffer
         if not reads_whole:
-            used = self._insert(node, "Slice", [buffer, self.lengths.zero, self.lengths.total, self.lengths.two])
+            used = self.insert(node, "Slice", [buffer, self.lengths.zero, self.lengths.total, self.lengths.two])
             used.shape, used.type = grown.shape, self.past.type
+        self.give(grown, buffer)
+        grown.replace_all_uses_with(used)
+        return used
+
+    def give(self, grown: ir.Value, buffer: ir.Value) -> None:
+        """The buffer is what the graph gives back, where it gave the `grown` keys."""
         if grown.name != self.present:
-            raise self._refused(f"what is joined to it is {grown.name}, not {self.present}")
+            raise self.refused(f"what is joined to it is {grown.name}, not {self.present}")
         grown.name = None
         outputs = self.graph.outputs
         outputs[[output is grown for output in outputs].index(True)] = buffer
         buffer.name = self.present
-        grown.replace_all_uses_with(used)
-        return used
 
-    def _insert(self, before: ir.Node, op: str, inputs: Sequence[Any], attributes: Any = None) -> ir.Value:
+    def insert(self, before: ir.Node, op: str, inputs: Sequence[Any], attributes: Any = None) -> ir.Value:
         node = ir.node(op, inputs, attributes)
         node.outputs[0].type = ir.TensorType(ir.DataType.INT64) if op == "Shape" else inputs[0].type
         self.graph.insert_before(before, node)
         return node.outputs[0]
 
-    def _refused(self, why: str) -> FxfuseError:
+    def refused(self, why: str) -> FxfuseError:
         return FxfuseError(
             f"{self.past.name} cannot become a buffer: {why}", where="cache", hint='cache="growing" leaves it as it is'
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import onnx_ir as ir
@@ -28,7 +29,7 @@ def is_decoder(model: object) -> bool:
     return "torchtune.TransformerDecoder" in names
 
 
-def export_growing(model: nn.Module, *, opset: int = DEFAULT_OPSET) -> ir.Model:
+def export_growing(model: nn.Module, *, opset: int = DEFAULT_OPSET, one_token: bool = False) -> ir.Model:
     """The graph of a `TransformerDecoder` whose cache grows. `model` is not changed; its caches, if any, are not used.
 
     Raises:
@@ -39,10 +40,11 @@ def export_growing(model: nn.Module, *, opset: int = DEFAULT_OPSET) -> ir.Model:
     pasts = [f"past_key_values.{i}.{what}" for i in layers for what in ("key", "value")]
     batch, past, total = (torch.export.Dim(n) for n in (BATCH, PAST, "total_sequence_length"))
     new = torch.export.Dim(NEW, max=getattr(model, "max_seq_len", None))  # it raises on more
-    axes = [{0: batch, 1: new}, {0: batch, 1: total}, {0: batch, 1: new}, tuple({0: batch, 2: past} for _ in pasts)]
+    ids = {0: batch} if one_token else {0: batch, 1: new}
+    axes = [ids, {0: batch, 1: total}, ids, tuple({0: batch, 2: past} for _ in pasts)]
     program = export(
         stage.eval(),
-        stage.sample(),
+        stage.sample(1 if one_token else 3),
         dynamic_shapes=axes,
         opset_version=opset,
         input_names=["input_ids", "attention_mask", "position_ids", *pasts],
@@ -88,17 +90,42 @@ class Stage(nn.Module):
         logits = self.model(input_ids, mask=mask, input_pos=position_ids)
         return logits, *(tensor for attention in self.attentions for tensor in attention.kv_cache.present)
 
-    def sample(self) -> tuple[Any, ...]:
-        """Inputs to capture with: two rows, three tokens after a past of five."""
+    def sample(self, length: int) -> tuple[Any, ...]:
+        """Inputs to capture with: two rows of `length` tokens, after a past of five."""
         weight = next(self.model.parameters())
-        ids = torch.ones(2, 3, dtype=torch.int64, device=weight.device)
-        positions = torch.arange(5, 8, device=weight.device).expand(2, 3).contiguous()
+        ids = torch.ones(2, length, dtype=torch.int64, device=weight.device)
+        positions = torch.arange(5, 5 + length, device=weight.device).expand(2, length).contiguous()
         past = tuple(
             torch.zeros(2, heads, 5, size, dtype=weight.dtype, device=weight.device)
             for _, heads, _, size in self.shapes
             for _ in ("key", "value")
         )
-        return ids, torch.ones(2, 8, dtype=torch.int64, device=weight.device), positions, past
+        return ids, torch.ones(2, 5 + length, dtype=torch.int64, device=weight.device), positions, past
+
+
+class Eager:
+    """A decoder of torchtune, called as transformers' models are: in eager PyTorch, with a cache that grows."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.stage = Stage(model).eval()
+        self.weight = next(model.parameters())
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.stage.model.output  # type: ignore[return-value]
+
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past_key_values: Any, **_: Any
+    ) -> SimpleNamespace:
+        """`logits` [B, S, V] and `past_key_values`; None is no past."""
+        if past_key_values is None:
+            empty = ((len(input_ids), heads, 0, size) for _, heads, _, size in self.stage.shapes for _ in range(2))
+            past_key_values = [self.weight.new_zeros(shape) for shape in empty]
+        logits, *present = self.stage(input_ids, attention_mask, position_ids, past_key_values)
+        return SimpleNamespace(logits=logits, past_key_values=present)
 
 
 class _Grown:
@@ -125,6 +152,12 @@ class _Window:
         query = torch.arange(S, device=mask.device) + (T - S)
         near = torch.arange(T, device=mask.device) > query.unsqueeze(1) - self.size
         return args, {**kwargs, "mask": mask & near}
+
+
+def windows(model: nn.Module) -> dict[int, int]:
+    """How many positions a query sees, its own included, in the layers that limit that."""
+    sizes = (getattr(attention, "sliding_window_size", None) for attention in _attentions(model))
+    return {layer: size for layer, size in enumerate(sizes) if size is not None}
 
 
 def _attentions(model: Any) -> list[Any]:

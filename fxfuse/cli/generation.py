@@ -1,0 +1,186 @@
+"""``fxfuse export DIR``: a language model of transformers, with its cache, as a folder that generates text."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+import fxfuse
+from fxfuse.cli import source, tables
+from fxfuse.cli.progress import Stages, peak_memory
+from fxfuse.cli.reports import report_files
+from fxfuse.cli.verify import Check
+from fxfuse.errors import FxfuseError
+from fxfuse.ops.registry import check_opset
+from fxfuse.report.record import dumps, record
+
+REPORT = "report.json"
+
+
+def is_pretrained(name: str) -> bool:
+    """Whether SOURCE is the folder of a checkpoint as transformers writes it."""
+    return (Path(name) / "config.json").is_file()
+
+
+def generates(arguments: argparse.Namespace) -> bool:
+    """Whether it is a graph with a cache that is asked for."""
+    asked = arguments.cache or arguments.package or arguments.pair
+    return is_pretrained(arguments.source) or bool(asked and arguments.source.startswith("torchtune:"))
+
+
+def check_options(arguments: argparse.Namespace) -> None:
+    """Refuses what applies to the other kind of source.
+
+    Raises:
+        FxfuseError: an option that has no meaning for this SOURCE.
+    """
+    if is_pretrained(arguments.source):
+        given = {"--set": arguments.options, "--checkpoint": arguments.checkpoint}
+        for option, value in {**given, "--batch": arguments.batch, "--seq": arguments.seq}.items():
+            if value:
+                raise FxfuseError(f"{option} does not apply to a checkpoint's folder", where=arguments.source)
+        return
+    if generates(arguments):
+        for option, value in (("--batch", arguments.batch), ("--seq", arguments.seq)):
+            if value:
+                raise FxfuseError(f"{option} does not apply to a graph with a cache", where=arguments.source)
+        return
+    asked = {"--package": arguments.package, "--pair": arguments.pair, "--cache": arguments.cache}
+    for option, value in asked.items():
+        if value:
+            raise FxfuseError(
+                f"{option} is for a model that generates text",
+                where=arguments.source,
+                hint="name a checkpoint's folder (config.json and its weights) or torchtune:BUILDER",
+            )
+
+
+def export_generation(arguments: argparse.Namespace, out: Console, err: Console) -> None:
+    """Loads, exports with its cache, compares a prompt and the steps after it, and writes the package.
+
+    Raises:
+        FxfuseError: bad input. What stood in the folder before still does.
+        ParityError: the graphs compute something else. Nothing is written then.
+    """
+    check_opset(arguments.opset)
+    dtype = source.parse_dtype(arguments.dtype)
+    target: Path = arguments.out
+    stages = Stages(err)
+    with report_files(arguments.report) as write_reports:
+        with stages.stage("load"):
+            model, about, notes = load_model(arguments, dtype)
+        # Late: they import transformers, which load_pretrained has found or missed.
+        from fxfuse.onnx.decoder import export_decoder
+        from fxfuse.onnx.package import write_package
+        from fxfuse.onnx.step import export_step
+        from fxfuse.onnx.torchtune import Eager, is_decoder
+        from fxfuse.runtime.check import check_package
+        from fxfuse.runtime.eager import EagerSession
+
+        with stages.stage("export"):
+            options: dict[str, Any] = {"opset": arguments.opset, "cache": arguments.cache or "auto"}
+            prefill = export_decoder(model, names="genai", **options)
+            decode = export_step(model, **options) if arguments.pair else None
+        report = fxfuse.report(decode or prefill)
+        checks: list[Check] = []
+
+        def check(folder: Path) -> None:
+            gc.collect()
+            with stages.stage("onnxruntime"):
+                results = check_package(folder, EagerSession(Eager(model) if is_decoder(model) else model))
+            names = ["prompt", *(f"step {step}" for step in range(1, len(results)))]
+            checks.extend(Check("ONNX Runtime", n, n, result) for n, result in zip(names, results, strict=True))
+
+        with stages.stage("write"):
+            manifest = write_package(
+                target,
+                prefill,
+                decode=decode,
+                package=arguments.package or "fxfuse",
+                model=about,
+                tokenizer=Path(arguments.source) if is_pretrained(arguments.source) else arguments.checkpoint,
+                check=check if arguments.parity else None,
+            )
+        sizes = {path.name: path.stat().st_size for path in target.iterdir() if path.suffix in (".onnx", ".data")}
+        result: dict[str, Any] = record(
+            report,
+            source=arguments.source,
+            fxfuse=fxfuse.__version__,
+            torch=torch.__version__,
+            parity=[check.to_dict() for check in checks],
+            bytes=sizes,
+            seconds=stages.seconds,
+            peak_memory_bytes=peak_memory(),
+        )
+        tables.show_report(out, report)
+        if checks:
+            tables.show_checks(out, checks)
+        tables.show_costs(out, stages, {str(target / name): size for name, size in sizes.items()})
+        for note in notes:
+            out.print(f"note: {note}", markup=False, highlight=False)
+        cache = manifest.cache
+        out.print(
+            f"{len(cache.layers)} layers, a {cache.form} cache, {cache.dtype}: fxfuse.runtime.Session({str(target)!r})",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+        write_reports(report, result, checks)
+        (target / REPORT).write_text(dumps(result), encoding="utf-8")
+
+
+def load_model(arguments: argparse.Namespace, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any], list[str]]:
+    """The model, what a manifest says of it, and what its user should know."""
+    if is_pretrained(arguments.source):
+        from fxfuse.onnx.package import facts
+
+        model = load_pretrained(Path(arguments.source), dtype)
+        return model, facts(model.config), []
+    options = source.parse_options(arguments.options)
+    loaded = source.load(source.Request(arguments.source, dtype, options, arguments.checkpoint))
+    tune: Any = loaded.model
+    heads = getattr(getattr(tune.layers[0], "attn", None), "num_heads", None) if hasattr(tune, "layers") else None
+    about = {
+        "context_length": getattr(tune, "max_seq_len", None),
+        "hidden_size": tune.tok_embeddings.embedding_dim,
+        "heads": heads,
+        **special_tokens(arguments.checkpoint),
+    }
+    return tune, about, loaded.notes
+
+
+def special_tokens(checkpoint: Path | None) -> dict[str, Any]:
+    """What the checkpoint's config.json says of its tokens, if there is one: torchtune's models say nothing of them."""
+    file = checkpoint / "config.json" if checkpoint is not None else None
+    if file is None or not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        ids = {name: config.get(f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    except (ValueError, AttributeError) as error:
+        raise FxfuseError(f"not a configuration: {error}", where=str(file)) from error
+    eos = ids["eos"]
+    return {**ids, "eos": eos if isinstance(eos, list) else [] if eos is None else [eos]}
+
+
+def load_pretrained(folder: Path, dtype: torch.dtype | None) -> Any:
+    """The causal language model in `folder`, in evaluation mode; `dtype` None is what the checkpoint is in.
+
+    Raises:
+        FxfuseError: transformers is not installed, or does not load it.
+    """
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError as error:
+        raise FxfuseError("transformers is not installed", hint="pip install 'fxfuse[transformers]'") from error
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
+    except Exception as error:  # a broken checkpoint raises what its reader raises
+        raise FxfuseError(f"the model cannot be loaded: {error}", where=str(folder)) from error
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,59 @@
+"""Whether a folder generates what the model does: logits of a prompt, padded, and of the steps after it."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from fxfuse.errors import ParityError
+from fxfuse.onnx.manifest import read_manifest
+from fxfuse.onnx.package import with_dtype
+from fxfuse.parity import Result, compare, float32_twin
+from fxfuse.runtime.generate import Decoder
+from fxfuse.runtime.session import Session
+
+PROMPT, STEPS, ROWS = 6, 3, 3
+
+
+def check_package(folder: Path, eager: Decoder) -> list[Result]:
+    """Compares the folder with `eager`, three rows of which the first is padded on the left.
+
+    Returns:
+        A comparison for the prompt and for each step.
+
+    Raises:
+        ParityError: it computes something else.
+        FxfuseError: it does not run.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        session = _open(folder, Path(scratch))
+        draw = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, session.manifest.model.vocab_size, (ROWS, PROMPT + STEPS), generator=draw)
+        mask = torch.ones(ROWS, PROMPT, dtype=torch.int64)
+        mask[0, : PROMPT // 2] = 0
+        eager.reset()
+        results = [_compare(folder, *(each.prefill(ids[:, :PROMPT], mask) for each in (eager, session)))]
+        for column in range(PROMPT, PROMPT + STEPS):
+            results.append(_compare(folder, *(each.step(ids[:, column]) for each in (eager, session))))
+    return results
+
+
+def _compare(folder: Path, expected: torch.Tensor, actual: torch.Tensor) -> Result:
+    result = compare([expected], [actual])
+    if not result.passed:
+        raise ParityError(f"ONNX Runtime does not give the model's logits: {result.reason}", where=str(folder))
+    return result
+
+
+def _open(folder: Path, scratch: Path) -> Session:
+    """A session; of bfloat16, for which ONNX Runtime's CPU provider has no kernels, the float32 twin."""
+    _, manifest = read_manifest(folder)
+    if manifest.cache.dtype == "bfloat16":
+        for name in manifest.files:
+            float32_twin(folder / name, scratch / name)
+        with_dtype(manifest, "float32").write(scratch)
+        folder = scratch
+    static = manifest.cache.form == "static" and manifest.cache.max_length is None
+    return Session(folder, max_length=PROMPT + STEPS + 2 if static else None)

@@ -1,0 +1,70 @@
+"""The interface of `Session` over a model of transformers in eager PyTorch, to compare with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fxfuse.errors import FxfuseError
+from fxfuse.runtime.positions import Positions, checked, last
+
+
+class EagerSession:
+    """A `PreTrainedModel` that generates text, with the cache that it makes itself.
+
+    Methods are those of `fxfuse.runtime.Session`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        if not hasattr(model, "get_output_embeddings"):
+            raise FxfuseError(f"{type(model).__name__} is no language model of transformers", where="model")
+        self.model = model
+        self.reset()
+
+    @property
+    def length(self) -> int:
+        """P: how many columns of the cache are written."""
+        return self._positions.length
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self._positions = Positions()
+        self._cache: Any = None
+
+    def prefill(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, *, chunk: int | None = None
+    ) -> torch.Tensor:
+        """The logits [B, V] after each row's last token; see `Session.prefill`."""
+        ids, mask = checked(input_ids, attention_mask)
+        final = last(mask)
+        width = chunk or ids.shape[1]
+        parts = [slice(start, start + width) for start in range(0, ids.shape[1], width)]
+        logits = [self._run(ids[:, part], mask[:, part]) for part in parts]
+        return torch.cat(logits, 1)[torch.arange(len(ids)), final]
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The logits [B, V] after one token a row, int64 [B]."""
+        if self.length == 0:
+            raise FxfuseError("there is nothing to go on from", where="step", hint="prefill(input_ids) first")
+        return self._run(*checked(tokens[:, None], None))[:, -1]
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Row i of the cache becomes what row ``rows[i]`` was."""
+        self._positions.reorder(rows)
+        self._cache.reorder_cache(rows)
+
+    @torch.no_grad()
+    def _run(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        attention_mask, position_ids = self._positions.append(mask)
+        device = self.model.device
+        output = self.model(
+            input_ids=ids.to(device),
+            attention_mask=attention_mask.to(device),
+            position_ids=position_ids.to(device),
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        self._cache = output.past_key_values
+        logits: torch.Tensor = output.logits.cpu()
+        return logits

@@ -1,0 +1,182 @@
+"""A decoder in ONNX Runtime whose cache stays where it is: outputs of one call are bound as inputs of the next."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from fxfuse.errors import FxfuseError
+from fxfuse.onnx.manifest import Stage, read_manifest
+from fxfuse.parity import require_onnxruntime
+from fxfuse.runtime.positions import Positions, checked, last
+
+DTYPES = {"float32": np.float32, "float16": np.float16}
+
+
+class Session:
+    """Runs a folder that `fxfuse export` wrote for a decoder, or a graph alone with the names that it uses.
+
+    A growing cache is what the last call gave, handed on without a copy. A static one is allocated once, [B, H, T, D],
+    and bound as input and as output.
+
+    Args:
+        source: a folder with ``fxfuse.json``, or an ONNX file.
+        max_length: T of a static cache; needed where neither the graph nor the model's context says it.
+        threads: of ONNX Runtime within an operator; 0 is as many as there are cores.
+
+    Raises:
+        FxfuseError: not such a folder or graph; onnxruntime is missing or does not load it; a bfloat16 cache, for which
+            its CPU provider has no kernels.
+    """
+
+    def __init__(self, source: str | os.PathLike[str], *, max_length: int | None = None, threads: int = 0) -> None:
+        self._ort = require_onnxruntime()
+        folder, self.manifest = read_manifest(source)
+        cache = self.manifest.cache
+        if cache.dtype not in DTYPES:
+            raise FxfuseError(f"ONNX Runtime's CPU provider does not run {cache.dtype}", where=str(source))
+        self.max_length = self._length(max_length)
+        options = self._ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads
+        self._sessions: dict[str, Any] = {}
+        for name in self.manifest.files:
+            try:
+                self._sessions[name] = self._ort.InferenceSession(
+                    str(folder / name), options, providers=["CPUExecutionProvider"]
+                )
+            except Exception as error:  # onnxruntime's exceptions have no common base
+                raise FxfuseError(f"ONNX Runtime does not load it: {error}", where=str(folder / name)) from error
+        self.reset()
+
+    @property
+    def length(self) -> int:
+        """P: how many columns of the cache are written."""
+        return self._positions.length
+
+    @property
+    def pointers(self) -> Mapping[str, int]:
+        """Where in memory each input of the cache lies."""
+        return {name: value.data_ptr() for name, value in self._cache.items()}
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self._positions = Positions()
+        self._cache: dict[str, Any] = {}
+
+    def prefill(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, *, chunk: int | None = None
+    ) -> torch.Tensor:
+        """Reads tokens, after those that were read before: the logits [B, V] after each row's last one.
+
+        Args:
+            input_ids: int64 [B, S].
+            attention_mask: [B, S], 0 where a row is padded, on the right or on the left.
+            chunk: read so many columns at a time; the logits [B, S, V] in between take less memory so.
+
+        Raises:
+            FxfuseError: shapes that do not fit, or more tokens than a static cache has room for.
+        """
+        ids, mask = checked(input_ids, attention_mask)
+        if chunk is not None and chunk < 1:
+            raise FxfuseError(f"chunk={chunk}", where="chunk", hint="a number of columns, 1 or more")
+        final, result = last(mask), None
+        width = chunk or ids.shape[1]
+        for start in range(0, ids.shape[1], width):
+            logits = self._run(self.manifest.prefill, ids[:, start : start + width], mask[:, start : start + width])
+            here = (final >= start) & (final < start + width)
+            result = torch.empty(len(ids), logits.shape[-1], dtype=logits.dtype) if result is None else result
+            result[here] = logits[here, final[here] - start]
+        assert result is not None
+        return result
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Reads one token a row, int64 [B]: the logits [B, V] after it.
+
+        Raises:
+            FxfuseError: nothing was read before, another batch, or a static cache that is full.
+        """
+        if self.length == 0:
+            raise FxfuseError("there is nothing to go on from", where="step", hint="prefill(input_ids) first")
+        ids, mask = checked(tokens[:, None], None)
+        return self._run(self.manifest.decode, ids, mask)[:, -1]
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Row i of the cache becomes what row ``rows[i]`` was, int64 [B]: a beam search's choice.
+
+        A static cache stays in its buffers when there are as many rows as before.
+        """
+        index = rows.to("cpu", torch.int64).numpy()
+        batch = len(self._positions.mask)
+        if index.ndim != 1 or len(index) == 0 or not ((index >= 0) & (index < batch)).all():
+            raise FxfuseError(f"{rows.tolist()} are not rows of {batch}", where="rows")
+        self._positions.reorder(rows.to("cpu", torch.int64))
+        for name, value in self._cache.items():
+            chosen = value.numpy()[index]
+            if self.manifest.cache.form == "static" and chosen.shape == value.numpy().shape:
+                value.numpy()[...] = chosen
+            else:
+                self._cache[name] = self._ort.OrtValue.ortvalue_from_numpy(chosen)
+
+    def _run(self, stage: Stage, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The logits [B, S, V]."""
+        if self.max_length is not None and self.length + ids.shape[1] > self.max_length:
+            raise FxfuseError(
+                f"{self.length} + {ids.shape[1]} tokens do not fit into a cache of {self.max_length}",
+                where="max_length",
+                hint="open the session with a larger max_length",
+            )
+        attention_mask, position_ids = self._positions.append(mask)
+        feed = {"input_ids": ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        if not self._cache:
+            self._cache = self._allocate(len(ids))
+        session = self._sessions[stage.file]
+        binding = session.io_binding()
+        # Kept until the run is over: ONNX Runtime reads them where they are.
+        held = {name: feed[name].contiguous().numpy() for name in stage.inputs if name in feed}
+        for name, array in held.items():
+            binding.bind_ortvalue_input(name, self._ort.OrtValue.ortvalue_from_numpy(array))
+        for name in stage.inputs:
+            if name not in feed:
+                binding.bind_ortvalue_input(name, self._cache[name])
+        into = {link.output: link for link in self.manifest.links}
+        for name in stage.outputs:
+            if name in into and into[name].shared:
+                binding.bind_ortvalue_output(name, self._cache[into[name].input])
+            else:
+                binding.bind_output(name, "cpu")
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime's exceptions have no common base
+            self.reset()  # a cache that is half written is none
+            raise FxfuseError(f"ONNX Runtime fails to run the model: {error}", where=stage.file) from error
+        outputs = dict(zip(stage.outputs, binding.get_outputs(), strict=True))
+        for name, link in into.items():
+            if not link.shared:
+                self._cache[link.input] = outputs[name]
+        return torch.from_numpy(outputs["logits"].numpy())
+
+    def _allocate(self, batch: int) -> dict[str, Any]:
+        cache = self.manifest.cache
+        length = 0 if self.max_length is None else self.max_length
+        shapes = [(batch, layer.heads, length, layer.head_dim) for layer in cache.layers for _ in ("key", "value")]
+        names = [f"past_key_values.{i}.{what}" for i in range(len(cache.layers)) for what in ("key", "value")]
+        zeros = (np.zeros(shape, DTYPES[cache.dtype]) for shape in shapes)
+        return dict(zip(names, map(self._ort.OrtValue.ortvalue_from_numpy, zeros), strict=True))
+
+    def _length(self, asked: int | None) -> int | None:
+        cache = self.manifest.cache
+        if cache.form == "growing":
+            if asked is not None:
+                raise FxfuseError("the cache grows: it has no max_length", where="max_length")
+            return None
+        if cache.max_length is not None and asked not in (None, cache.max_length):
+            raise FxfuseError(f"the graph is made for {cache.max_length}", where=f"max_length={asked}")
+        length = asked or cache.max_length or self.manifest.model.context_length
+        if length is None or length < 1:
+            raise FxfuseError("how many tokens the cache is to hold is not known", where="max_length")
+        return length
