@@ -16,7 +16,7 @@ from torch._dynamo._trace_wrapped_higher_order_op import ModIndex
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from fxfuse.graph.view import op_name
+from fxfuse.graph.view import is_random, op_name
 
 INDICES = ("b", "h", "q", "kv")
 _SAME = frozenset(
@@ -65,6 +65,11 @@ class Expr:
         """The names of everything that it depends on."""
         found = frozenset([self.leaf]) if self.leaf and self.leaf != "constant" else frozenset()
         return found.union(*(child.leaves for child in self.children))
+
+    @property
+    def free(self) -> bool:
+        """Depends on no position: one value, of whatever rank, computed as it stands."""
+        return not self.leaves & {"score", *INDICES}
 
     @property
     def children(self) -> list[Expr]:
@@ -170,11 +175,17 @@ def _read(node: Node, env: Mapping[Node, Any]) -> Any:
         return constant(torch.tensor(fill, dtype=dtype))
     tags: Any = getattr(node.target, "tags", ())
     known = torch.Tag.pointwise in tags or name in _ELEMENTWISE or name in _LOGICAL
-    known = known or name in _OVER_DIMS or name in ("index", "arange") or dtype is None
+    known = known or name in _OVER_DIMS or name == "index" or dtype is None  # a size
+    operands: list[Expr] = []
+    _each((args, kwargs), operands.append)
+    free = all(x.free for x in operands) and not is_random(node)
+    # Of what varies with positions neither a size nor a Python number is asked.
+    known = free or (known and (dtype is not None or all(x.dtype is None for x in operands)))
     schema = getattr(node.target, "_schema", None)
     if not known or (schema is not None and schema.is_mutable):
         raise Unreadable(f"it calls {full}")
-    return Expr(node.target, args, kwargs, dtype=dtype, rank=rank)  # type: ignore[arg-type]
+    target: Any = node.target
+    return Expr(target, args, kwargs, dtype=dtype, rank=rank)
 
 
 def _filled(name: str, args: Sequence[Any]) -> Any:
@@ -197,6 +208,7 @@ class Grid:
         self.env = env
         self.exact = exact
         self._known: dict[Expr, Any] = {}
+        self._raws: dict[Expr, Any] = {}
 
     def __call__(self, expr: Expr) -> Any:
         if expr not in self._known:
@@ -205,7 +217,7 @@ class Grid:
 
     def _value(self, expr: Expr) -> Any:
         if expr.target is None:
-            value = expr.args[0] if expr.leaf == "constant" else self.env[expr.leaf]
+            value = self._own(expr)
             on_grid = expr.leaf in ("score", *INDICES)
             if not isinstance(value, torch.Tensor) or on_grid:
                 return value
@@ -214,6 +226,9 @@ class Grid:
             return value.reshape((1,) * 4 + tuple(value.shape))
         if expr.name == "index":
             return self._index(expr)
+        if expr.free:
+            value = self._raw(expr)
+            return value.reshape((1,) * 4 + tuple(value.shape)) if isinstance(value, torch.Tensor) else value
         if expr.name in _OVER_DIMS:
             return self._over_dims(expr)
         args = self._args(expr.args, expr)
@@ -225,8 +240,16 @@ class Grid:
                 return (kept & chosen) | (~kept & otherwise)
             if expr.name in _LOGICAL and tensors and all(t.dtype == torch.bool for t in tensors):
                 return _LOGICAL[expr.name](*args)
-        value = expr.target(*args, **kwargs)
-        return value.reshape(1, 1, 1, 1, -1) if expr.name == "arange" else value
+        return expr.target(*args, **kwargs)
+
+    def _raw(self, expr: Expr) -> Any:
+        """The value of what depends on no position."""
+        if expr.target is None:
+            return self._upcast(self._own(expr))
+        if expr not in self._raws:
+            args, kwargs = (self._args(a, expr, self._raw) for a in (expr.args, dict(expr.kwargs)))
+            self._raws[expr] = self._upcast(expr.target(*args, **kwargs))
+        return self._raws[expr]
 
     def _over_dims(self, expr: Expr) -> torch.Tensor:
         """A reduction over dims of a row; those of the grid stay."""
@@ -240,8 +263,10 @@ class Grid:
         more, kwargs = self._args(tuple(rest[1:]), expr), self._args(dict(expr.kwargs), expr)
         return expr.target(value, given, *more, **kwargs)  # type: ignore[no-any-return, misc]
 
-    def _args(self, arg: Any, expr: Expr) -> Any:
+    def _args(self, arg: Any, expr: Expr, value_of: Callable[[Expr], Any] | None = None) -> Any:
         if isinstance(arg, Expr):
+            if value_of is not None:
+                return value_of(arg)
             value = self(arg)
             pad = expr.rank - arg.rank
             if pad > 0 and isinstance(value, torch.Tensor):
@@ -252,9 +277,9 @@ class Grid:
         if isinstance(arg, torch.device):
             return self.env["q"].device
         if isinstance(arg, (list, tuple)):
-            return type(arg)(self._args(a, expr) for a in arg)
+            return type(arg)(self._args(a, expr, value_of) for a in arg)
         if isinstance(arg, dict):
-            return {k: self._args(v, expr) for k, v in arg.items()}
+            return {k: self._args(v, expr, value_of) for k, v in arg.items()}
         return arg
 
     def _index(self, expr: Expr) -> torch.Tensor:
@@ -262,15 +287,18 @@ class Grid:
         places = [self(i) if isinstance(i, Expr) else i for i in indices]
         if any(p is None or (isinstance(i, Expr) and i.rank) for p, i in zip(places, indices, strict=True)):
             raise Unreadable("it indexes with more than scalars")
-        if table.target is None:  # nothing of it depends on an index
-            value = table.args[0] if table.leaf == "constant" else self.env[table.leaf]
-            return self._upcast(value)[tuple(places)]  # type: ignore[no-any-return]
+        if table.free:
+            return self._raw(table)[tuple(places)]  # type: ignore[no-any-return]
         value = self(table)
         own = [
             torch.arange(size, device=value.device).reshape([-1 if d == axis else 1 for d in range(4)])
             for axis, size in enumerate(value.shape[:4])
         ]
         return value[(*own, *places)]  # type: ignore[no-any-return]
+
+    def _own(self, expr: Expr) -> Any:
+        """A leaf's value as it was captured."""
+        return expr.args[0] if expr.leaf == "constant" else self.env[expr.leaf]
 
     def _upcast(self, value: Any) -> Any:
         if self.exact and isinstance(value, torch.Tensor) and value.dtype.is_floating_point:

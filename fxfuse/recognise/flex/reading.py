@@ -18,6 +18,8 @@ from fxfuse.recognise.flex.forms import Problem, attention_form, decomposed_form
 from fxfuse.recognise.flex.score import WORKING, Opaque, conjuncts, read_score
 
 _ULP = 8.0
+_SCORES = 1 << 20
+"""More are not computed to ask what a mod means."""
 _LONGEST = 160
 """Numbers up to here are met by sequences that are longer."""
 
@@ -31,14 +33,15 @@ def region_of(view: GraphView, call: Flex, taken: Node) -> Region:
     sizes = [(key[0], query[0]), (value[0], query[0]), (value[2], key[2])]
     alike = tuple((a, b) for a, b in sizes if str(a) != str(b)) + tuple(_indexed(call))
     beyond = tuple(_beyond(call, (query[2], key[2]), query[0]))
-    return Region(view, taken, tuple(sources), tuple(others), (call.node, taken), alike, beyond)
+    crop = (4, int(query[1]), max(16, int((_SCORES / (4 * int(query[1]))) ** 0.5)), max(int(query[3]), int(value[3])))
+    return Region(view, taken, tuple(sources), tuple(others), (call.node, taken), alike=alike, crop=crop, beyond=beyond)
 
 
 def _indexed(call: Flex) -> Iterator[tuple[Any, Any]]:
-    """The sizes of tables that are indexed with b, h, q or kv themselves, each with the size of that index."""
+    """Sizes that are equal because tables are indexed with b, h, q or kv themselves."""
     query, key = fake(call.query).shape, fake(call.key).shape
     lengths = dict(zip(INDICES, (query[0], query[1], query[2], key[2]), strict=True))
-    known = {str(size) for size in lengths.values()}
+    known = {str(size): name for name, size in reversed(lengths.items())}
     try:
         score, mask = expressions(call)
     except Unreadable:
@@ -49,8 +52,13 @@ def _indexed(call: Flex) -> Iterator[tuple[Any, Any]]:
         if number:
             buffer = (call.score_buffers if kind == "score" else call.mask_buffers)[int(number)]
             for size, index in zip(fake(buffer).shape, expr.args[1], strict=False):
-                if isinstance(index, Expr) and index.leaf in lengths and str(size) not in known:
+                if not isinstance(index, Expr) or index.leaf not in lengths:
+                    continue
+                if str(size) not in known:
                     yield size, lengths[index.leaf]
+                elif (first := known[str(size)]) != index.leaf:
+                    early, late = sorted((first, index.leaf), key=INDICES.index)
+                    yield lengths[late], lengths[early]
 
 
 def _beyond(call: Flex, lengths: Sequence[Any], batch: Any) -> Iterator[tuple[Any, int]]:
