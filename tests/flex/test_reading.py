@@ -122,6 +122,24 @@ def test_tensors_computed_in_the_graph():
     same(fused, model, tuple(normal(3, 4, 12, 16) for _ in range(3)))
 
 
+def test_a_table_of_positions_that_is_an_argument():
+    """Its length is a symbol of its own, and it is indexed with queries and with keys, whose lengths are others."""
+
+    class Documents(Model):
+        def forward(self, q, k, v, document):
+            def mask(b, h, i, j):
+                return (i >= j) & (document[b, i] == document[b, j])
+
+            seen = create_block_mask(mask, q.shape[0], None, q.shape[2], q.shape[2], device="cpu")
+            return flex_attention(q, k, v, block_mask=seen)
+
+    model, args = Documents(None), (*(normal(2, 4, 9, 16) for _ in range(3)), torch.arange(18).view(2, 9) // 4)
+    fused = fuse(model, args, (*FREE, {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}))
+    (entry,) = fxfuse.report(fused).fused("Attention")
+    assert entry.parameters["is_causal"] and entry.parameters["boolean mask"] == "[B, 1, S, T]"
+    same(fused, model, (*(normal(3, 4, 14, 16) for _ in range(3)), torch.arange(42).view(3, 14) // 5))
+
+
 def test_layers_share_one_mask():
     def call(m, q, k, v):
         for _ in range(3):

@@ -12,7 +12,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch._dynamo._trace_wrapped_higher_order_op import ModIndex
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
@@ -37,8 +36,8 @@ _LOGICAL: dict[str, Callable[..., Any]] = {
     "bitwise_not": torch.logical_not,
 }
 """On booleans these are the same, and the ones that ONNX has."""
-_MOD_INDEX = f"{ModIndex.__module__}.{ModIndex.__qualname__}"
-"""How the graph names what `table[i]` became."""
+_MOD_INDEX = "torch._dynamo._trace_wrapped_higher_order_op.ModIndex"
+"""What `table[i]` became: the graph has the class, or its name."""
 _OVER_DIMS = frozenset(["sum", "mean", "amax", "amin", "any", "all", "prod", "select", "softmax", "_softmax"])
 
 
@@ -160,7 +159,9 @@ def _read(node: Node, env: Mapping[Node, Any]) -> Any:
     name = op_name(node)
     full = str(node.target)
     if full == "flat_apply":
-        called = [i for i, arg in enumerate(node.args) if arg is ModIndex or arg == _MOD_INDEX]
+        called = [
+            i for i, arg in enumerate(node.args) if arg == _MOD_INDEX or getattr(arg, "__name__", "") == "ModIndex"
+        ]
         if not called:
             raise Unreadable("it calls an autograd.Function")
         table, *indices = args[called[0] + 1 :]

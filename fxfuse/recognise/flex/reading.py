@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ def region_of(view: GraphView, call: Flex, taken: Node) -> Region:
     others = [n for n in dict.fromkeys(view.canonical(b) for b in buffers) if n not in sources]
     query, key, value = (fake(n).shape for n in sources)
     sizes = [(key[0], query[0]), (value[0], query[0]), (value[2], key[2])]
-    alike = tuple((a, b) for a, b in sizes if str(a) != str(b)) + tuple(_indexed(call))
+    alike = tuple(_roots([*sizes, *_indexed(call)]))
     beyond = tuple(_beyond(call, (query[2], key[2]), query[0]))
     crop = (4, int(query[1]), max(16, int((_SCORES / (4 * int(query[1]))) ** 0.5)), max(int(query[3]), int(value[3])))
     return Region(view, taken, tuple(sources), tuple(others), (call.node, taken), alike=alike, crop=crop, beyond=beyond)
@@ -41,7 +41,6 @@ def _indexed(call: Flex) -> Iterator[tuple[Any, Any]]:
     """Sizes that are equal because tables are indexed with b, h, q or kv themselves."""
     query, key = fake(call.query).shape, fake(call.key).shape
     lengths = dict(zip(INDICES, (query[0], query[1], query[2], key[2]), strict=True))
-    known = {str(size): name for name, size in reversed(lengths.items())}
     try:
         score, mask = expressions(call)
     except Unreadable:
@@ -52,13 +51,24 @@ def _indexed(call: Flex) -> Iterator[tuple[Any, Any]]:
         if number:
             buffer = (call.score_buffers if kind == "score" else call.mask_buffers)[int(number)]
             for size, index in zip(fake(buffer).shape, expr.args[1], strict=False):
-                if not isinstance(index, Expr) or index.leaf not in lengths:
-                    continue
-                if str(size) not in known:
+                if isinstance(index, Expr) and index.leaf in lengths:
                     yield size, lengths[index.leaf]
-                elif (first := known[str(size)]) != index.leaf:
-                    early, late = sorted((first, index.leaf), key=INDICES.index)
-                    yield lengths[late], lengths[early]
+
+
+def _roots(pairs: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
+    """The same equalities without a cycle: each size takes the value of one that came before it."""
+    parent: dict[str, Any] = {}
+
+    def root(size: Any) -> Any:
+        while str(size) in parent:
+            size = parent[str(size)]
+        return size
+
+    for a, b in pairs:
+        first, second = root(b), root(a)
+        if str(first) != str(second) and isinstance(first, torch.SymInt) and isinstance(second, torch.SymInt):
+            parent[str(second)] = first
+            yield second, first
 
 
 def _beyond(call: Flex, lengths: Sequence[Any], batch: Any) -> Iterator[tuple[Any, int]]:
