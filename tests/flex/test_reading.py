@@ -140,6 +140,27 @@ def test_a_table_of_positions_that_is_an_argument():
     same(fused, model, (*(normal(3, 4, 14, 16) for _ in range(3)), torch.arange(42).view(3, 14) // 5))
 
 
+def test_integers_that_index_a_short_table():
+    class Types(Model):
+        def forward(self, q, k, v, kind):
+            short = self.slopes[:2]
+            return flex_attention(q, k, v, score_mod=lambda s, b, h, i, j: s + short[kind[b, j]])
+
+    model, args = Types(None), (*(normal(2, 4, 9, 16) for _ in range(3)), torch.arange(18).view(2, 9) % 2)
+    fused = fuse(model, args, (*FREE, {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}))
+    assert len(fxfuse.report(fused).fused("Attention")) == 1
+    same(fused, model, (*(normal(3, 4, 14, 16) for _ in range(3)), torch.arange(42).view(3, 14) % 2))
+
+
+def test_causal_is_top_left_where_lengths_differ():
+    model = Model(causal)
+    for sizes in ((5, 9), (9, 5)):
+        args = tuple(normal(2, 4, n, 16) for n in (sizes[0], sizes[1], sizes[1]))
+        fused = fuse(model, args)
+        assert fxfuse.report(fused).fused("Attention")[0].parameters["is_causal"]
+        same(fused, model, args)
+
+
 def test_layers_share_one_mask():
     def call(m, q, k, v):
         for _ in range(3):

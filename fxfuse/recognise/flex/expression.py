@@ -56,6 +56,7 @@ class Expr:
     """None: a size, a Python number while tracing."""
     rank: int = 0
     """Of the value as the mod sees it: 0 but for rows of tables."""
+    shape: tuple[Any, ...] = ()
     leaf: str = ""
     """``"score"``, an index, ``"score 0"`` for a captured value; ``"constant"``, whose value is in `args`."""
 
@@ -103,12 +104,12 @@ class Expr:
         return None
 
 
-def leaf(name: str, dtype: torch.dtype | None, rank: int = 0) -> Expr:
-    return Expr(None, dtype=dtype, rank=rank, leaf=name)
+def leaf(name: str, dtype: torch.dtype | None, shape: tuple[Any, ...] = ()) -> Expr:
+    return Expr(None, dtype=dtype, rank=len(shape), shape=shape, leaf=name)
 
 
 def constant(value: torch.Tensor) -> Expr:
-    return Expr(None, (value,), dtype=value.dtype, rank=value.dim(), leaf="constant")
+    return Expr(None, (value,), dtype=value.dtype, rank=value.dim(), shape=tuple(value.shape), leaf="constant")
 
 
 def call(target: Callable[..., Any], *args: Any, dtype: torch.dtype | None) -> Expr:
@@ -122,7 +123,7 @@ def captured(kind: str, values: Sequence[Any]) -> list[Expr]:
     for i, value in enumerate(values):
         fake: Any = value.meta.get("val") if isinstance(value, Node) else value
         if isinstance(fake, torch.Tensor):
-            found.append(leaf(f"{kind} {i}", fake.dtype, fake.dim()))
+            found.append(leaf(f"{kind} {i}", fake.dtype, tuple(fake.shape)))
         else:
             found.append(leaf(f"{kind} {i}", None))
     return found
@@ -155,7 +156,8 @@ def _read(node: Node, env: Mapping[Node, Any]) -> Any:
     kwargs = map_arg(dict(node.kwargs), env.__getitem__)
     value = node.meta.get("val")
     dtype = value.dtype if isinstance(value, torch.Tensor) else None
-    rank = value.dim() if isinstance(value, torch.Tensor) else 0
+    shape = tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+    rank = len(shape)
     name = op_name(node)
     full = str(node.target)
     if full == "flat_apply":
@@ -165,7 +167,7 @@ def _read(node: Node, env: Mapping[Node, Any]) -> Any:
         if not called:
             raise Unreadable("it calls an autograd.Function")
         table, *indices = args[called[0] + 1 :]
-        return Expr(torch.ops.aten.index.Tensor, (table, tuple(indices)), dtype=dtype, rank=rank)
+        return Expr(torch.ops.aten.index.Tensor, (table, tuple(indices)), dtype=dtype, rank=rank, shape=shape)
     if full.startswith("approx.tanh"):  # attention-gym's, which is tanh but for a faster instruction on GPUs
         return Expr(torch.ops.aten.tanh.default, args, dtype=dtype, rank=rank)
     if isinstance(node.target, torch._ops.HigherOrderOperator):
@@ -186,7 +188,7 @@ def _read(node: Node, env: Mapping[Node, Any]) -> Any:
     if not known or (schema is not None and schema.is_mutable):
         raise Unreadable(f"it calls {full}")
     target: Any = node.target
-    return Expr(target, args, kwargs, dtype=dtype, rank=rank)
+    return Expr(target, args, kwargs, dtype=dtype, rank=rank, shape=shape)
 
 
 def _filled(name: str, args: Sequence[Any]) -> Any:

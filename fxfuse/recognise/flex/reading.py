@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.fx import Node
 
 from fxfuse.graph.flex import OUTPUTS, Flex, flex
 from fxfuse.graph.region import Region
-from fxfuse.graph.view import GraphView, fake, tensor
+from fxfuse.graph.view import GraphView, fake, static, tensor
 from fxfuse.recognise.answers import Found, Reason
 from fxfuse.recognise.flex.encoding import encode
 from fxfuse.recognise.flex.expression import INDICES, Expr, Unreadable, captured, expression, leaf
@@ -32,9 +33,26 @@ def region_of(view: GraphView, call: Flex, taken: Node) -> Region:
     query, key, value = (fake(n).shape for n in sources)
     sizes = [(key[0], query[0]), (value[0], query[0]), (value[2], key[2])]
     alike = tuple(_roots([*sizes, *_indexed(call)]))
-    beyond = tuple(_beyond(call, (query[2], key[2]), query[0]))
-    crop = (4, int(query[1]), max(16, int((_SCORES / (4 * int(query[1]))) ** 0.5)), max(int(query[3]), int(value[3])))
-    return Region(view, taken, tuple(sources), tuple(others), (call.node, taken), alike=alike, crop=crop, beyond=beyond)
+    return Region(
+        view,
+        taken,
+        tuple(sources),
+        tuple(others),
+        (call.node, taken),
+        alike=alike,
+        crop=_crop(query[1]),
+        below=_rows(call),
+        beyond=tuple(_beyond(call, (query[2], key[2]), query[0])),
+    )
+
+
+def _crop(heads: Any) -> tuple[int, ...]:
+    """Batch, heads, length and head size that are enough, where static ones are more."""
+    count = static(heads)
+    if count is None:
+        return ()
+    whole = sys.maxsize
+    return 4, whole, max(16, int((_SCORES / (4 * count)) ** 0.5)), whole
 
 
 def _indexed(call: Flex) -> Iterator[tuple[Any, Any]]:
@@ -46,13 +64,24 @@ def _indexed(call: Flex) -> Iterator[tuple[Any, Any]]:
     except Unreadable:
         return
     for expr in (e for root in (score, mask) for e in root.walk()):
-        table = expr.args[0] if expr.name == "index" else None
-        kind, _, number = table.leaf.partition(" ") if isinstance(table, Expr) else ("", "", "")
-        if number:
-            buffer = (call.score_buffers if kind == "score" else call.mask_buffers)[int(number)]
-            for size, index in zip(fake(buffer).shape, expr.args[1], strict=False):
+        if expr.name == "index" and expr.args[0].target is None:
+            for size, index in zip(expr.args[0].shape, expr.args[1], strict=False):
                 if isinstance(index, Expr) and index.leaf in lengths:
                     yield size, lengths[index.leaf]
+
+
+def _rows(call: Flex) -> int:
+    """The fewest rows of any table that captured integers index."""
+    rows = [4]
+    try:
+        exprs = [e for root in expressions(call) for e in root.walk() if e.name == "index"]
+    except Unreadable:
+        return 4
+    for expr in exprs:
+        table, indices = expr.args
+        sizes = zip(table.shape if table.free else (), indices, strict=False)
+        rows += [n for n, i in sizes if isinstance(n, int) and isinstance(i, Expr) and i.leaf not in INDICES]
+    return max(1, min(rows))
 
 
 def _roots(pairs: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
