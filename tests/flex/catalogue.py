@@ -62,9 +62,10 @@ def render(rows: Iterable[Row]) -> str:
         lines.append(f"## {title}\n\n")
         for row in chosen:
             entry = texts[row.name]
+            nodes = f"{row.nodes} ONNX node{'s' if row.nodes > 1 else ''}"
             lines.append(
                 f"### {row.name}\n\n{entry.source}\n\n```python\n{entry.text}\n```\n\n"
-                f"{'Encoding' if row.whole else 'Reason'}: {row.encoding}. {row.nodes} ONNX node{'s' if row.nodes > 1 else ''}, "
+                f"{'Encoding' if row.whole else 'Reason'}: {row.encoding}. {nodes}, "
                 f"error {row.error:.1e}.\n\n"
             )
     return HEAD + "".join(lines).rstrip() + "\n"
