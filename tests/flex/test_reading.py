@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+
+import jsonschema
 import pytest
 import torch
 import torch._dynamo
@@ -11,6 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import fxfuse
 from fxfuse.graph.flex import flex
+from fxfuse.report.record import dumps, record, schema
 
 INF = float("inf")
 FREE = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC},) * 3
@@ -208,6 +212,8 @@ def test_the_report_says_why_it_is_not_one_node():
     assert entry.reason == "the score times itself" and entry.result in {n.name for n in fused.graph.nodes}
     assert "1 decomposed" in str(report) and "decomposed: Attention: the score times itself" in str(report)
     assert report.counts == {}
+    assert "decomposed" in report._repr_html_()
+    jsonschema.validate(json.loads(dumps(record(report))), schema(), jsonschema.Draft202012Validator)
 
 
 def test_what_cannot_be_read_stays_and_is_named():
