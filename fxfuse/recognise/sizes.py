@@ -43,7 +43,8 @@ class Sizes:
         for a, b in alike:
             if isinstance(a, torch.SymInt):
                 number, symbol = a.node.expr.as_coeff_Add()
-                self._alike[symbol] = b, int(number)
+                if symbol.is_Symbol:
+                    self._alike[symbol] = b, int(number)
         self._values: dict[Any, int] = {}
         self._known: dict[Any, Any] = {}
 

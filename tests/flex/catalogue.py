@@ -18,8 +18,7 @@ HEAD = """# What flex_attention's mods become
 
 Written by `python -m tests.flex.catalogue`; `tests/flex/test_catalogue.py` checks it. Each idiom
 (`tests/flex/idioms.py`) was exported with batch and length free at opset 23 and 24, and run in PyTorch and ONNX Runtime
-at the exported length and at another; the error is the largest difference to eager flex_attention in float32, of values
-of size 1. "Attention" counts the nodes of that name in the ONNX graph.
+at the exported length and at another; the error is the largest difference to eager flex_attention in float32.
 
 """
 
@@ -63,9 +62,10 @@ def render(rows: Iterable[Row]) -> str:
         lines.append(f"## {title}\n\n")
         for row in chosen:
             entry = texts[row.name]
+            nodes = f"{row.nodes} ONNX node{'s' if row.nodes > 1 else ''}"
             lines.append(
                 f"### {row.name}\n\n{entry.source}\n\n```python\n{entry.text}\n```\n\n"
-                f"{'Encoding' if row.whole else 'Reason'}: {row.encoding}. {row.nodes} ONNX nodes, "
+                f"{'Encoding' if row.whole else 'Reason'}: {row.encoding}. {nodes}, "
                 f"error {row.error:.1e}.\n\n"
             )
     return HEAD + "".join(lines).rstrip() + "\n"

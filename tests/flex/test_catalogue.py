@@ -12,9 +12,7 @@ from tests.flex.idioms import IDIOMS
 BOUND = 1e-5
 SAMPLE = {
     "padded_both": 23,
-    "documents_causal": 24,
-    "natten": 23,
-    "alibi_causal": 24,
+    "natten": 24,
     "softcap_window": 23,
     "both_scales": 24,
     "sinks_column": 23,

@@ -16,7 +16,8 @@ from fxfuse.graph.region import Region
 from fxfuse.graph.view import fake, tensor
 from fxfuse.recognise.answers import Form
 from fxfuse.recognise.flex.encoding import Encoding
-from fxfuse.recognise.flex.expression import INDICES, Expr, Grid, Unreadable
+from fxfuse.recognise.flex.expression import INDICES, Expr, Unreadable
+from fxfuse.recognise.flex.grid import Grid
 from fxfuse.recognise.flex.score import Factor
 
 
