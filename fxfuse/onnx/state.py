@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from fxfuse.cache.lift import State
-from fxfuse.graph.view import LAYOUT, GraphView, fake
+from fxfuse.graph.view import LAYOUT, GraphView, fake, tensor
 from fxfuse.recognise.walk import chain_back
 
 CACHE = "fxfuse.cache"
@@ -37,7 +37,9 @@ def name_states(model: ir.Model, fused: ExportedProgram, states: tuple[State, ..
     first_input, first_output = len(model.graph.inputs) - len(buffers), len(model.graph.outputs) - len(states)
     taken = {v.name for v in (*model.graph.inputs[:first_input], *model.graph.outputs[:first_output])}
     inputs = {s.target: value for s, value in zip(buffers, model.graph.inputs[first_input:], strict=True)}
-    named = {value.name: value for value in model.graph.inputs}
+    tensors = {n.name for n in fused.graph.find_nodes(op="placeholder") if tensor(n) is not None}
+    given = [name for name in fused.graph_signature.user_inputs if name in tensors]
+    named = dict(zip(given, model.graph.inputs, strict=True))  # by place: the caller may have named them
     aliases = {}
     for state, output in zip(states, model.graph.outputs[first_output:], strict=True):
         value = inputs.get(state.target) or named[state.placeholder]

@@ -114,6 +114,25 @@ def test_caches_in_buffers_are_named_by_their_layer(write: str) -> None:
     np.testing.assert_allclose(cache["past_key_values.0.value"], model.v.detach(), atol=1e-5)
 
 
+class GivenCache(nn.Module):
+    def forward(self, x: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+        cache[:, 1:3] = x
+        return cache.sum(1)
+
+
+@pytest.mark.parametrize("names", [None, ["new", "past"]])
+def test_an_input_that_is_written_to_comes_out_too(names: list[str] | None) -> None:
+    x, cache = torch.randn(2, 2, 4), torch.randn(2, 5, 4)
+    onnx_program = fxfuse.onnx.export(GivenCache().eval(), (x, cache.clone()), input_names=names)
+    first, second = names or ["x", "cache"]
+    assert [v.name for v in onnx_program.model.graph.inputs] == [first, second]
+    results = run(onnx_program, **{first: x, second: cache})
+    expected = cache.clone()
+    total = GivenCache()(x, expected)
+    np.testing.assert_allclose(results[f"present.{second}"], expected)
+    np.testing.assert_allclose(next(iter(results.values())), total, rtol=1e-5)
+
+
 @torch.library.custom_op("fxfuse_tests::bump", mutates_args=("x",))
 def bump(x: torch.Tensor) -> None:
     x.add_(1)
