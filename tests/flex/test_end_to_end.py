@@ -14,16 +14,16 @@ import fxfuse.onnx
 transformers = pytest.importorskip("transformers")
 ort = pytest.importorskip("onnxruntime")
 FREE = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
-SMALL = dict(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=64,
-)
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
 DECODERS = {
     "Llama": {},
     "Mistral": {"sliding_window": 4},
@@ -74,14 +74,14 @@ def test_transformers(name, padded):
     model = decoder(name)
     ids = torch.arange(22).reshape(2, 11)
     args = (ids, torch.ones_like(ids)) if padded else (ids,)  # a mask that is all true is a mask nevertheless
-    onnx = fxfuse.onnx.export(Logits(model), args, dynamic_shapes=(FREE,) * len(args))
+    onnx = fxfuse.onnx.export(Logits(model).eval(), args, dynamic_shapes=(FREE,) * len(args))
     kinds = [n.op_type for n in onnx.model_proto.graph.node]
     assert kinds.count("Attention") == 2 and kinds.count("RotaryEmbedding") == 4
     model.set_attn_implementation("eager")
     for shape in ((3, 7), (1, 19)):
         args = batch(*shape, padded)
         with torch.no_grad():
-            expected = Logits(model)(*args)
+            expected = Logits(model).eval()(*args)
         kept = args[1].bool() if padded else torch.ones(shape, dtype=torch.bool)
         torch.testing.assert_close(run(onnx, args)[kept], expected[kept], rtol=1e-4, atol=1e-5)
 

@@ -15,6 +15,7 @@ import torch
 from torch.fx import Node
 
 from fxfuse.flex.lists import MAX_POSITIONS, dense, disagreement, membership
+from fxfuse.flex.one_block import LARGE
 from fxfuse.graph.flex import Flex
 from fxfuse.graph.view import fake
 from fxfuse.recognise.answers import NEAR, Reason
@@ -108,7 +109,7 @@ def _evaluator(call: Flex, ask: Questions) -> Evaluator:
     lengths: list[Any] = [fake(call.query).shape[2], fake(call.key).shape[2]]
     symbols = {s for length in lengths if isinstance(length, torch.SymInt) for s in length.node.expr.free_symbols}
     lists = [n for n in call.block_mask.values() if isinstance(n, Node)]
-    if not symbols or all(not n.all_input_nodes for n in lists):
+    if not symbols or call.block_mask["BLOCK_SIZE.0"] >= LARGE:  # one block holds any length
         return ask.evaluator()
     numbers = [*_numbers(_before(lists)), *_numbers(call.mask_mod.graph.nodes), call.block_mask["BLOCK_SIZE.0"]]
     return Evaluator(Sizes(ask.ranges, 0, preset=dict.fromkeys(symbols, max(numbers) + 3)))

@@ -1,7 +1,7 @@
 """Block lists made part of the mask function: mask'(b, h, q, kv) = listed[b, h, q / Q, kv / K] & mask | full[…].
 
-That is what the compiled kernel computes of a `BlockMask`: nothing of a block that no list names, everything of one that
-is listed as full. It is done to a copy of the program, where the lists do not follow from the function.
+That is what the compiled kernel computes of a `BlockMask`: nothing of a block that no list names, everything of one
+that is listed as full. It is done to a copy of the program, where the lists do not follow from the function.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def reconstruct(program: ExportedProgram, ask: Questions) -> None:
     program.graph_module.recompile()
 
 
-def _reconstruct(call: Flex, owner: torch.nn.Module) -> None:
+def _reconstruct(call: Flex, owner: GraphModule) -> None:
     lists = call.block_mask
     block = (lists["BLOCK_SIZE.0"], lists["BLOCK_SIZE.1"])
     full = ("full_kv_num_blocks", "full_kv_indices") if lists.get("full_kv_num_blocks") is not None else None
@@ -40,9 +40,7 @@ def _reconstruct(call: Flex, owner: torch.nn.Module) -> None:
         inputs = (lists[counts], lists[indices], call.query, call.key)
         tables.append(_inserted(call.node, trace(_membership(block), inputs), inputs))
     name = f"{call.node.name}_blocks_and_mask"
-    owner.add_submodule(name, GraphModule(owner, _both(call, tables, block))) if isinstance(
-        owner, GraphModule
-    ) else None
+    owner.add_submodule(name, GraphModule(owner, _both(call, tables, block)))
     graph = call.node.graph
     with graph.inserting_before(call.node):
         mask = graph.get_attr(name)
@@ -53,8 +51,12 @@ def _reconstruct(call: Flex, owner: torch.nn.Module) -> None:
         new.meta["val"] = first.new_empty(shape, dtype=torch.int32)
     plain: dict[str, Any] = dict.fromkeys(block_mask_names()) | {
         **{k: lists[k] for k in ("seq_lengths.0", "seq_lengths.1")},
-        **{"kv_num_blocks": one, "kv_indices": zero, "q_num_blocks": one, "q_indices": zero},
-        **{"BLOCK_SIZE.0": LARGE, "BLOCK_SIZE.1": LARGE},
+        "kv_num_blocks": one,
+        "kv_indices": zero,
+        "q_num_blocks": one,
+        "q_indices": zero,
+        "BLOCK_SIZE.0": LARGE,
+        "BLOCK_SIZE.1": LARGE,
     }
     args = list(call.node.args)
     args[4] = (*(plain[k] for k in block_mask_names()), mask)
