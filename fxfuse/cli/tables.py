@@ -16,14 +16,18 @@ from fxfuse.report.text import tallies, unfused
 
 def show_report(console: Console, report: Report) -> None:
     """What was fused, and what was not and why."""
+    rows = tallies(report)
+    # A column that is rarely of use: the table is to fit into 80.
+    decomposed = any(row.decomposed for row in rows)
     table = _table(
         f"Fused at opset {report.opset}: {report.nodes_before} → {report.nodes_after} nodes",
         "operator",
-        ("fused", "decomposed", "refused", "near misses"),
+        ("fused", *(["decomposed"] if decomposed else []), "refused", "near misses"),
         "parameters",
     )
-    for row in tallies(report):
-        counts = (str(count) if count else "–" for count in (row.fused, row.decomposed, row.refused, row.near_misses))
+    for row in rows:
+        numbers = (row.fused, *([row.decomposed] if decomposed else []), row.refused, row.near_misses)
+        counts = (str(count) if count else "–" for count in numbers)
         table.add_row(escape(row.operator), *counts, escape(row.parameters))
     console.print(table) if table.row_count else console.print("Nothing to fuse was found.")
     for case in unfused(report):

@@ -28,6 +28,10 @@ class Region:
     """In graph order; the output is last."""
     alike: tuple[tuple[Any, Any], ...] = ()
     """Symbolic sizes that can only be what the other size of the pair is: without it the region cannot run."""
+    crop: tuple[int, ...] = ()
+    """Sources need be no larger than this, by axis, to ask what the region computes: it treats positions alike."""
+    below: int = 4
+    """Integers are drawn below this: what the region indexes has so many rows at least."""
     beyond: tuple[tuple[Any, int], ...] = ()
     """Symbols and sizes for them at which every number that the region mentions matters: a window, a prefix."""
 

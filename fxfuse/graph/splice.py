@@ -122,6 +122,7 @@ class Splicer:
         self._share()
         self._remove_dead([*self._dead, *self._inserted])
         remove_unread(self.graph, self._dead)
+        self.program.graph_module.delete_all_unused_submodules()
         self.graph.lint()
 
     def _known_size(self, node: Node, output: Node) -> Node | None:
@@ -148,7 +149,7 @@ class Splicer:
         erased: set[Node] = set()
         while pending:
             node = pending.pop()
-            if node in erased or node.op != "call_function" or not is_pure(node):
+            if node in erased or not (node.op == "get_attr" or is_pure(node)):
                 continue
             if any(op_name(u) not in ASSERTIONS for u in node.users):
                 continue

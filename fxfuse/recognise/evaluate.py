@@ -170,7 +170,13 @@ class _Mod(Interpreter):
 
 
 def draw(
-    node: Node, evaluator: Evaluator, generator: torch.Generator, *, scale: float = 1.0, high: int = 4
+    node: Node,
+    evaluator: Evaluator,
+    generator: torch.Generator,
+    *,
+    scale: float = 1.0,
+    high: int = 4,
+    crop: tuple[int, ...] = (),
 ) -> torch.Tensor:
     """Random valid values for a region input: normal floats times `scale`, integers below `high`, coin tosses.
 
@@ -178,6 +184,8 @@ def draw(
     """
     value = fake(node)
     shape = evaluator.sizes.shape(node)
+    if crop:
+        shape = tuple(map(min, shape, crop))
     if math.prod(shape) > MAX_ELEMENTS:
         raise CannotEvaluate(f"input {node.name} is too large to draw: {list(shape)}")
     if value.dtype == torch.bool:

@@ -74,14 +74,19 @@ class Questions:
         }
         return Evaluator(Sizes(self.ranges, 0, preset=dict.fromkeys(symbols, largest + 3))) if symbols else None
 
-    def draws(self, nodes: Iterable[Node], evaluator: Evaluator, seed: int) -> list[torch.Tensor]:
+    def draws(
+        self, nodes: Iterable[Node], evaluator: Evaluator, seed: int, *, crop: tuple[int, ...] = (), high: int = 4
+    ) -> list[torch.Tensor]:
         """Independent random values for each node; a node given twice (k that is v too) has one."""
         gen = generator(seed)
         drawn: dict[Node, torch.Tensor] = {}
         wanted = list(nodes)
         for node in wanted:
             if node not in drawn:
-                drawn[node] = self._fixed(node, evaluator) if self._is_index(node) else draw(node, evaluator, gen)
+                fixed = self._is_index(node)
+                drawn[node] = (
+                    self._fixed(node, evaluator) if fixed else draw(node, evaluator, gen, crop=crop, high=high)
+                )
         return [drawn[node] for node in wanted]
 
     def _is_index(self, node: Node) -> bool:
@@ -96,11 +101,11 @@ class Questions:
 
     def inputs(self, region: Region, evaluator: Evaluator, seed: int, *, from_leaves: bool) -> list[torch.Tensor]:
         """Random sources, and others drawn freely or computed from the program's leaves."""
-        sources = self.draws(region.sources, evaluator, seed)
+        sources = self.draws(region.sources, evaluator, seed, crop=region.crop)
         others = (
             self.leaf_values(region.others, evaluator, seed + 1, cover=seed % 2 == 0)
             if from_leaves
-            else self.draws(region.others, evaluator, seed + 1)
+            else self.draws(region.others, evaluator, seed + 1, high=region.below)
         )
         return sources + others
 

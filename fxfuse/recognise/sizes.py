@@ -39,7 +39,12 @@ class Sizes:
         self._profile = profile
         self._stretch = stretch
         self._preset = preset or {}
-        self._alike = {a.node.expr: b for a, b in alike if isinstance(a, torch.SymInt)}
+        self._alike: dict[Any, tuple[Any, int]] = {}
+        for a, b in alike:
+            if isinstance(a, torch.SymInt):
+                number, symbol = a.node.expr.as_coeff_Add()
+                if symbol.is_Symbol:
+                    self._alike[symbol] = b, int(number)
         self._values: dict[Any, int] = {}
         self._known: dict[Any, Any] = {}
 
@@ -52,8 +57,11 @@ class Sizes:
             return known
         for symbol in sorted(expr.free_symbols, key=str):
             if symbol not in self._values:
-                other = self._alike.get(symbol)
-                self._values[symbol] = self._choose(symbol) if other is None else self(other)
+                if symbol in self._alike:
+                    other, number = self._alike[symbol]
+                    self._values[symbol] = self(other) - number
+                else:
+                    self._values[symbol] = self._choose(symbol)
         value = expr.xreplace({s: self._values[s] for s in expr.free_symbols})
         kind = int if isinstance(size, torch.SymInt) else float if isinstance(size, torch.SymFloat) else bool
         self._known[expr] = kind(value)

@@ -16,7 +16,8 @@ from fxfuse.graph.region import Region
 from fxfuse.graph.view import fake, tensor
 from fxfuse.recognise.answers import Form
 from fxfuse.recognise.flex.encoding import Encoding
-from fxfuse.recognise.flex.expression import INDICES, Expr, Grid, Unreadable
+from fxfuse.recognise.flex.expression import INDICES, Expr, Unreadable
+from fxfuse.recognise.flex.grid import Grid
 from fxfuse.recognise.flex.score import Factor
 
 
@@ -81,7 +82,7 @@ def attention_form(problem: Problem, encoding: Encoding) -> Form:
         lengths = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
         grid = problem.grid(inputs, lengths)
         kind = torch.promote_types(q.dtype, torch.float32) if encoding.wide else q.dtype
-        q, k, v = (t if t.dtype == kind else t.to(kind) for t in (q, k, v))
+        q, k, v = (_cast(t, kind) for t in (q, k, v))
         k, v = _batched(k, q), _batched(v, q)
         if repeats:
             k, v = _each_head(k, lengths[1]), _each_head(v, lengths[1])
@@ -93,7 +94,7 @@ def attention_form(problem: Problem, encoding: Encoding) -> Form:
             k = _times(k, grid(factor.value).transpose(2, 3), factor)
         y: Tensor = torch.ops.fxfuse.attention(q, k, v, _mask(encoding, grid, lengths, kind), **attributes)
         y = y if problem.in_memory_BSHD else y.contiguous()
-        return y if y.dtype == out or q.dtype == torch.float64 else y.to(out)
+        return y if q.dtype == torch.float64 else _cast(y, out)
 
     return attention
 
@@ -106,20 +107,20 @@ def decomposed_form(problem: Problem, output: str) -> Form:
         working = torch.promote_types(q.dtype, torch.float32)
         lengths = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
         k = _each_head(_exactly(k, q, k), lengths[1])
-        raw = (q.to(working) @ k.to(working).transpose(2, 3)) * problem.call.scale
+        raw = (_cast(q, working) @ _cast(k, working).transpose(2, 3)) * problem.call.scale
         grid = problem.grid(inputs, lengths, raw)
         scores: Tensor = grid(problem.score)
         kept = _conjunction(problem.mask, grid)
         if kept is not None:
             scores = torch.where(kept, scores, -math.inf)
-        scores = scores.to(working).expand(lengths)
+        scores = _cast(scores, working).expand(lengths)
         if output == "logsumexp":
             return torch.logsumexp(scores, -1) * (1 / math.log(2))
         if output == "max_scores":
             return scores.amax(-1) * (1 / math.log(2))
-        v = _each_head(_exactly(inputs[2], q, k), lengths[1]).to(q.dtype)
+        v = _cast(_each_head(_exactly(inputs[2], q, k), lengths[1]), q.dtype)
         nothing = (scores == -math.inf).all(-1, keepdim=True)
-        y = torch.softmax(scores, -1).masked_fill(nothing, 0.0).to(q.dtype) @ v
+        y = _cast(torch.softmax(scores, -1).masked_fill(nothing, 0.0), q.dtype) @ v
         return y.transpose(1, 2).contiguous().transpose(1, 2) if problem.in_memory_BSHD else y
 
     return attention
@@ -132,7 +133,7 @@ def _mask(encoding: Encoding, grid: Grid, lengths: Sequence[int], dtype: torch.d
         bias = grid(encoding.bias)
         if not isinstance(bias, Tensor):
             raise Unreadable("the bias is a size")
-        bias = bias.to(dtype)
+        bias = _cast(bias, dtype)
         mask = bias if mask is None else torch.where(mask, bias, -math.inf)
     return None if mask is None else mask.expand(mask.shape[0], mask.shape[1], lengths[2], lengths[3])
 
@@ -146,7 +147,7 @@ def _conjunction(conditions: Sequence[Expr], grid: Grid) -> Tensor | None:
 
 
 def _times(t: Tensor, by: Any, factor: Factor) -> Tensor:
-    by = by.to(t.dtype) if isinstance(by, Tensor) else by
+    by = _cast(by, t.dtype) if isinstance(by, Tensor) else by
     result: Tensor = t / by if factor.inverse else t * by
     return result
 
@@ -160,10 +161,16 @@ def _batched(t: Tensor, q: Tensor) -> Tensor:
 def _exactly(t: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """t [B or 1, Hkv, T, D] with the batch of q and the length of k, whose symbols may be others: by picking, which
     asks for no size to equal another."""
-    for axis, size in ((0, q.shape[0]), (2, k.shape[2])):
-        if str(t.shape[axis]) != str(size):
-            t = t.index_select(axis, torch.arange(size, device=t.device) % t.shape[axis])
+    if str(t.shape[0]) != str(q.shape[0]):
+        last = torch.arange(t.shape[0], device=t.device)[-1:]
+        t = t.index_select(0, torch.minimum(torch.arange(q.shape[0], device=t.device), last))
+    if str(t.shape[2]) != str(k.shape[2]):
+        t = t.index_select(2, torch.arange(k.shape[2], device=t.device))
     return t
+
+
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def _each_head(t: Tensor, heads: int) -> Tensor:

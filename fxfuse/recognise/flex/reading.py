@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.fx import Node
 
 from fxfuse.graph.flex import OUTPUTS, Flex, flex
 from fxfuse.graph.region import Region
-from fxfuse.graph.view import GraphView, fake, tensor
+from fxfuse.graph.view import GraphView, fake, static, tensor
 from fxfuse.recognise.answers import Found, Reason
 from fxfuse.recognise.flex.encoding import encode
 from fxfuse.recognise.flex.expression import INDICES, Expr, Unreadable, captured, expression, leaf
@@ -18,6 +19,8 @@ from fxfuse.recognise.flex.forms import Problem, attention_form, decomposed_form
 from fxfuse.recognise.flex.score import WORKING, Opaque, conjuncts, read_score
 
 _ULP = 8.0
+_SCORES = 1 << 20
+"""More are not computed to ask what a mod means."""
 _LONGEST = 160
 """Numbers up to here are met by sequences that are longer."""
 
@@ -29,28 +32,72 @@ def region_of(view: GraphView, call: Flex, taken: Node) -> Region:
     others = [n for n in dict.fromkeys(view.canonical(b) for b in buffers) if n not in sources]
     query, key, value = (fake(n).shape for n in sources)
     sizes = [(key[0], query[0]), (value[0], query[0]), (value[2], key[2])]
-    alike = tuple((a, b) for a, b in sizes if str(a) != str(b)) + tuple(_indexed(call))
-    beyond = tuple(_beyond(call, (query[2], key[2]), query[0]))
-    return Region(view, taken, tuple(sources), tuple(others), (call.node, taken), alike, beyond)
+    alike = tuple(_roots([*sizes, *_indexed(call)]))
+    return Region(
+        view,
+        taken,
+        tuple(sources),
+        tuple(others),
+        (call.node, taken),
+        alike=alike,
+        crop=_crop(query[1]),
+        below=_rows(call),
+        beyond=tuple(_beyond(call, (query[2], key[2]), query[0])),
+    )
+
+
+def _crop(heads: Any) -> tuple[int, ...]:
+    """Batch, heads, length and head size that are enough, where static ones are more."""
+    count = static(heads)
+    if count is None:
+        return ()
+    whole = sys.maxsize
+    return 4, whole, max(16, int((_SCORES / (4 * count)) ** 0.5)), whole
 
 
 def _indexed(call: Flex) -> Iterator[tuple[Any, Any]]:
-    """The sizes of tables that are indexed with b, h, q or kv themselves, each with the size of that index."""
+    """Sizes that are equal because tables are indexed with b, h, q or kv themselves."""
     query, key = fake(call.query).shape, fake(call.key).shape
     lengths = dict(zip(INDICES, (query[0], query[1], query[2], key[2]), strict=True))
-    known = {str(size) for size in lengths.values()}
     try:
         score, mask = expressions(call)
     except Unreadable:
         return
     for expr in (e for root in (score, mask) for e in root.walk()):
-        table = expr.args[0] if expr.name == "index" else None
-        kind, _, number = table.leaf.partition(" ") if isinstance(table, Expr) else ("", "", "")
-        if number:
-            buffer = (call.score_buffers if kind == "score" else call.mask_buffers)[int(number)]
-            for size, index in zip(fake(buffer).shape, expr.args[1], strict=False):
-                if isinstance(index, Expr) and index.leaf in lengths and str(size) not in known:
+        if expr.name == "index" and expr.args[0].target is None:
+            for size, index in zip(expr.args[0].shape, expr.args[1], strict=False):
+                if isinstance(index, Expr) and index.leaf in lengths:
                     yield size, lengths[index.leaf]
+
+
+def _rows(call: Flex) -> int:
+    """The fewest rows of any table that captured integers index."""
+    rows = [4]
+    try:
+        exprs = [e for root in expressions(call) for e in root.walk() if e.name == "index"]
+    except Unreadable:
+        return 4
+    for expr in exprs:
+        table, indices = expr.args
+        sizes = zip(table.shape if table.free else (), indices, strict=False)
+        rows += [n for n, i in sizes if isinstance(n, int) and isinstance(i, Expr) and i.leaf not in INDICES]
+    return max(1, min(rows))
+
+
+def _roots(pairs: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
+    """The same equalities without a cycle: each size takes the value of one that came before it."""
+    parent: dict[str, Any] = {}
+
+    def root(size: Any) -> Any:
+        while str(size) in parent:
+            size = parent[str(size)]
+        return size
+
+    for a, b in pairs:
+        first, second = root(b), root(a)
+        if str(first) != str(second) and isinstance(first, torch.SymInt) and isinstance(second, torch.SymInt):
+            parent[str(second)] = first
+            yield second, first
 
 
 def _beyond(call: Flex, lengths: Sequence[Any], batch: Any) -> Iterator[tuple[Any, int]]:
