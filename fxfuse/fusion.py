@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch.fx.experimental._config
 from torch.export import ExportedProgram
@@ -31,8 +31,9 @@ from fxfuse.ops.registry import check_opset
 from fxfuse.recognise.answers import NEAR, Form, Found, Input, Pattern, Proposal, Reason
 from fxfuse.recognise.catalogue import catalogue
 from fxfuse.recognise.evaluate import CannotEvaluate
+from fxfuse.recognise.flex.reconstruct import reconstruct
 from fxfuse.recognise.proof import Refused, prove
-from fxfuse.recognise.questions import Questions
+from fxfuse.recognise.questions import BlockMasks, Questions
 from fxfuse.report.layer import calls, mark, one_layer
 from fxfuse.report.model import Entry, Report
 
@@ -47,6 +48,7 @@ def fuse(
     opset: int = 24,
     patterns: Sequence[Pattern] | None = None,
     verify: Literal["on", "off"] = "on",
+    block_mask: BlockMasks = "check",
 ) -> ExportedProgram:
     """Collapse every region that computes a known operator into one op that maps to one ONNX node.
 
@@ -56,6 +58,9 @@ def fuse(
         patterns: which patterns to look for, in this order; the whole `catalogue()` by default.
         verify: ``"on"`` runs every region against its replacement before the graph is touched. ``"off"`` trusts the
             recognisers.
+        block_mask: what of a `BlockMask` counts in flex_attention. ``"check"``: block lists have to follow from the
+            mask function, or the call is left, and reported. ``"reconstruct"``: where they do not, both count, as in
+            the compiled kernel. ``"assume_mask_mod"``: the function counts, as in the eager one.
 
     Returns:
         A new program. Nodes outside the fused regions are as they were, but for layers that run under `no_grad`: they
@@ -68,12 +73,18 @@ def fuse(
     check_opset(opset)
     if verify not in ("on", "off"):
         raise FxfuseError(f"unknown verify={verify!r}", where="verify", hint='"on" or "off"')
+    if block_mask not in get_args(BlockMasks):
+        raise FxfuseError(
+            f"unknown block_mask={block_mask!r}", where="block_mask", hint=" or ".join(map(repr, get_args(BlockMasks)))
+        )
     started = time.perf_counter()
     result = copy_program(program)
     report = Report(opset, nodes_before=_calls(result.graph))
-    run = _Run(result, report, verified=verify == "on")
+    run = _Run(result, report, verified=verify == "on", block_mask=block_mask)
     inline_layers(result)
     separate_outputs(list(result.graph.nodes))
+    if block_mask == "reconstruct":
+        reconstruct(result, Questions(result))
     before = calls(result.graph)
     writes = functionalise(result.graph)
     # As torch.onnx captures and decomposes: its symbols may be 1, and a question whether they are would be a guard.
@@ -123,13 +134,14 @@ class _Run:
     program: ExportedProgram
     report: Report
     verified: bool
+    block_mask: BlockMasks
     answers: dict[tuple[str, str], Found | Reason] = field(default_factory=dict)
     proofs: dict[tuple[str, str], Graph | str] = field(default_factory=dict)
 
     def apply(self, pattern: Pattern) -> None:
         """Match the whole graph against one pattern, then rewrite it."""
         view = GraphView(self.program.graph)
-        ask = Questions(self.program)
+        ask = Questions(self.program, self.block_mask)
         matches: list[_Match] = []
         taken: set[Node] = set()
         for proposal in self._guarded(pattern, self._timed("propose", pattern.propose(view, ask))):

@@ -87,7 +87,7 @@ def _setup_compilation_env(original: Function) -> Function:
     """Outside dynamo flex_attention compiles a wrapper of its operator, to find what the mods captured.
 
     Dynamo keeps what it compiled, and asks an exported program's symbols whether they fit its guards, which
-    specialises them: what an earlier capture left is dropped first.
+    specialises them; and an eager call may meet what a capture compiled, with its modes. Neither finds anything.
     """
     from torch._dynamo.eval_frame import remove_from_cache  # here: importing torch._dynamo takes a second
 
@@ -99,10 +99,15 @@ def _setup_compilation_env(original: Function) -> Function:
 
     @contextmanager
     def setup_compilation_env() -> Iterator[Any]:
-        if torch.compiler.is_exporting() and here():
+        capturing = torch.compiler.is_exporting() and here()
+        if capturing:
             remove_from_cache(wrapper)
-        with original() as backend:
-            yield backend
+        try:
+            with original() as backend:
+                yield backend
+        finally:
+            if capturing:
+                remove_from_cache(wrapper)
 
     return setup_compilation_env
 

@@ -37,6 +37,9 @@ class Skeleton:
     """What the cells hold, flat: tensors as `Slot`, functions as `Skeleton`."""
     structure: pytree.TreeSpec
 
+    def __deepcopy__(self, memo: Any) -> Skeleton:
+        return self  # programs are copied with the structure of their call, and the globals of a module cannot be
+
     def function(self, tensors: Sequence[torch.Tensor]) -> Function:
         """The function, with these tensors in the slots."""
         function: Function = _filled(self, tensors)

@@ -11,9 +11,11 @@ round. Here a bracket goes whole, when everything in it is dead, or stays whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Graph, Node
 
 from fxfuse.graph.view import is_pure, mutated, op_name
@@ -62,6 +64,21 @@ def with_brackets(nodes: Iterable[Node]) -> list[Node]:
         return list(wanted)
     wanted.update(dict.fromkeys(n for b in around for n in b.own))
     return [n for n in graph.nodes if n in wanted]
+
+
+@contextmanager
+def vmaps_closed() -> Iterator[None]:
+    """Close the vmaps that were opened in the block and not closed: what ran a bracket failed within it."""
+    before = _level()
+    try:
+        yield
+    finally:
+        while _level() > before:
+            torch._C._functorch._vmap_decrement_nesting()
+
+
+def _level() -> int:
+    return torch._C._functorch.maybe_current_level() or 0
 
 
 def remove_unread(graph: Graph, starts: Iterable[Node]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from operator import attrgetter
+from typing import Any, Literal
 
 import torch
 from torch.export import ExportedProgram
@@ -11,11 +12,14 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
 from fxfuse.graph.region import Region
+from fxfuse.graph.unread import vmaps_closed, with_brackets
 from fxfuse.graph.view import fake, op_name, static, tensor
 from fxfuse.graph.wrapped import flattened
 from fxfuse.recognise.evaluate import CannotEvaluate, Evaluator, draw, generator
 from fxfuse.recognise.sizes import Sizes, ranges_of
 
+BlockMasks = Literal["check", "reconstruct", "assume_mask_mod"]
+"""See `fxfuse.fuse`."""
 _INDEXED = {"index": 0, "embedding": 0, "index_select": 0, "gather": 0, "take_along_dim": 0}
 _LIMIT = 400
 
@@ -23,8 +27,12 @@ _LIMIT = 400
 class Questions:
     """Everything there is to ask about the regions of one program."""
 
-    def __init__(self, program: ExportedProgram) -> None:
+    def __init__(self, program: ExportedProgram, block_mask: BlockMasks = "check") -> None:
         self.ranges = ranges_of(program)
+        self.block_mask = block_mask
+        """How lists of blocks are taken, as `fuse` has it."""
+        self.settled: dict[Any, Any] = {}
+        """What was found out about block masks, each once."""
         self._constants = _constants(program)
         self.read_leaves = False
         """Set when an answer came from this program's own constants: it holds for no other region."""
@@ -132,7 +140,9 @@ class Questions:
                 env[node] = (torch.arange(count) % high).reshape(shape).to(fake(node).dtype)
             else:
                 env[node] = draw(node, evaluator, gen, high=high)
-        values = evaluator.run([n for n in ancestors if n.op == "call_function"], env)
+        env.update({n: _attribute(n) for n in ancestors if n.op == "get_attr"})
+        with vmaps_closed():
+            values = evaluator.run([n for n in with_brackets(ancestors) if n.op == "call_function"], env)
         return [values[n] for n in wanted]
 
     def one_number(self, node: Node, evaluator: Evaluator) -> torch.Tensor | None:
@@ -175,6 +185,11 @@ def _constants(program: ExportedProgram) -> dict[str, torch.Tensor]:
         if isinstance(value, torch.Tensor):
             found[spec.arg.name] = value
     return found
+
+
+def _attribute(node: Node) -> Any:
+    """The constant that a node refers to."""
+    return attrgetter(str(node.target))(node.graph.owning_module)
 
 
 def _ancestors(nodes: Iterable[Node]) -> list[Node]:

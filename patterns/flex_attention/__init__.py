@@ -23,6 +23,7 @@ from fxfuse.graph.flex import flex
 from fxfuse.graph.region import Region
 from fxfuse.graph.view import GraphView
 from fxfuse.recognise.answers import Found, Proposal, Reason
+from fxfuse.recognise.flex.block_lists import check_block_mask
 from fxfuse.recognise.flex.reading import read, region_of
 from fxfuse.recognise.questions import Questions
 
@@ -37,7 +38,11 @@ class FlexAttention:
     def propose(self, view: GraphView, ask: Questions) -> Iterator[Proposal]:
         for node in view.nodes:
             call = flex(node)
-            if call is not None:
+            if call is None:
+                continue
+            if (wrong := check_block_mask(call, ask)) is not None:
+                yield Proposal(node, [], missed=wrong)
+            else:
                 for taken in call.used.values():
                     yield Proposal(node, [region_of(view, call, taken)], best_rank=0)
 
