@@ -5,9 +5,20 @@ Start with `fuse`; the story is in `fxfuse.fusion`, a pattern in `fxfuse.pattern
 """
 
 from fxfuse.errors import FxfuseError, FxfuseWarning, ParityError
+from fxfuse.flex.capture import flex_capture
 from fxfuse.fusion import fuse, report, unfuse
 from fxfuse.prepass import prepass
 from fxfuse.recognise.by_example import pattern
 
 __version__ = "0.1.0"
-__all__ = ["FxfuseError", "FxfuseWarning", "ParityError", "fuse", "pattern", "prepass", "report", "unfuse"]
+__all__ = [
+    "FxfuseError",
+    "FxfuseWarning",
+    "ParityError",
+    "flex_capture",
+    "fuse",
+    "pattern",
+    "prepass",
+    "report",
+    "unfuse",
+]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 import torch.fx.experimental._config
@@ -19,6 +19,7 @@ from torch.fx import Graph, Node
 
 import fxfuse.ops
 from fxfuse.errors import FxfuseError
+from fxfuse.graph.flex import separate_outputs
 from fxfuse.graph.functional import functionalise, restore
 from fxfuse.graph.program import check_program, copy_program
 from fxfuse.graph.region import Region
@@ -72,6 +73,7 @@ def fuse(
     report = Report(opset, nodes_before=_calls(result.graph))
     run = _Run(result, report, verified=verify == "on")
     inline_layers(result)
+    separate_outputs(list(result.graph.nodes))
     before = calls(result.graph)
     writes = functionalise(result.graph)
     # As torch.onnx captures and decomposes: its symbols may be 1, and a question whether they are would be a guard.
@@ -160,6 +162,9 @@ class _Run:
         refusal: tuple[str, Region, Found] | None = None
         for region, answer in sorted(found, key=lambda pair: (not pair[0].closed, -pair[1].rank)):
             body = self._prove(pattern, region, answer, ask)
+            if isinstance(body, str) and answer.otherwise is not None:
+                answer = replace(answer.otherwise, decomposed=f"as {answer.operator} it {body}")
+                body = self._prove(pattern, region, answer, ask)
             if isinstance(body, Graph):
                 return _Match(region, answer, body)
             refusal = refusal or (body, region, answer)
@@ -196,6 +201,8 @@ class _Run:
     def _prove(self, pattern: Pattern, region: Region, found: Found, ask: Questions) -> Graph | str:
         with self._clock("prove"):
             key = _own_key(pattern, region) if found.from_leaves else _key(pattern, region)
+            if found.decomposed is not None:
+                key = (f"{key[0]}, decomposed", key[1])
             if key not in self.proofs:
                 try:
                     form: Form = prove(region, found, ask) if self.verified else found.forms[0]
@@ -212,7 +219,8 @@ class _Run:
             self.report.entries.append(
                 Entry(
                     operator=match.found.operator,
-                    status="fused",
+                    status="fused" if match.found.decomposed is None else "decomposed",
+                    reason=match.found.decomposed,
                     nodes=match.region.names,
                     result=node.name,
                     parameters=_named(match.found.parameters, match.region),

@@ -22,6 +22,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from fxfuse.errors import FxfuseError
+from fxfuse.flex.capture import flex_capture
 from fxfuse.fusion import fuse
 from fxfuse.options import Options
 from fxfuse.recognise.answers import Pattern
@@ -120,7 +121,8 @@ def _fused(target: Callable[..., Any], options: Options) -> Callable[..., Export
 
     @functools.wraps(function)
     def exported(*args: Any, **kwargs: Any) -> ExportedProgram:
-        program = function(*args, **kwargs)
+        with flex_capture():
+            program = function(*args, **kwargs)
         if not isinstance(program, ExportedProgram):
             raise FxfuseError(
                 f"the function returned a {type(program).__name__}, not a torch.export.ExportedProgram",

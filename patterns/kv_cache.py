@@ -161,7 +161,7 @@ def _regions(view: GraphView, node: Node, joins: tuple[Node, Node]) -> Iterator[
             continue
         region = between(view, node, [*sources, *past], lambda _: True, given=[mask] if isinstance(mask, Node) else ())
         if region is not None and all(join in region.nodes for join in joins):
-            yield Region(view, node, region.sources, region.others, region.nodes, joins)
+            yield Region(view, node, region.sources, region.others, region.nodes, beside=joins)
 
 
 def _flat(view: GraphView, operand: Node) -> Node | None:

@@ -64,6 +64,9 @@ def parser() -> argparse.ArgumentParser:
         choices=["fxfuse", "genai"],
         help="what is to run a model that generates text (default fxfuse; genai: onnxruntime-genai as well)",
     )
+    export.add_argument(
+        "--cache", choices=["auto", "growing", "static"], help="of such a model: grows, or is written in place"
+    )
     export.add_argument("--pair", action="store_true", help="a graph for prompts and one for single tokens")
     export.add_argument("--no-parity", dest="parity", action="store_false", help="do not compare with eager")
     inspect = command("inspect", commands.inspect, "fuse a model and report; export nothing", SOURCES)

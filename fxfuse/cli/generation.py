@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,11 @@ def check_options(arguments: argparse.Namespace) -> None:
             if value:
                 raise FxfuseError(f"{option} does not apply to a checkpoint's folder", where=arguments.source)
         return
-    for option, value in (("--package", arguments.package), ("--pair", arguments.pair)):
+    for option, value in (
+        ("--package", arguments.package),
+        ("--pair", arguments.pair),
+        ("--cache", arguments.cache),
+    ):
         if value:
             raise FxfuseError(
                 f"{option} is for a model that generates text",
@@ -70,15 +75,17 @@ def export_generation(arguments: argparse.Namespace, out: Console, err: Console)
         from fxfuse.runtime.eager import EagerSession
 
         with stages.stage("export"):
-            prefill = export_decoder(model, names="genai", opset=arguments.opset)
-            decode = export_step(model, opset=arguments.opset) if arguments.pair else None
+            options = {"opset": arguments.opset, "cache": arguments.cache or "auto"}
+            prefill = export_decoder(model, names="genai", **options)
+            decode = export_step(model, **options) if arguments.pair else None
         report = fxfuse.report(decode or prefill)
         checks: list[Check] = []
 
         def check(folder: Path) -> None:
             gc.collect()
+            wide = None if model.dtype == torch.float32 else EagerSession(copy.deepcopy(model).double())
             with stages.stage("onnxruntime"):
-                results = check_package(folder, EagerSession(model))
+                results = check_package(folder, EagerSession(model), wide)
             names = ["prompt", *(f"step {step}" for step in range(1, len(results)))]
             checks.extend(Check("ONNX Runtime", n, n, result) for n, result in zip(names, results, strict=True))
 

@@ -19,11 +19,11 @@ def show_report(console: Console, report: Report) -> None:
     table = _table(
         f"Fused at opset {report.opset}: {report.nodes_before} → {report.nodes_after} nodes",
         "operator",
-        ("fused", "refused", "near misses"),
+        ("fused", "decomposed", "refused", "near misses"),
         "parameters",
     )
     for row in tallies(report):
-        counts = (str(count) if count else "–" for count in (row.fused, row.refused, row.near_misses))
+        counts = (str(count) if count else "–" for count in (row.fused, row.decomposed, row.refused, row.near_misses))
         table.add_row(escape(row.operator), *counts, escape(row.parameters))
     console.print(table) if table.row_count else console.print("Nothing to fuse was found.")
     for case in unfused(report):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from fxfuse.graph.view import ASSERTIONS, LAYOUT, GraphView, is_pure, op_name, size_text, tensor
 
@@ -25,6 +26,10 @@ class Region:
     """Tensors the region also reads, computed without the sources: weights, cos and sin, masks."""
     nodes: tuple[Node, ...]
     """In graph order; the output is last."""
+    alike: tuple[tuple[Any, Any], ...] = ()
+    """Symbolic sizes that can only be what the other size of the pair is: without it the region cannot run."""
+    beyond: tuple[tuple[Any, int], ...] = ()
+    """Symbols and sizes for them at which every number that the region mentions matters: a window, a prefix."""
     beside: tuple[Node, ...] = ()
     """Values computed on the way that the replacement gives too, after the output."""
 
@@ -49,6 +54,8 @@ class Region:
         parts.append(f"{len(self.sources)},{[self.nodes.index(n) for n in self.beside]}")
 
         def spell(arg: Any) -> str:
+            if isinstance(arg, Node) and arg.op == "get_attr":
+                return spelled_out(arg)
             if isinstance(arg, Node):
                 canonical = self.view.canonical(arg)
                 return ids.get(arg) or ids.get(canonical) or size_text(arg.meta.get("val"))
@@ -159,6 +166,18 @@ def between(
 def real_users(node: Node) -> list[Node]:
     """The users of a node that need its value: assertions on its metadata do not."""
     return [u for u in node.users if op_name(u) not in ASSERTIONS]
+
+
+def spelled_out(reference: Node) -> str:
+    """What a node refers to: a subgraph's calls and constants, or the name of what is not one."""
+    owner = reference.graph.owning_module
+    found = operator.attrgetter(str(reference.target))(owner)
+    if not isinstance(found, GraphModule):
+        return repr(found.tolist()) if isinstance(found, torch.Tensor) and found.numel() < 64 else str(reference.target)
+    parts = []
+    for node in found.graph.nodes:
+        parts.append(spelled_out(node) if node.op == "get_attr" else f"{node.target}{node.args}{dict(node.kwargs)}")
+    return "{" + ";".join(parts) + "}"
 
 
 def _is_size(node: Node) -> bool:

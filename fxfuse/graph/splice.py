@@ -14,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxfuse.graph.layout import cancel_layouts, real_before_layout
 from fxfuse.graph.region import Region
+from fxfuse.graph.unread import remove_unread
 from fxfuse.graph.view import ASSERTIONS, fake, is_pure, op_name
 
 KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "custom")
@@ -123,6 +124,8 @@ class Splicer:
         self._inserted.extend(real_before_layout(self._inserted))
         self._share()
         self._remove_dead([*self._dead, *self._inserted])
+        remove_unread(self.graph, self._dead)
+        self.program.graph_module.delete_all_unused_submodules()
         self.graph.lint()
 
     def _known_size(self, node: Node, output: Node) -> Node | None:
@@ -149,7 +152,7 @@ class Splicer:
         erased: set[Node] = set()
         while pending:
             node = pending.pop()
-            if node in erased or node.op != "call_function" or not is_pure(node):
+            if node in erased or not (node.op == "get_attr" or is_pure(node)):
                 continue
             if any(op_name(u) not in ASSERTIONS for u in node.users):
                 continue

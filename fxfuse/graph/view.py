@@ -170,7 +170,7 @@ def is_pure(node: Node) -> bool:
     """Computes a value from its inputs and does nothing else."""
     if node.op != "call_function":
         return False
-    if node.target is operator.getitem:
+    if node.target is operator.getitem or node.target is torch.ops.higher_order.flex_attention:
         return True
     schema = getattr(node.target, "_schema", None)
     if schema is None or schema.is_mutable:
@@ -211,7 +211,7 @@ class GraphView:
         self.nodes = list(graph.nodes)
         self.order = {node: position for position, node in enumerate(self.nodes)}
         self._shapes: dict[Node, tuple[str, ...]] = {}
-        self.mutations = [(self.order[n], storages) for n in self.nodes if (storages := _mutated(n))]
+        self.mutations = [(self.order[n], storages) for n in self.nodes if (storages := mutated(n))]
         self._first = self._number()
 
     def shape(self, node: Node) -> tuple[str, ...]:
@@ -290,7 +290,7 @@ def _may_alias(node: Node) -> bool:
     return schema is not None and any(r.alias_info is not None for r in schema.returns)
 
 
-def _mutated(node: Node) -> set[Node]:
+def mutated(node: Node) -> set[Node]:
     """The storages that this node writes to in place."""
     schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None
     if schema is None or not schema.is_mutable:

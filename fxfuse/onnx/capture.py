@@ -12,6 +12,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
 
 from fxfuse.errors import FxfuseError
+from fxfuse.flex.capture import flex_capture
 from fxfuse.onnx.lengths import general
 
 
@@ -34,7 +35,13 @@ def capture(
             mode of ``torch.export`` captures; the message holds what both said.
     """
     check_module(module)
-    args, kwargs = check_inputs(args, kwargs)
+    with flex_capture():
+        return _captured(module, *check_inputs(args, kwargs), dynamic_shapes)
+
+
+def _captured(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> ExportedProgram:
     shapes = without_names(dynamic_shapes)
     failures = []
     for strict in (False, True):

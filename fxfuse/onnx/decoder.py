@@ -1,4 +1,4 @@
-"""A causal language model of transformers as one graph that prefills and decodes, named as an ecosystem expects it.
+"""A causal language model as one graph that prefills and decodes, named as an ecosystem expects it.
 
     input_ids      [B, S]           logits          [B, S, vocabulary]
     attention_mask [B, P + S]       present, key    [B, H, P + S, D]     of every layer, and value
@@ -22,10 +22,12 @@ import onnx_ir as ir
 import torch
 
 from fxfuse.errors import FxfuseError
-from fxfuse.onnx.transformers import FxfuseConfig, FxfuseExporter
+from fxfuse.onnx import torchtune
+from fxfuse.onnx.static_cache import Profile, describe, make_static
 from fxfuse.options import DEFAULT_OPSET
 
 Names = Literal["optimum", "genai", "hf"]
+Cache = Literal["auto", "growing", "static"]
 _CACHE = re.compile(r"(?P<way>input|output)\.past_key_values\.layers\.(?P<layer>\d+)\.(?P<what>key|value)s")
 _WINDOW = "._sliding_window_tensor"
 _AXES = {
@@ -37,19 +39,64 @@ _CACHE_AXES = ("batch_size", None, "past_sequence_length", None)
 
 
 def export_decoder(
-    model: Any, *, opset: int = DEFAULT_OPSET, names: Names = "optimum", one_token: bool = False
+    model: Any,
+    *,
+    opset: int = DEFAULT_OPSET,
+    names: Names = "optimum",
+    cache: Cache = "auto",
+    profile: Profile = "cpu",
+    one_token: bool = False,
 ) -> ir.Model:
     """The graph of `model`, a `PreTrainedModel` that generates text from text, with its cache as inputs and outputs.
 
+    Or of a `torchtune.modules.TransformerDecoder`; its own caches, if they were set up, play no part.
+
     Args:
-        one_token: for S = 1 only, which needs no causal mask.
+        cache: "growing" gives back a longer cache than it took; "static" writes into buffers of any length T, which
+            input and output may share (`fxfuse.onnx.static_cache`); "auto" is growing.
+        profile: of a static cache; "cuda" reads the buffers whole, where ONNX Runtime's CPU kernels want a slice.
+        one_token: for S = 1 only, which needs no causal mask; a model of transformers.
 
     Raises:
         FxfuseError: a model that is no such, a cache that is not one key and one value a layer (with `names` other than
-            "hf"), an opset outside 23–25, unknown `names`.
+            "hf"), an opset outside 23–25 (for a static cache 24–25), unknown `names` or `cache`.
     """
+    if cache not in get_args(Cache):
+        raise FxfuseError(f"unknown cache={cache!r}", where="cache", hint=" or ".join(map(repr, get_args(Cache))))
+    if profile not in get_args(Profile):
+        raise FxfuseError(f"unknown profile={profile!r}", where="profile", hint=" or ".join(get_args(Profile)))
+    if profile == "cuda" and cache != "static":
+        raise FxfuseError("a growing cache is the same everywhere", where="profile", hint='cache="static"')
+    if cache == "static" and names == "hf":
+        raise FxfuseError("transformers has no names for a static cache", where="names", hint='names="optimum"')
+    if cache == "static" and opset < 24:
+        raise FxfuseError("a static cache needs TensorScatter, which opset 24 brought", where="opset", hint="opset=24")
     if names not in get_args(Names):
         raise FxfuseError(f"unknown names={names!r}", where="names", hint=" or ".join(map(repr, get_args(Names))))
+    if one_token and torchtune.is_decoder(model):
+        raise FxfuseError("a model of torchtune is exported for any number of tokens", where="one_token")
+    program = (
+        _of_torchtune(model, opset, names)
+        if torchtune.is_decoder(model)
+        else _of_transformers(model, opset, names, one_token)
+    )
+    _name_axes(program)
+    if cache == "static":
+        make_static(program, profile)
+    elif names != "hf":
+        describe(program, "growing")
+    return program
+
+
+def _of_torchtune(model: Any, opset: int, names: Names) -> ir.Model:
+    if names == "hf":
+        raise FxfuseError("a model of torchtune has no names of transformers", where="names", hint='names="optimum"')
+    return torchtune.export_growing(model, opset=opset)
+
+
+def _of_transformers(model: Any, opset: int, names: Names, one_token: bool) -> ir.Model:
+    from fxfuse.onnx.transformers import FxfuseConfig, FxfuseExporter
+
     config = FxfuseConfig(dynamic=True, opset_version=opset)
     stage, inputs = _decode_stage(model, one_token)
     program: ir.Model = FxfuseExporter().export(stage, inputs, config).program
@@ -57,7 +104,6 @@ def export_decoder(
         _drop_windows(program.graph)
     for value in (*program.graph.inputs, *program.graph.outputs):
         value.name = _renamed(value.name or "", names)
-    _name_axes(program)
     return program
 
 

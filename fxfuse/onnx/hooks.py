@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from torch.export import ExportedProgram
 
 import fxfuse
 from fxfuse.cache.lift import check_nothing_dropped
+from fxfuse.flex.capture import flex_capture
 from fxfuse.onnx.active import Active, current, within
 from fxfuse.onnx.exporter import finish
 from fxfuse.onnx.missing import missing_translations
@@ -56,7 +58,8 @@ def export(original: Function) -> Function:
     def hooked(model: Any, *args: Any, **kwargs: Any) -> Any:
         token = _marked.set(options_of(model))
         try:
-            return original(model, *args, **kwargs)
+            with nullcontext() if current() is None else flex_capture():
+                return original(model, *args, **kwargs)
         finally:
             _marked.reset(token)
 

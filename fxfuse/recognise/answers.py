@@ -47,6 +47,10 @@ class Found:
     from_leaves: bool = False
     """It holds for the values that `Region.others` take in this program (both halves of cos equal, a mask that is
     causal), not for arbitrary ones: the proof computes them from the program's inputs and constants."""
+    decomposed: str | None = None
+    """The forms are primitives, not one operator; this says why they are not."""
+    otherwise: Found | None = None
+    """What to take where this is not proven."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 from fxfuse.errors import FxfuseError
 from fxfuse.recognise.answers import Pattern
 
-SHIPPED = ("rms_norm", "rotary_embedding", "attention", "kv_cache")
+SHIPPED = ("rms_norm", "rotary_embedding", "attention", "flex_attention", "kv_cache")
 """Modules of `fxfuse.patterns`, in the order in which they are applied: attention looks through rotary embeddings, and
 a cache is one where an attention reads it."""
 GROUP = "fxfuse.patterns"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
+from fxfuse.graph.flex import Flex, flex
 from fxfuse.graph.region import Region
 from fxfuse.graph.view import ASSERTIONS, argument, fake, op_name
 from fxfuse.graph.wrapped import Wrapped, wrapped
@@ -83,6 +84,8 @@ class Evaluator:
             return None
         if (inside := wrapped(node)) is not None:
             return self._run_inside(inside, map_arg(tuple(inside.operands), concrete))
+        if (attention := flex(node)) is not None:
+            return self._run_flex(attention, concrete)
         if node not in self._affordable:
             if math.prod(_shape(node, self.sizes)) > MAX_ELEMENTS:
                 raise CannotEvaluate(f"{node.name} is too large to evaluate: {list(_shape(node, self.sizes))}")
@@ -109,6 +112,34 @@ class Evaluator:
         values = self.run(nodes, dict(zip(placeholders, operands, strict=True)))
         return map_arg(output.args[0], values.__getitem__)
 
+    def _run_flex(self, attention: Flex, concrete: Callable[[Node], Any]) -> Any:
+        """PyTorch's own flex_attention, whose mods are written for scalars; of the block mask it reads the function."""
+        query, key, value = (concrete(n) for n in (attention.query, attention.key, attention.value))
+        if math.prod(query.shape[:3]) * key.shape[2] > MAX_ELEMENTS:
+            raise CannotEvaluate(f"the scores of {attention.node.name} are too large to evaluate")
+
+        def mod(graph: GraphModule) -> Callable[..., Any]:
+            return lambda *args: _Mod(graph, self).run(*args)
+
+        lists = (None,) * len(attention.block_mask)
+        score_buffers, mask_buffers = (
+            tuple(self._retype(map_arg(b, concrete))) for b in (attention.score_buffers, attention.mask_buffers)
+        )
+        try:
+            return torch.ops.higher_order.flex_attention(
+                query,
+                key,
+                value,
+                mod(attention.score_mod),
+                (*lists, mod(attention.mask_mod)),
+                attention.scale,
+                {},
+                score_buffers,
+                mask_buffers,
+            )
+        except Exception as error:
+            raise CannotEvaluate(f"{attention.node.name} cannot run at the probed sizes: {error}") from error
+
     def _retype(self, arg: Any) -> Any:
         """Floating dtypes among the arguments become float64, devices the CPU."""
         if isinstance(arg, torch.dtype):
@@ -129,6 +160,18 @@ class Evaluator:
         if isinstance(value, (list, tuple)):
             return type(value)([self._upcast(v) for v in value])
         return value
+
+
+class _Mod(Interpreter):
+    """Runs a mod on scalars, as the evaluator runs the graph that it is called from."""
+
+    def __init__(self, graph: GraphModule, evaluator: Evaluator) -> None:
+        super().__init__(graph, garbage_collect_values=False)
+        self.evaluator = evaluator
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        retyped = self.evaluator._retype(args), self.evaluator._retype(kwargs)
+        return self.evaluator._upcast(super().call_function(target, *retyped))
 
 
 def draw(

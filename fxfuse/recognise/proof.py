@@ -53,10 +53,12 @@ def prove(region: Region, found: Found, ask: Questions) -> Form:
 def _same_function(region: Region, found: Found, form: Form, ask: Questions) -> None:
     compared = 0
     why = "no sizes could be evaluated"
-    for profile in range(PROFILES):
-        if profile == PROFILES - 1 and compared >= DRAWS:
+    evaluators = [ask.evaluator(profile, alike=region.alike) for profile in range(PROFILES)]
+    if region.beyond:
+        evaluators.insert(0, ask.evaluator(0, alike=region.alike, preset=dict(region.beyond)))
+    for profile, evaluator in enumerate(evaluators):
+        if profile == len(evaluators) - 1 and compared >= DRAWS:
             break
-        evaluator = ask.evaluator(profile)
         try:
             inputs = ask.inputs(region, evaluator, 100 + profile, from_leaves=found.from_leaves)
             results = evaluator.outputs(region, inputs)
@@ -66,7 +68,9 @@ def _same_function(region: Region, found: Found, form: Form, ask: Questions) -> 
         pairs = list(zip(results, _apply(form, inputs, len(results)), strict=True))
         for expected, actual in pairs:
             _same_shape(expected, actual)
-        if pairs[0][0].isfinite().double().mean() < DEFINED:
+        expected, actual = pairs[0]
+        defined = expected.isfinite()
+        if (defined | (expected == actual)).double().mean() < DEFINED or not defined.any():
             continue
         for expected, actual in pairs:
             _same_values(expected, actual)
@@ -88,7 +92,7 @@ def _same_values(expected: torch.Tensor, actual: torch.Tensor) -> None:
 def _rounding(region: Region, found: Found, form: Form, ask: Questions) -> float:
     """The share of values that differ from the region's in its own dtype, none by more than the operator's bound."""
     dtype = fake(region.output).dtype
-    working = ask.evaluator(0, exact=False)
+    working = ask.evaluator(0, exact=False, alike=region.alike)
     try:
         inputs = ask.inputs(region, working, 200, from_leaves=found.from_leaves)
         results = working.outputs(region, inputs)

@@ -29,8 +29,15 @@ class Questions:
         self.read_leaves = False
         """Set when an answer came from this program's own constants: it holds for no other region."""
 
-    def evaluator(self, profile: int = 0, *, exact: bool = True) -> Evaluator:
-        return Evaluator(Sizes(self.ranges, profile), exact=exact)
+    def evaluator(
+        self,
+        profile: int = 0,
+        *,
+        exact: bool = True,
+        alike: Iterable[tuple[Any, Any]] = (),
+        preset: dict[Any, int] | None = None,
+    ) -> Evaluator:
+        return Evaluator(Sizes(self.ranges, profile, preset=preset, alike=alike), exact=exact)
 
     def stretched(self, limit: int) -> Evaluator:
         """An evaluator where bounded symbols take their bound, up to `limit`: tables are met whole."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,15 +23,27 @@ class Sizes:
         profile: which ladder of small sizes to take, below `PROFILES`.
         stretch: up to this, symbols that have an upper bound take it instead (a sequence as long as its table).
         preset: sizes wanted for some symbols, as far as their range admits them.
+        alike: pairs of sizes, the first of which takes the value of the second.
     """
 
     def __init__(
-        self, ranges: dict[Any, Any], profile: int = 0, *, stretch: int = 0, preset: dict[Any, int] | None = None
+        self,
+        ranges: dict[Any, Any],
+        profile: int = 0,
+        *,
+        stretch: int = 0,
+        preset: dict[Any, int] | None = None,
+        alike: Iterable[tuple[Any, Any]] = (),
     ) -> None:
         self._ranges = ranges
         self._profile = profile
         self._stretch = stretch
         self._preset = preset or {}
+        self._alike: dict[Any, tuple[Any, int]] = {}
+        for a, b in alike:
+            if isinstance(a, torch.SymInt):
+                number, symbol = a.node.expr.as_coeff_Add()
+                self._alike[symbol] = b, int(number)
         self._values: dict[Any, int] = {}
         self._known: dict[Any, Any] = {}
 
@@ -43,7 +56,11 @@ class Sizes:
             return known
         for symbol in sorted(expr.free_symbols, key=str):
             if symbol not in self._values:
-                self._values[symbol] = self._choose(symbol)
+                if symbol in self._alike:
+                    other, number = self._alike[symbol]
+                    self._values[symbol] = self(other) - number
+                else:
+                    self._values[symbol] = self._choose(symbol)
         value = expr.xreplace({s: self._values[s] for s in expr.free_symbols})
         kind = int if isinstance(size, torch.SymInt) else float if isinstance(size, torch.SymFloat) else bool
         self._known[expr] = kind(value)

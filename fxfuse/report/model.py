@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from fxfuse.report.layer import Layer
 
-Status = Literal["fused", "refused", "near miss"]
+Status = Literal["fused", "decomposed", "refused", "near miss"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Entry:
     nodes: tuple[str, ...]
     """Names of the original graph nodes in the region, in graph order; the output is last."""
     result: str | None = None
-    """Name of the fused node (status ``fused``)."""
+    """Name of the node that took its place (status ``fused`` or ``decomposed``)."""
     parameters: dict[str, Any] = field(default_factory=dict)
     """What was read off the region: ``{"epsilon": 1e-5}``."""
     reason: str | None = None
@@ -56,6 +56,10 @@ class Report:
 
     def fused(self, operator: str | None = None) -> list[Entry]:
         return self.of("fused", operator)
+
+    def decomposed(self, operator: str | None = None) -> list[Entry]:
+        """Replaced by primitives: exported, but not as one node."""
+        return self.of("decomposed", operator)
 
     def refused(self, operator: str | None = None) -> list[Entry]:
         return self.of("refused", operator)

@@ -14,6 +14,7 @@ class Tally:
 
     operator: str
     fused: int
+    decomposed: int
     refused: int
     near_misses: int
     parameters: str
@@ -65,6 +66,7 @@ def tallies(report: Report) -> list[Tally]:
             Tally(
                 operator,
                 len(fused),
+                len(report.decomposed(operator)),
                 len(report.refused(operator)),
                 len(report.near_misses(operator)),
                 _common(fused),
@@ -134,6 +136,8 @@ def render(report: Report) -> str:
 
 def _counts(row: Tally) -> str:
     parts = [f"{row.fused} fused"]
+    if row.decomposed:
+        parts.append(f"{row.decomposed} decomposed")
     if row.refused:
         parts.append(f"{row.refused} refused")
     if row.near_misses:

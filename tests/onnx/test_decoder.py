@@ -50,7 +50,12 @@ def test_inputs_outputs_and_axes(program: ir.Model) -> None:
     }
     dims = {str(dim) for node in program.graph.all_nodes() for value in node.outputs for dim in value.shape or ()}
     assert not {dim for dim in dims if dim.startswith("s") and dim[1:].isdecimal()}, "no symbol of torch is left"
-    assert fxfuse.report(program).counts == {"RMSNormalization": 3, "RotaryEmbedding": 2, "Attention": 1}
+    assert fxfuse.report(program).counts == {
+        "RMSNormalization": 3,
+        "RotaryEmbedding": 2,
+        "Attention": 1,
+        "KVCache": 1,
+    }
 
 
 def test_a_graph_that_computes_something_else_is_not_written(

@@ -1,0 +1,110 @@
+"""Replacing functions of others for a while: when the last user ends, all is undone in the reverse order."""
+
+from __future__ import annotations
+
+import threading
+import types
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+Undo = Callable[[], None]
+Patch = tuple[Hashable, Callable[[], Undo]]
+"""What is replaced, and how: a function that replaces it and returns what puts it back."""
+
+_lock = threading.RLock()
+_users = 0
+_applied: dict[Hashable, Undo] = {}
+originals: dict[str, Callable[..., Any]] = {}
+"""What functions with another `body` did before."""
+_within: ContextVar[bool] = ContextVar("fxfuse_flex_capture", default=False)
+
+
+@contextmanager
+def applied(patches: Callable[[], Iterable[Patch]]) -> Iterator[None]:
+    """Within the block, and the blocks nested in it, the patches hold; in other threads `here` is false."""
+    global _users
+    with _lock:
+        _users += 1
+        try:
+            for name, apply in patches():
+                if name not in _applied:
+                    _applied[name] = apply()
+        except BaseException:
+            _release()
+            raise
+    token = _within.set(True)
+    try:
+        yield
+    finally:
+        _within.reset(token)
+        with _lock:
+            _release()
+
+
+def here() -> bool:
+    """Is this thread within the block? What dynamo reads counts as within: it cannot read the variable."""
+    return torch.compiler.is_dynamo_compiling() or _within.get()
+
+
+def attribute(owner: Any, name: str, value: Any) -> Patch:
+    """`owner.name` is `value`."""
+
+    def apply() -> Undo:
+        own = name in vars(owner)
+        before = vars(owner).get(name)
+        setattr(owner, name, value)
+        return (lambda: setattr(owner, name, before)) if own else (lambda: delattr(owner, name))
+
+    return (id(owner), name), apply
+
+
+def item(mapping: Any, key: Any, value: Any, changed: Callable[[], object]) -> Patch:
+    """`mapping[key]` is `value`; `changed` is called whenever it was set."""
+
+    def apply() -> Undo:
+        before = mapping[key]
+
+        def put(what: Any) -> None:
+            mapping[key] = what
+            changed()
+
+        put(value)
+        return lambda: put(before)
+
+    return (id(mapping), key), apply
+
+
+def body(function: Any, replacement: Callable[..., Any]) -> Patch:
+    """`function` runs the code of `replacement`, wherever it is held.
+
+    Most callers hold a function by its name (``from … import …``), where no attribute reaches. `replacement` has no
+    closure, and no globals of its own module: it imports what it reads. `originals[function.__name__]` is what
+    `function` did.
+    """
+
+    def apply() -> Undo:
+        before = (function.__code__, function.__defaults__, function.__kwdefaults__)
+        original = types.FunctionType(before[0], function.__globals__, function.__name__, before[1])
+        original.__kwdefaults__ = before[2]
+        originals[function.__name__] = original
+
+        def put(code: Any, defaults: Any, keywords: Any) -> None:
+            function.__code__, function.__defaults__, function.__kwdefaults__ = code, defaults, keywords
+
+        put(replacement.__code__, replacement.__defaults__, replacement.__kwdefaults__)
+        return lambda: put(*before)
+
+    return ("body", id(function)), apply
+
+
+def _release() -> None:
+    global _users
+    _users -= 1
+    if _users == 0:
+        while _applied:
+            _, undo = _applied.popitem()
+            undo()

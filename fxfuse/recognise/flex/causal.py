@@ -1,0 +1,68 @@
+"""Which conditions are q >= kv, however they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fxfuse.recognise.flex.expression import Expr
+
+_ORDER = {"ge": (1, 0), "gt": (1, 1), "le": (-1, 0), "lt": (-1, 1), "greater_equal": (1, 0), "greater": (1, 1)}
+_ORDER |= {"less_equal": (-1, 0), "less": (-1, 1)}
+_INTEGER = (torch.int32, torch.int64)
+
+
+def without_causal(conditions: Sequence[Expr]) -> tuple[bool, tuple[Expr, ...]]:
+    """Is one of the conditions the causal one? And the others, each once."""
+    rest = tuple(dict.fromkeys(c for c in conditions if at_least(c) != 0))
+    return any(at_least(c) == 0 for c in conditions), rest
+
+
+def at_least(condition: Expr) -> int | None:
+    """The n with condition = (q - kv >= n), or None."""
+    if condition.name in ("logical_not", "bitwise_not") and condition.args[0].dtype == torch.bool:
+        # not (d >= n) is -d >= 1 - n.
+        bound = _bound(condition.args[0])
+        bound = None if bound is None else ({k: -c for k, c in bound[0].items()}, 1 - bound[1])
+    else:
+        bound = _bound(condition)
+    return bound[1] if bound is not None and bound[0] == {"q": 1, "kv": -1} else None
+
+
+def _bound(condition: Expr) -> tuple[dict[str, int], int] | None:
+    """The condition as (sum of indices >= n)."""
+    if condition.name not in _ORDER:
+        return None
+    sign, strict = _ORDER[condition.name]
+    left, right = _linear(condition.args[0]), _linear(condition.args[1])
+    if left is None or right is None:
+        return None
+    terms = {k: sign * (left.get(k, 0) - right.get(k, 0)) for k in left | right}
+    number = -terms.pop("", 0) + strict
+    return {k: c for k, c in terms.items() if c}, number
+
+
+def _linear(arg: Any) -> dict[str, int] | None:
+    """Coefficients of the indices, and of ``""`` for the number; None where it is no sum of them."""
+    if isinstance(arg, (bool, float)):
+        return None
+    if isinstance(arg, int):
+        return {"": arg}
+    if not isinstance(arg, Expr) or arg.dtype not in _INTEGER:
+        return None
+    if arg.leaf in ("q", "kv"):
+        return {arg.leaf: 1}
+    if arg.number is not None:
+        return {"": int(arg.number)}
+    if arg.name in ("add", "sub") and not arg.kwargs and len(arg.args) == 2:
+        x, y = map(_linear, arg.args)
+        if x is None or y is None:
+            return None
+        sign = 1 if arg.name == "add" else -1
+        return {k: x.get(k, 0) + sign * y.get(k, 0) for k in x | y}
+    if arg.name == "neg":
+        x = _linear(arg.args[0])
+        return None if x is None else {k: -c for k, c in x.items()}
+    return None

@@ -1,0 +1,117 @@
+"""A region around one flex_attention, and what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from fxfuse.graph.flex import OUTPUTS, Flex, flex
+from fxfuse.graph.region import Region
+from fxfuse.graph.view import GraphView, fake, tensor
+from fxfuse.recognise.answers import Found, Reason
+from fxfuse.recognise.flex.encoding import encode
+from fxfuse.recognise.flex.expression import INDICES, Expr, Unreadable, captured, expression, leaf
+from fxfuse.recognise.flex.forms import Problem, attention_form, decomposed_form
+from fxfuse.recognise.flex.score import WORKING, Opaque, conjuncts, read_score
+
+_ULP = 8.0
+_LONGEST = 160
+"""Numbers up to here are met by sequences that are longer."""
+
+
+def region_of(view: GraphView, call: Flex, taken: Node) -> Region:
+    """The call and what takes one output from it; captured tensors are inputs, block lists are not read."""
+    buffers = [b for b in (*call.score_buffers, *call.mask_buffers) if isinstance(b, Node) and tensor(b) is not None]
+    sources = [call.query, call.key, call.value]
+    others = [n for n in dict.fromkeys(view.canonical(b) for b in buffers) if n not in sources]
+    query, key, value = (fake(n).shape for n in sources)
+    sizes = [(key[0], query[0]), (value[0], query[0]), (value[2], key[2])]
+    alike = tuple((a, b) for a, b in sizes if str(a) != str(b)) + tuple(_indexed(call))
+    beyond = tuple(_beyond(call, (query[2], key[2]), query[0]))
+    return Region(view, taken, tuple(sources), tuple(others), (call.node, taken), alike, beyond)
+
+
+def _indexed(call: Flex) -> Iterator[tuple[Any, Any]]:
+    """The sizes of tables that are indexed with b, h, q or kv themselves, each with the size of that index."""
+    query, key = fake(call.query).shape, fake(call.key).shape
+    lengths = dict(zip(INDICES, (query[0], query[1], query[2], key[2]), strict=True))
+    known = {str(size) for size in lengths.values()}
+    try:
+        score, mask = expressions(call)
+    except Unreadable:
+        return
+    for expr in (e for root in (score, mask) for e in root.walk()):
+        table = expr.args[0] if expr.name == "index" else None
+        kind, _, number = table.leaf.partition(" ") if isinstance(table, Expr) else ("", "", "")
+        if number:
+            buffer = (call.score_buffers if kind == "score" else call.mask_buffers)[int(number)]
+            for size, index in zip(fake(buffer).shape, expr.args[1], strict=False):
+                if isinstance(index, Expr) and index.leaf in lengths and str(size) not in known:
+                    yield size, lengths[index.leaf]
+
+
+def _beyond(call: Flex, lengths: Sequence[Any], batch: Any) -> Iterator[tuple[Any, int]]:
+    """Lengths that exceed every number in the mods, if they are not too long to compute with."""
+    try:
+        numbers = [n for root in expressions(call) for expr in root.walk() for n in _integers(expr)]
+    except Unreadable:
+        return
+    largest = max([0, *(n for n in numbers if n <= _LONGEST)])
+    for i, size in enumerate((batch, *lengths)):
+        if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+            yield size.node.expr, 2 if i == 0 else largest + 3 + i
+
+
+def _integers(expr: Expr) -> Iterator[int]:
+    numbers = [expr.number] if expr.leaf == "constant" else expr.args
+    yield from (abs(n) for n in numbers if isinstance(n, int) and not isinstance(n, bool))
+
+
+def read(region: Region) -> Found | Reason:
+    """One Attention where the mods allow it, and else the primitives."""
+    call = flex(region.nodes[0])
+    assert call is not None
+    position: Any = region.output.args[1]
+    output = OUTPUTS[position]
+    try:
+        mod, mask = expressions(call)
+    except Unreadable as error:
+        return Reason(f"flex_attention with a mod that cannot be read: {error}", 3)
+    problem = Problem(call, region, mod, conjuncts(mask))
+    if output != "output":
+        why = f"{output} is no output of Attention: it is computed beside it"
+        return _decomposed(problem, output, why)
+    score = read_score(problem.score)
+    encoding = score if isinstance(score, Opaque) else encode(score, problem.mask, call.scale)
+    if isinstance(encoding, Opaque):
+        return _decomposed(problem, output, encoding.reason)
+    return Found(
+        "Attention",
+        encoding.parts,
+        (attention_form(problem, encoding),),
+        ulp=_ULP,
+        averaging=True,
+        otherwise=_decomposed(problem, output, "it could not be proven"),
+    )
+
+
+def _decomposed(problem: Problem, output: str, why: str) -> Found:
+    form = decomposed_form(problem, output)
+    return Found("Attention", {}, (form,), ulp=_ULP, averaging=True, decomposed=why)
+
+
+def expressions(call: Flex) -> tuple[Expr, Expr]:
+    """The score and the mask function.
+
+    Raises:
+        Unreadable: one of them uses what has no meaning on grids.
+    """
+    indices = [leaf(name, torch.int64) for name in INDICES]
+    score = leaf("score", WORKING)
+    return (
+        expression(call.score_mod, [score, *indices, *captured("score", call.score_buffers)]),
+        expression(call.mask_mod, [*indices, *captured("mask", call.mask_buffers)]),
+    )

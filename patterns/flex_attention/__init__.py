@@ -1,0 +1,48 @@
+"""FlexAttention: softmax(score_mod(scale · q·kᵀ), masked by mask_mod) · v, the mods any code on scalars.
+
+Source: Dong et al., https://arxiv.org/abs/2412.05496;
+https://docs.pytorch.org/docs/stable/nn.attention.flex_attention.html.
+
+A score is read as where(M, cap(a · s) + b, -inf). What it takes to say that with one Attention, in this order:
+
+    attributes       scale, softcap, is_causal (q >= kv, top-left)
+    q or k           a factor that varies with head and query is multiplied into q, one that varies with the key into k
+    boolean mask     [1 or B, 1 or H, S, T], made of index grids in the graph, once for all layers that share it
+    additive mask    the same, where there is a bias; in float32, as flex_attention adds it
+
+The algebra over the mod's own operators decides, never a fit to numbers. What it does not cover (a square, a clamp, a
+mask that looks at the score) is written out in primitives, and the report says why. `catalogue.md` shows eighty mods
+and what each becomes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fxfuse.graph.flex import flex
+from fxfuse.graph.region import Region
+from fxfuse.graph.view import GraphView
+from fxfuse.recognise.answers import Found, Proposal, Reason
+from fxfuse.recognise.flex.reading import read, region_of
+from fxfuse.recognise.questions import Questions
+
+
+class FlexAttention:
+    """torch.nn.attention.flex_attention, its score and mask functions, and its log-sum-exp."""
+
+    name = "flex_attention"
+    operator = "Attention"
+    since_opset = 23
+
+    def propose(self, view: GraphView, ask: Questions) -> Iterator[Proposal]:
+        for node in view.nodes:
+            call = flex(node)
+            if call is not None:
+                for taken in call.used.values():
+                    yield Proposal(node, [region_of(view, call, taken)], best_rank=0)
+
+    def recognise(self, region: Region, ask: Questions) -> Found | Reason:
+        return read(region)
+
+
+PATTERN = FlexAttention()
