@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 from pathlib import Path
@@ -92,8 +93,14 @@ def export_generation(arguments: argparse.Namespace, out: Console, err: Console)
 
         def check(folder: Path) -> None:
             gc.collect()
+
+            def eager(module: Any) -> EagerSession:
+                return EagerSession(Eager(module) if is_decoder(module) else module)
+
+            rounded = next(model.parameters()).dtype != torch.float32
+            wide = eager(copy.deepcopy(model).double()) if rounded else None
             with stages.stage("onnxruntime"):
-                results = check_package(folder, EagerSession(Eager(model) if is_decoder(model) else model))
+                results = check_package(folder, eager(model), wide)
             names = ["prompt", *(f"step {step}" for step in range(1, len(results)))]
             checks.extend(Check("ONNX Runtime", n, n, result) for n, result in zip(names, results, strict=True))
 

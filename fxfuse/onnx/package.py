@@ -62,8 +62,8 @@ def write_package(
         try:
             ir.save(prefill, folder / file, external_data=WEIGHTS)
             if decode is not None:
-                share_weights(decode, folder / file)
-                ir.save(decode, folder / DECODE)
+                with share_weights(decode, folder / file):
+                    ir.save(decode, folder / DECODE)
             manifest.write(folder)
             if package == "genai":
                 write_genai_config(manifest, folder)

@@ -9,6 +9,8 @@ past, key      [B, H, P, D]     of every layer, and value
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,11 @@ def export_step(model: Any, *, names: Names = "genai", **options: Any) -> ir.Mod
     return export_decoder(model, names=names, one_token=True, **options)
 
 
-def share_weights(program: ir.Model, saved: Path) -> int:
-    """Makes initializers of `program` point into the weights file of the graph `saved`, wherever they are equal.
+@contextmanager
+def share_weights(program: ir.Model, saved: Path) -> Iterator[int]:
+    """Within the block, initializers of `program` point into the weights file of `saved`, where they are equal.
 
-    Returns:
+    Yields:
         Bytes that are shared.
     """
     stored = {
@@ -39,21 +42,26 @@ def share_weights(program: ir.Model, saved: Path) -> int:
         for value in ir.load(saved).graph.initializers.values()
         if isinstance(value.const_value, ir.ExternalTensor)
     }
+    before = {name: value.const_value for name, value in program.graph.initializers.items()}
     shared = 0
-    for name, value in program.graph.initializers.items():
-        if value.const_value is None or (there := stored.get(_digest(value.const_value))) is None:
-            continue
-        value.const_value = ir.ExternalTensor(
-            there.location,
-            there.offset,
-            there.length,
-            there.dtype,
-            shape=ir.Shape(list(there.shape)),
-            name=name,
-            base_dir=saved.parent,
-        )
-        shared += there.nbytes
-    return shared
+    try:
+        for name, value in program.graph.initializers.items():
+            if value.const_value is None or (there := stored.get(_digest(value.const_value))) is None:
+                continue
+            value.const_value = ir.ExternalTensor(
+                there.location,
+                there.offset,
+                there.length,
+                there.dtype,
+                shape=ir.Shape(list(there.shape)),
+                name=name,
+                base_dir=saved.parent,
+            )
+            shared += there.nbytes
+        yield shared
+    finally:
+        for name, value in program.graph.initializers.items():
+            value.const_value = before[name]
 
 
 def _digest(tensor: ir.TensorProtocol) -> tuple[object, ...]:

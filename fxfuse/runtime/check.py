@@ -17,8 +17,11 @@ from fxfuse.runtime.session import Session
 PROMPT, STEPS, ROWS = 6, 3, 3
 
 
-def check_package(folder: Path, eager: Decoder) -> list[Result]:
+def check_package(folder: Path, eager: Decoder, wide: Decoder | None = None) -> list[Result]:
     """Compares the folder with `eager`, three rows of which the first is padded on the left.
+
+    Args:
+        wide: the same model without the rounding of 16 bits.
 
     Returns:
         A comparison for the prompt and for each step.
@@ -33,15 +36,16 @@ def check_package(folder: Path, eager: Decoder) -> list[Result]:
         ids = torch.randint(0, session.manifest.model.vocab_size, (ROWS, PROMPT + STEPS), generator=draw)
         mask = torch.ones(ROWS, PROMPT, dtype=torch.int64)
         mask[0, : PROMPT // 2] = 0
+        runs = [eager, session] if wide is None else [eager, session, wide]
         eager.reset()
-        results = [_compare(folder, *(each.prefill(ids[:, :PROMPT], mask) for each in (eager, session)))]
+        results = [_compare(folder, *(each.prefill(ids[:, :PROMPT], mask) for each in runs))]
         for column in range(PROMPT, PROMPT + STEPS):
-            results.append(_compare(folder, *(each.step(ids[:, column]) for each in (eager, session))))
+            results.append(_compare(folder, *(each.step(ids[:, column]) for each in runs)))
     return results
 
 
-def _compare(folder: Path, expected: torch.Tensor, actual: torch.Tensor) -> Result:
-    result = compare([expected], [actual])
+def _compare(folder: Path, expected: torch.Tensor, actual: torch.Tensor, wide: torch.Tensor | None = None) -> Result:
+    result = compare([expected], [actual], None if wide is None else [wide], expected.dtype)
     if not result.passed:
         raise ParityError(f"ONNX Runtime does not give the model's logits: {result.reason}", where=str(folder))
     return result

@@ -67,6 +67,7 @@ class Session:
         """Forgets everything."""
         self._positions = Positions()
         self._cache: dict[str, Any] = {}
+        self._bindings: dict[str, Any] = {}
 
     def prefill(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, *, chunk: int | None = None
@@ -121,6 +122,7 @@ class Session:
                 value.numpy()[...] = chosen
             else:
                 self._cache[name] = self._ort.OrtValue.ortvalue_from_numpy(chosen)
+                self._bindings.clear()
 
     def _run(self, stage: Stage, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """The logits [B, S, V]."""
@@ -135,30 +137,38 @@ class Session:
         if not self._cache:
             self._cache = self._allocate(len(ids))
         session = self._sessions[stage.file]
-        binding = session.io_binding()
+        binding = self._binding(stage)
         # Kept until the run is over: ONNX Runtime reads them where they are.
         held = {name: feed[name].contiguous().numpy() for name in stage.inputs if name in feed}
         for name, array in held.items():
             binding.bind_ortvalue_input(name, self._ort.OrtValue.ortvalue_from_numpy(array))
-        for name in stage.inputs:
-            if name not in feed:
-                binding.bind_ortvalue_input(name, self._cache[name])
-        into = {link.output: link for link in self.manifest.links}
-        for name in stage.outputs:
-            if name in into and into[name].shared:
-                binding.bind_ortvalue_output(name, self._cache[into[name].input])
-            else:
-                binding.bind_output(name, "cpu")
+        binding.bind_output("logits", "cpu")
+        grown = [link for link in self.manifest.links if not link.shared]
+        for link in grown:
+            binding.bind_ortvalue_input(link.input, self._cache[link.input])
+            binding.bind_output(link.output, "cpu")
         try:
             session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime's exceptions have no common base
             self.reset()  # a cache that is half written is none
             raise FxfuseError(f"ONNX Runtime fails to run the model: {error}", where=stage.file) from error
-        outputs = dict(zip(stage.outputs, binding.get_outputs(), strict=True))
-        for name, link in into.items():
-            if not link.shared:
-                self._cache[link.input] = outputs[name]
+        # In the order in which they were bound first.
+        shared = [link.output for link in self.manifest.links if link.shared]
+        names = [*shared, "logits", *(link.output for link in grown)]
+        outputs = dict(zip(names, binding.get_outputs(), strict=True))
+        for link in grown:
+            self._cache[link.input] = outputs[link.output]
         return torch.from_numpy(outputs["logits"].numpy())
+
+    def _binding(self, stage: Stage) -> Any:
+        """What the stage reads and writes, buffers that stand still bound already, once for all calls."""
+        if stage.file not in self._bindings:
+            binding = self._bindings[stage.file] = self._sessions[stage.file].io_binding()
+            for link in self.manifest.links:
+                if link.shared:
+                    binding.bind_ortvalue_input(link.input, self._cache[link.input])
+                    binding.bind_ortvalue_output(link.output, self._cache[link.input])
+        return self._bindings[stage.file]
 
     def _allocate(self, batch: int) -> dict[str, Any]:
         cache = self.manifest.cache

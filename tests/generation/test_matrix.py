@@ -18,8 +18,8 @@ from fxfuse.runtime import EagerSession, Session, generate
 from tests.generation import tiny
 
 NEW = 64
-FORMS = ["growing"]
-SAMPLE = {("llama", "growing", "pair"), ("gemma3", "growing", "one")}
+FORMS = ["growing", "static"]
+SAMPLE = {("llama", "static", "pair"), ("gemma3", "growing", "one")}
 """In the default run."""
 
 BATCHES = {
@@ -47,8 +47,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def package(root: Path, name: str, form: str, graphs: str) -> Path:
     model, folder = tiny.trained(name), root / f"{name}-{form}-{graphs}"
     checkpoint = tiny.save(name, root / f"{name}-checkpoint")
-    prefill = export_decoder(model, names="genai")
-    decode = export_step(model) if graphs == "pair" else None
+    prefill = export_decoder(model, names="genai", cache=form)
+    decode = export_step(model, cache=form) if graphs == "pair" else None
     said = facts(model.config)
     write_package(folder, prefill, decode=decode, package="genai", model=said, tokenizer=checkpoint)
     return folder
@@ -72,7 +72,8 @@ class TestTheSameTokens:
         assert generate(EagerSession(tiny.trained(name)), prompts(batch), max_new_tokens=NEW) == expected(name, batch)
 
     def test_fxfuse_runtime(self, batch: str, name: str, form: str, graphs: str, root: Path) -> None:
-        session = Session(package(root, name, form, graphs), threads=1)
+        room = 160 if form == "static" else None
+        session = Session(package(root, name, form, graphs), max_length=room, threads=1)
         assert generate(session, prompts(batch), max_new_tokens=NEW) == expected(name, batch)
 
     def test_genai(self, batch: str, name: str, form: str, graphs: str, root: Path) -> None:
