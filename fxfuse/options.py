@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fxfuse.errors import FxfuseError
 from fxfuse.ops.registry import check_opset
 from fxfuse.recognise.answers import Pattern
+from fxfuse.recognise.questions import BlockMasks
 
 DEFAULT_OPSET = 24
 """It has every fused operator, and ONNX Runtime has a kernel for each."""
@@ -19,7 +20,7 @@ class Options:
     """Arguments of `fuse`; checked where they are given, not where they are used much later.
 
     Raises:
-        FxfuseError: an opset outside 23–25, something that is no pattern, an unknown `verify`.
+        FxfuseError: an opset outside 23–25, something that is no pattern, an unknown `verify` or `block_mask`.
     """
 
     opset: int | None = None
@@ -27,12 +28,16 @@ class Options:
     patterns: Sequence[Pattern] | None = None
     """None is the whole catalogue."""
     verify: Literal["on", "off"] = "on"
+    block_mask: BlockMasks = "check"
 
     def __post_init__(self) -> None:
         if self.opset is not None:
             check_opset(self.opset)
         if self.verify not in ("on", "off"):
             raise FxfuseError(f"unknown verify={self.verify!r}", where="verify", hint='"on" or "off"')
+        if self.block_mask not in get_args(BlockMasks):
+            hint = " or ".join(map(repr, get_args(BlockMasks)))
+            raise FxfuseError(f"unknown block_mask={self.block_mask!r}", where="block_mask", hint=hint)
         if self.patterns is not None:
             if not isinstance(self.patterns, Sequence):
                 raise FxfuseError(f"patterns is a list of patterns, not {self.patterns!r}", where="patterns")
@@ -51,4 +56,9 @@ class Options:
     @property
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of `fuse`."""
-        return {"opset": self.opset or DEFAULT_OPSET, "patterns": self.patterns, "verify": self.verify}
+        return {
+            "opset": self.opset or DEFAULT_OPSET,
+            "patterns": self.patterns,
+            "verify": self.verify,
+            "block_mask": self.block_mask,
+        }

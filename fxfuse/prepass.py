@@ -26,6 +26,7 @@ from fxfuse.flex.capture import flex_capture
 from fxfuse.fusion import fuse
 from fxfuse.options import Options
 from fxfuse.recognise.answers import Pattern
+from fxfuse.recognise.questions import BlockMasks
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -46,6 +47,7 @@ def prepass(
     opset: int | None = None,
     patterns: Sequence[Pattern] | None = None,
     verify: Literal["on", "off"] = "on",
+    block_mask: BlockMasks = "check",
 ) -> Callable[[T], T]: ...
 @overload
 def prepass(
@@ -55,6 +57,7 @@ def prepass(
     opset: int | None = None,
     patterns: Sequence[Pattern] | None = None,
     verify: Literal["on", "off"] = "on",
+    block_mask: BlockMasks = "check",
 ) -> T: ...
 def prepass(
     target: Any = None,
@@ -63,6 +66,7 @@ def prepass(
     opset: int | None = None,
     patterns: Sequence[Pattern] | None = None,
     verify: Literal["on", "off"] = "on",
+    block_mask: BlockMasks = "check",
 ) -> Any:
     """Fuse what `target` exports.
 
@@ -73,6 +77,7 @@ def prepass(
             a module that is exported at another opset is fused for the older of the two.
         patterns: which patterns to look for, in this order; None is the whole catalogue.
         verify: ``"off"`` applies matches that were recognised but not proven.
+        block_mask: what of a `BlockMask` counts in flex_attention; see `fxfuse.fuse`.
 
     Returns:
         For a function another of the same name and signature, which returns the program fused, and raises FxfuseError
@@ -83,7 +88,7 @@ def prepass(
     Raises:
         FxfuseError: bad options, or a target that is none of these.
     """
-    options = Options(opset, patterns, verify)
+    options = Options(opset, patterns, verify, block_mask)
     return functools.partial(_apply, options) if target is None else _apply(options, target)
 
 

@@ -26,6 +26,7 @@ from fxfuse.ops.registry import check_opset
 from fxfuse.options import Options
 from fxfuse.prepass import options_of
 from fxfuse.recognise.answers import Pattern
+from fxfuse.recognise.questions import BlockMasks
 
 
 def export(
@@ -41,6 +42,7 @@ def export(
     external_data: bool = True,
     prove: Literal["on", "off"] | None = None,
     patterns: Sequence[Pattern] | None = None,
+    block_mask: BlockMasks | None = None,
     custom_translation_table: dict[Callable[..., Any], Callable[..., Any]] | None = None,
     export_params: bool = True,
     keep_initializers_as_inputs: bool = False,
@@ -71,6 +73,8 @@ def export(
         prove: "off" applies matches that were recognised but not proven; None means what the module was marked
             with, or else "on".
         patterns: the patterns to look for; None means what the module was marked with, or else all registered ones.
+        block_mask: what of a `BlockMask` counts in flex_attention, see `fxfuse.fuse`; None means what the module was
+            marked with, or else "check".
         custom_translation_table: translations beside fxfuse's own; on the same operator these win.
         verify: torch.onnx's own check of the written graph in ONNX Runtime (needs the `ort` extra).
 
@@ -91,12 +95,16 @@ def export(
         )
     marked = options_of(model) or Options()
     options = Options(
-        marked.opset, marked.patterns if patterns is None else patterns, marked.verify if prove is None else prove
+        marked.opset,
+        marked.patterns if patterns is None else patterns,
+        marked.verify if prove is None else prove,
+        block_mask or marked.block_mask,
     )
     opset = as_opset(marked.opset if opset_version is None else opset_version)
     lifted = _lifted(model, args, kwargs, dynamic_shapes)
     program = lifted.program
     fused = program if holds_fused(program) else fxfuse.fuse(program, **options.for_export(opset))
+    check_no_flex_attention(fused)
     onnx_program = translate(
         fused,
         opset=opset,
@@ -203,6 +211,22 @@ def finish(onnx_program: torch.onnx.ONNXProgram, fused: ExportedProgram) -> None
     with suppress(FxfuseError):  # a program that was fused in another process has no report
         onnx_program.fxfuse_report = fxfuse.report(fused)  # type: ignore[attr-defined]
         onnx_program.model.meta[REPORT] = fxfuse.report(fused)
+
+
+def check_no_flex_attention(fused: ExportedProgram) -> None:
+    """ONNX has no operator for a call of flex_attention that fusing left as it was.
+
+    Raises:
+        FxfuseError: there is one; the message is the report's reason.
+    """
+    for node in fused.graph.nodes:
+        if node.target is torch.ops.higher_order.flex_attention:
+            entries: list[Any] = []
+            with suppress(FxfuseError):  # a program that was fused in another process has no report
+                entries = [e for e in fxfuse.report(fused) if e.reason is not None and node.name in e.nodes]
+            why = entries[0].reason if entries else "no pattern looked at it"
+            where = (entries[0].source if entries else None) or node.name
+            raise FxfuseError(f"flex_attention cannot be exported: {why}", where=where)
 
 
 def as_opset(opset: int | None) -> int:

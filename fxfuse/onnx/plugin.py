@@ -23,6 +23,7 @@ from fxfuse.onnx import hooks
 from fxfuse.onnx.active import Active, callers_level, for_process, within
 from fxfuse.options import Options
 from fxfuse.recognise.answers import Pattern
+from fxfuse.recognise.questions import BlockMasks
 
 HOOKS: dict[str, Callable[[hooks.Function], hooks.Function]] = {
     "export": hooks.export,
@@ -38,7 +39,12 @@ _ours: dict[hooks.Function, hooks.Function] = {}
 """Functions that stand in torch.onnx now, and those they replaced."""
 
 
-def install(*, patterns: Sequence[Pattern] | None = None, prove: Literal["on", "off"] = "on") -> None:
+def install(
+    *,
+    patterns: Sequence[Pattern] | None = None,
+    prove: Literal["on", "off"] = "on",
+    block_mask: BlockMasks = "check",
+) -> None:
     """From now on ``torch.onnx.export(..., dynamo=True)`` fuses, in every thread, until `uninstall`.
 
     Installing again only changes the options.
@@ -47,15 +53,16 @@ def install(*, patterns: Sequence[Pattern] | None = None, prove: Literal["on", "
         patterns: the patterns to look for; None means all registered ones. A module that `fxfuse.prepass` marked is
             fused as the mark says.
         prove: "off" applies matches that were recognised but not proven.
+        block_mask: what of a `BlockMask` counts in flex_attention; see `fxfuse.fuse`.
 
     An export at an opset outside 23 to 25 (torch's default is 20), or one that fails when it is fused, is done as if
     fxfuse were not installed; one `FxfuseWarning` says why.
 
     Raises:
-        FxfuseError: `patterns` or `prove` is not what it should be.
+        FxfuseError: an option is not what it should be.
     """
     global _installed
-    active = activation(patterns, prove)
+    active = activation(patterns, prove, block_mask)
     with _lock:
         if not _installed:
             _acquire()
@@ -74,16 +81,21 @@ def uninstall() -> None:
 
 
 @contextmanager
-def enabled(*, patterns: Sequence[Pattern] | None = None, prove: Literal["on", "off"] = "on") -> Iterator[None]:
+def enabled(
+    *,
+    patterns: Sequence[Pattern] | None = None,
+    prove: Literal["on", "off"] = "on",
+    block_mask: BlockMasks = "check",
+) -> Iterator[None]:
     """Within the block ``torch.onnx.export(..., dynamo=True)`` fuses; the arguments are those of `install`.
 
     Blocks nest: the innermost one's options hold, over those of `install` too. A thread that is started within the
     block is not within it.
 
     Raises:
-        FxfuseError: `patterns` or `prove` is not what it should be.
+        FxfuseError: an option is not what it should be.
     """
-    active = activation(patterns, prove)
+    active = activation(patterns, prove, block_mask)
     with _lock:
         _acquire()
     try:
@@ -94,11 +106,13 @@ def enabled(*, patterns: Sequence[Pattern] | None = None, prove: Literal["on", "
             _release()
 
 
-def activation(patterns: Sequence[Pattern] | None, prove: Literal["on", "off"]) -> Active:
+def activation(
+    patterns: Sequence[Pattern] | None, prove: Literal["on", "off"], block_mask: BlockMasks = "check"
+) -> Active:
     """The arguments of `install` and `enabled`, checked."""
     if prove not in ("on", "off"):
         raise FxfuseError(f"unknown prove={prove!r}", where="prove", hint='"on" or "off"')
-    return Active(Options(None, patterns, prove))
+    return Active(Options(None, patterns, prove, block_mask))
 
 
 def _acquire() -> None:
