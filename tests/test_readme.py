@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import fxfuse
 from fxfuse.ops import holds_fused
 from fxfuse.recognise.catalogue import unregister
+from tests.flex.models import MaskInside
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = dict(re.findall(r"<!-- runs: (\w+) -->\n```python\n(.*?)```", README, flags=re.DOTALL))
@@ -64,6 +65,12 @@ def pattern(names: Names) -> None:
     assert torch.ops.mine.geglu.default in {node.target for node in program.graph.nodes}
 
 
+def flex(names: Names) -> None:
+    (entry,) = fxfuse.report(names["fused"])
+    assert entry.status == "fused" and entry.parameters["is_causal"] == 1
+    assert entry.parameters["boolean mask"] == "[B, 1, S, T]"
+
+
 CHECKS: dict[str, Callable[[Names], None]] = {
     "fuse": fused,
     "plugin": plugin,
@@ -71,6 +78,7 @@ CHECKS: dict[str, Callable[[Names], None]] = {
     "transformers": transformers,
     "onward": onward,
     "pattern": pattern,
+    "flex": flex,
 }
 """What must be true after a block."""
 
@@ -108,5 +116,7 @@ def test_an_example_of_the_readme(block: str, tmp_path: Path, monkeypatch: pytes
         )
         LlamaForCausalLM(config).save_pretrained("llama")
     names: Names = {"model": model, "tokens": torch.arange(10).reshape(2, 5)}
+    if "flex_capture" in BLOCKS[block]:
+        names |= {"model": MaskInside(), "x": torch.randn(2, 40, 16), "document_ids": torch.arange(80).view(2, 40) // 9}
     exec(compile(BLOCKS[block], f"README.md: {block}", "exec"), names)
     CHECKS[block](names)
