@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     )
     export.add_argument(
         "--cache",
-        choices=["auto", "growing", "static"],
+        choices=["auto", "growing", "static", "sliding"],
         help="the cache of a model that generates text (default auto, which is growing); for torchtune's, which are "
         "exported without one else, it asks for one",
     )

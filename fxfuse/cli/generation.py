@@ -152,7 +152,15 @@ def load_model(arguments: argparse.Namespace, dtype: torch.dtype | None) -> tupl
     options = source.parse_options(arguments.options)
     loaded = source.load(source.Request(arguments.source, dtype, options, arguments.checkpoint))
     tune: Any = loaded.model
-    heads = getattr(getattr(tune.layers[0], "attn", None), "num_heads", None) if hasattr(tune, "layers") else None
+    from fxfuse.onnx.torchtune import is_decoder
+
+    if not is_decoder(tune):
+        raise FxfuseError(
+            f"{type(tune).__name__} is no decoder, and has no cache",
+            where=arguments.source,
+            hint="without --cache, --package and --pair it is exported as it is",
+        )
+    heads = getattr(getattr(tune.layers[0], "attn", None), "num_heads", None)
     about = {
         "context_length": getattr(tune, "max_seq_len", None),
         "hidden_size": tune.tok_embeddings.embedding_dim,

@@ -23,6 +23,12 @@ def genai_config(manifest: Manifest) -> dict[str, Any]:
         FxfuseError: what it has no words for: layers of different heads, no context length, no pad and no eos token.
     """
     model, cache = manifest.model, manifest.cache
+    if cache.form in ("sliding", "streaming"):
+        raise FxfuseError(
+            f"onnxruntime-genai makes buffers as long as the text may become: a {cache.form} cache has shorter ones",
+            where="--package genai",
+            hint="a static cache",
+        )
     if len(set(cache.layers)) != 1:
         raise FxfuseError(
             "layers of different heads: genai_config.json has one number for all", where="--package genai"

@@ -33,7 +33,7 @@ from fxfuse.errors import FxfuseError
 MANIFEST = "fxfuse.json"
 FORMAT, VERSION = "fxfuse.pipeline", 1
 CACHE_METADATA = "fxfuse.cache"
-Form = Literal["growing", "static"]
+Form = Literal["growing", "static", "sliding", "streaming"]
 PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 
 
@@ -43,6 +43,8 @@ class Layer:
 
     heads: int
     head_dim: int
+    slots: int | None = None
+    """The length, where this layer's buffers have one that is fixed: a ring of a window's size."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ class Cache:
     dtype: str = "float32"
     max_length: int | None = None
     """T, where the graph is made for one; otherwise whoever runs a static one chooses."""
+
+    @property
+    def open(self) -> bool:
+        """Is it left to whoever runs it how long its buffers are?"""
+        return self.form != "growing" and self.max_length is None and any(layer.slots is None for layer in self.layers)
 
 
 @dataclass(frozen=True)
@@ -183,6 +190,7 @@ def _cache(program: ir.Model, file: str) -> tuple[Cache, list[Link]]:
     said = json.loads(program.metadata_props.get(CACHE_METADATA, "{}"))
     layers: dict[int, Layer] = {}
     links, forms, dtypes, lengths = [], set(), set(), set()
+    rings = said.get("form") in ("sliding", "streaming")
     for value in program.graph.inputs:
         match = PAST.fullmatch(value.name or "")
         if match is None:
@@ -199,11 +207,11 @@ def _cache(program: ir.Model, file: str) -> tuple[Cache, list[Link]]:
             raise FxfuseError(
                 f"the cache is {form!r}, which is not run yet", where=file, hint=" or ".join(get_args(Form))
             )
-        layers[int(match[1])] = Layer(heads, head_dim)
-        links.append(Link(present, match[0], form == "static"))
+        layers[int(match[1])] = Layer(heads, head_dim, length if rings and isinstance(length, int) else None)
+        links.append(Link(present, match[0], form != "growing"))
         forms.add(form)
         dtypes.add(value.dtype.name)
-        lengths.add(length if isinstance(length, int) else None)
+        lengths.add(length if isinstance(length, int) and not rings else None)
     if len(forms) != 1 or len(dtypes) != 1 or len(lengths) != 1 or sorted(layers) != list(range(len(layers))):
         raise FxfuseError("not a decoder with one cache of keys and values in every layer", where=file)
     dtype = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}.get(dtypes.pop())

@@ -59,5 +59,4 @@ def _open(folder: Path, scratch: Path) -> Session:
             float32_twin(folder / name, scratch / name)
         with_dtype(manifest, "float32").write(scratch)
         folder = scratch
-    static = manifest.cache.form == "static" and manifest.cache.max_length is None
-    return Session(folder, max_length=PROMPT + STEPS + 2 if static else None)
+    return Session(folder, max_length=PROMPT + STEPS + 2 if manifest.cache.open else None)

@@ -118,7 +118,7 @@ class Session:
         self._positions.reorder(rows.to("cpu", torch.int64))
         for name, value in self._cache.items():
             chosen = value.numpy()[index]
-            if self.manifest.cache.form == "static" and chosen.shape == value.numpy().shape:
+            if self.manifest.cache.form != "growing" and chosen.shape == value.numpy().shape:
                 value.numpy()[...] = chosen
             else:
                 self._cache[name] = self._ort.OrtValue.ortvalue_from_numpy(chosen)
@@ -173,7 +173,11 @@ class Session:
     def _allocate(self, batch: int) -> dict[str, Any]:
         cache = self.manifest.cache
         length = 0 if self.max_length is None else self.max_length
-        shapes = [(batch, layer.heads, length, layer.head_dim) for layer in cache.layers for _ in ("key", "value")]
+        shapes = [
+            (batch, layer.heads, layer.slots or length, layer.head_dim)
+            for layer in cache.layers
+            for _ in ("key", "value")
+        ]
         names = [f"past_key_values.{i}.{what}" for i in range(len(cache.layers)) for what in ("key", "value")]
         zeros = (np.zeros(shape, DTYPES[cache.dtype]) for shape in shapes)
         return dict(zip(names, map(self._ort.OrtValue.ortvalue_from_numpy, zeros), strict=True))
@@ -183,6 +187,10 @@ class Session:
         if cache.form == "growing":
             if asked is not None:
                 raise FxfuseError("the cache grows: it has no max_length", where="max_length")
+            return None
+        if all(layer.slots for layer in cache.layers):
+            if asked is not None:
+                raise FxfuseError("every layer's cache is a ring: no text is too long", where="max_length")
             return None
         if cache.max_length is not None and asked not in (None, cache.max_length):
             raise FxfuseError(f"the graph is made for {cache.max_length}", where=f"max_length={asked}")

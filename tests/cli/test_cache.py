@@ -63,3 +63,11 @@ def test_options_that_do_not_fit(
     assert main(["export", *arguments, "--out", str(tmp_path / "out")]) == 2
     assert named in capsys.readouterr().err.replace("\n", " ")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_encoder_has_no_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = "embed_dim=32 mlp_dim=64 num_heads=4 head_dim=8 num_layers=1 rel_pos_num_buckets=8 rel_pos_max_dist=16"
+    options = [w for o in f"{sizes} vocab_size=40 norm_eps=1e-6 max_seq_len=64".split() for w in ("--set", o)]
+    assert main(["export", "torchtune:t5_encoder", *options, "--cache", "static", "--out", str(tmp_path / "out")]) == 2
+    assert "T5Encoder is no decoder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

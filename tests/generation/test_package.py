@@ -193,7 +193,7 @@ def test_options_of_other_sources(
 
 
 def test_a_package_of_what_does_not_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["export", "torchtune:t5_v1_1_base", "--package", "genai", "--out", str(tmp_path / "out")]) == 2
+    assert main(["export", "program.pt2", "--package", "genai", "--out", str(tmp_path / "out")]) == 2
     assert "--package is for a model that generates text" in capsys.readouterr().err
 
 
