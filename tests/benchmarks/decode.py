@@ -37,6 +37,7 @@ SHAPE = {
     "num_hidden_layers": 4,
     "num_attention_heads": 16,
     "num_key_value_heads": 4,
+    "head_dim": 64,
     "vocab_size": 4096,
     "max_position_embeddings": 4096,
 }
@@ -71,49 +72,49 @@ def plain_export(llama: Any, path: Path) -> None:
 class Bound:
     """`fxfuse.runtime`: the cache is bound where it lies."""
 
-    def __init__(self, path: Path, context: int, max_length: int | None) -> None:
+    def __init__(self, path: Path, batch: int, context: int, max_length: int | None) -> None:
         self.session = Session(path, max_length=max_length, threads=1)
-        self.session.prefill(prompt(context), chunk=256)
-        self.length = context
+        self.session.prefill(prompt(batch, context), chunk=256)
+        self.tokens = torch.full((batch,), 7)
 
     def step(self) -> None:
-        self.session.step(torch.tensor([7]))
+        self.session.step(self.tokens)
 
 
 class Unbound:
     """`run` with arrays: every call takes the whole cache and gives the whole cache."""
 
-    def __init__(self, path: Path, context: int, max_length: int | None) -> None:
+    def __init__(self, path: Path, batch: int, context: int, max_length: int | None) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = 1, 3
         self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.outputs = [output.name for output in self.session.get_outputs()]
         self.cache = {
-            i.name: np.zeros((1, i.shape[1], max_length or 0, i.shape[3]), np.float32)
+            i.name: np.zeros((batch, i.shape[1], max_length or 0, i.shape[3]), np.float32)
             for i in self.session.get_inputs()
             if i.name.startswith("past")
         }
-        self.length = 0
-        for part in prompt(context).split(256, 1):
+        self.batch, self.length = batch, 0
+        for part in prompt(batch, context).split(256, 1):
             self.feed(part.numpy())
 
     def feed(self, ids: np.ndarray) -> None:
         self.length += ids.shape[1]
-        positions = np.arange(self.length - ids.shape[1], self.length)[None]
+        positions = np.tile(np.arange(self.length - ids.shape[1], self.length), (self.batch, 1))
         inputs = {
             "input_ids": ids,
-            "attention_mask": np.ones((1, self.length), np.int64),
+            "attention_mask": np.ones((self.batch, self.length), np.int64),
             "position_ids": positions,
         }
         outputs = dict(zip(self.outputs, self.session.run(None, {**inputs, **self.cache}), strict=True))
         self.cache = {name: outputs[name.replace("past_key_values", "present")] for name in self.cache}
 
     def step(self) -> None:
-        self.feed(np.array([[7]]))
+        self.feed(np.full((self.batch, 1), 7))
 
 
-def prompt(length: int) -> torch.Tensor:
-    return torch.randint(0, SHAPE["vocab_size"], (1, length), generator=torch.Generator().manual_seed(0))
+def prompt(batch: int, length: int) -> torch.Tensor:
+    return torch.randint(0, SHAPE["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(0))
 
 
 def measure(runners: dict[str, Any], steps: int) -> dict[str, list[float]]:
@@ -144,6 +145,7 @@ def resident() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
     parser.add_argument("--forms", nargs="+", default=["growing", "static"])
@@ -158,15 +160,16 @@ def main() -> None:
         for form in arguments.forms:
             graphs[form] = Path(folder) / f"{form}.onnx"
             ir.save(export_decoder(llama, names="genai", cache=form), graphs[form])
-        print(f"{SHAPE}\nONNX Runtime {ort.__version__}, torch {torch.__version__}, {platform.machine()}, one thread")
+        print(f"{SHAPE}, batch {arguments.batch}")
+        print(f"ONNX Runtime {ort.__version__}, torch {torch.__version__}, {platform.machine()}, one thread")
         print(f"{'context':>8} {'graph':>9} {'cache':>8} {'ms':>8} {'against plain':>14} {'memory a step':>14}")
         for context in arguments.contexts:
             room = context + 3 * arguments.steps
             runners: dict[str, Any] = {}
             for form, path in graphs.items():
                 length = room if form == "static" else None
-                runners[f"{form} unbound"] = Unbound(path, context, length)
-                runners[f"{form} bound"] = Bound(path, context, length)
+                runners[f"{form} unbound"] = Unbound(path, arguments.batch, context, length)
+                runners[f"{form} bound"] = Bound(path, arguments.batch, context, length)
             times = {name: statistics.median(t) for name, t in measure(runners, arguments.steps).items()}
             for name, seconds in times.items():
                 growth = memory_of(runners[name].step, arguments.steps) / arguments.steps

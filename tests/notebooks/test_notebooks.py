@@ -32,7 +32,8 @@ def shown(notebook: Any) -> list[list[tuple[str, str]]]:
             if kind != "text/html"  # the same as text/plain, with a drawing
         ]
         for cell in notebook.cells
-        if cell.cell_type == "code"
+        # What a model says that was trained just now depends on the processor's rounding.
+        if cell.cell_type == "code" and "varies" not in cell.metadata.get("tags", [])
     ]
 
 
@@ -67,4 +68,4 @@ def test_it_runs_and_shows_what_is_committed(path: Path, tmp_path: Path) -> None
 
 
 def test_there_are_notebooks() -> None:
-    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "05"]
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05"]
