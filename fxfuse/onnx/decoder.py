@@ -26,10 +26,11 @@ from fxfuse.onnx import torchtune
 from fxfuse.onnx.ragged_cache import make_ragged
 from fxfuse.onnx.ring_cache import make_rings
 from fxfuse.onnx.static_cache import Profile, describe, make_static
+from fxfuse.onnx.streaming_cache import make_streaming
 from fxfuse.options import DEFAULT_OPSET
 
 Names = Literal["optimum", "genai", "hf"]
-Cache = Literal["auto", "growing", "static", "sliding"]
+Cache = Literal["auto", "growing", "static", "sliding", "streaming"]
 _CACHE = re.compile(r"(?P<way>input|output)\.past_key_values\.layers\.(?P<layer>\d+)\.(?P<what>key|value)s")
 _WINDOW = "._sliding_window_tensor"
 _AXES = {
@@ -49,6 +50,8 @@ def export_decoder(
     profile: Profile = "cpu",
     ragged: bool = False,
     one_token: bool = False,
+    sinks: int = 4,
+    window: int | None = None,
 ) -> ir.Model:
     """The graph of `model`, a `PreTrainedModel` that generates text from text, with its cache as inputs and outputs.
 
@@ -57,11 +60,15 @@ def export_decoder(
     Args:
         cache: "growing" gives back a longer cache than it took; "static" writes into buffers of any length T, which
             input and output may share (`fxfuse.onnx.static_cache`); "sliding" is static, and layers with a window
-            have rings of its size (`fxfuse.onnx.ring_cache`); "auto" is growing.
+            have rings of its size (`fxfuse.onnx.ring_cache`); "streaming" reads without end, and keeps the first tokens
+            and the last (`fxfuse.onnx.streaming_cache`): not what the model computes, but for it to go on; "auto" is
+            growing.
         profile: of a static cache; "cuda" reads the buffers whole, where ONNX Runtime's CPU kernels want a slice.
         ragged: of a static cache; each row stands at a length of its own (`fxfuse.onnx.ragged_cache`), and there is no
             attention_mask.
         one_token: for S = 1 only, which needs no causal mask.
+        sinks: of a streaming cache, how many of the first tokens are kept.
+        window: of a streaming cache, how many of the last are.
 
     Raises:
         FxfuseError: a model that is no such, a cache that is not one key and one value a layer (with `names` other than
@@ -79,6 +86,10 @@ def export_decoder(
         raise FxfuseError("transformers has no names for a static cache", where="names", hint='names="optimum"')
     if cache in ("static", "sliding") and opset < 24:
         raise FxfuseError("a static cache needs TensorScatter, which opset 24 brought", where="opset", hint="opset=24")
+    if cache == "streaming":
+        _check_streaming(names, one_token, sinks, window)
+    elif window is not None:
+        raise FxfuseError("only a streaming cache has a window to choose", where="window", hint='cache="streaming"')
     if names not in get_args(Names):
         raise FxfuseError(f"unknown names={names!r}", where="names", hint=" or ".join(map(repr, get_args(Names))))
     export = _of_torchtune if torchtune.is_decoder(model) else _of_transformers
@@ -90,9 +101,23 @@ def export_decoder(
         make_static(program, profile)
     elif cache == "sliding":
         make_rings(program, windows_of(model))
+    elif cache == "streaming":
+        assert window is not None
+        make_streaming(program, sinks, window)
     elif names != "hf":
         describe(program, "growing")
     return program
+
+
+def _check_streaming(names: Names, one_token: bool, sinks: int, window: int | None) -> None:
+    if names == "hf":
+        raise FxfuseError("transformers has no names for a streaming cache", where="names", hint='names="optimum"')
+    if one_token:
+        raise FxfuseError("a streaming cache is made for any S", where="one_token", hint="one_token=False")
+    if window is None or window < 1:
+        raise FxfuseError(f"a streaming cache needs a window, not {window}", where="window", hint="window=1020")
+    if sinks < 0:
+        raise FxfuseError(f"a streaming cache has 0 sinks or more, not {sinks}", where="sinks", hint="sinks=4")
 
 
 def windows_of(model: Any) -> dict[int, int]:

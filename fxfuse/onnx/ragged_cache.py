@@ -38,13 +38,12 @@ def make_ragged(model: ir.Model) -> None:
         FxfuseError: below opset 24, a cache that is not only joined with new keys, a layer that does not see all
             earlier tokens, or a graph that reads attention_mask for something else. The model is of no use then.
     """
-    masks = {node.inputs[3]: node.name for node in model.graph if _has_past(node)}
+    masks = {node.inputs[3]: node.name for node in model.graph if has_past(node)}
     for mask, name in masks.items():
         why = "it has no mask at all" if mask is None else not_causal(model.graph, mask)
         if why is not None:
             raise _refused(f"the attention {name} does not see just the tokens before: {why}")
-    for node in [node for node in model.graph if node.op_type == "Where" and _of_masks(node.inputs[0])]:
-        _choose(model.graph, node)
+    drop_padding(model.graph)
     make_static(model, "cuda")
     start, filled = _lengths(model.graph)
     for node in model.graph:
@@ -73,6 +72,12 @@ def not_causal(graph: ir.Graph, mask: ir.Value) -> str | None:
         if seen.shape[-2:] != expected.shape or not np.all(seen == expected):
             return f"at {past} tokens and {new} more other keys are hidden (a window?)"
     return None
+
+
+def drop_padding(graph: ir.Graph) -> None:
+    """Takes out what only padding needs beside the masks of the attention."""
+    for node in [node for node in graph if node.op_type == "Where" and _of_masks(node.inputs[0])]:
+        _choose(graph, node)
 
 
 def _choose(graph: ir.Graph, node: ir.Node) -> None:
@@ -159,7 +164,8 @@ def _lengths(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
     return start.outputs[0], filled.outputs[0]
 
 
-def _has_past(node: ir.Node) -> bool:
+def has_past(node: ir.Node) -> bool:
+    """Is it an Attention that is given a past?"""
     return node.op_type == "Attention" and len(node.inputs) > 4 and node.inputs[4] is not None
 
 

@@ -64,7 +64,7 @@ class _Slots:
         W, one, scalar = constant(graph, [size]), constant(graph, [1]), constant(graph, [0])
         new = add("Sub", [lengths.total, lengths.past])
         newest = add("Sub", [lengths.past, one])
-        slots = _numbers(graph, size)
+        slots = numbers(graph, size)
         stored = add("Sub", [newest, add("Mod", [add("Sub", [newest, slots]), W])])
         ends = [add("Squeeze", [value, scalar]) for value in (lengths.past, lengths.total, one)]
         positions = add("Concat", [stored, add("Range", ends)], {"axis": 0})
@@ -119,9 +119,9 @@ class _Ring(Buffer):
         return hidden
 
 
-def _numbers(graph: ir.Graph, count: int) -> ir.Value:
+def numbers(graph: ir.Graph, count: int) -> ir.Value:
     """0, 1, …, count - 1."""
-    return _initializer(graph, f"fxfuse.slots_{count}", ir.tensor(np.arange(count, dtype=np.int64)))
+    return initializer(graph, f"fxfuse.slots_{count}", ir.tensor(np.arange(count, dtype=np.int64)))
 
 
 def _lowest(graph: ir.Graph, kind: ir.DataType) -> ir.Value:
@@ -129,10 +129,10 @@ def _lowest(graph: ir.Graph, kind: ir.DataType) -> ir.Value:
     if kind == ir.DataType.BFLOAT16:
         raise FxfuseError("a ring cache in bfloat16", where="cache", hint="export it in float32 or float16")
     number = np.array([np.finfo(kind.numpy()).min], kind.numpy())
-    return _initializer(graph, f"fxfuse.lowest_{kind.name.lower()}", ir.tensor(number))
+    return initializer(graph, f"fxfuse.lowest_{kind.name.lower()}", ir.tensor(number))
 
 
-def _initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+def initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
     if name not in graph.initializers:
         graph.register_initializer(ir.val(name, tensor.dtype, tensor.numpy().shape, const_value=tensor))
     return graph.initializers[name]
