@@ -37,6 +37,7 @@ SHAPE = {
     "num_hidden_layers": 4,
     "num_attention_heads": 16,
     "num_key_value_heads": 4,
+    "head_dim": 64,
     "vocab_size": 4096,
     "max_position_embeddings": 4096,
 }

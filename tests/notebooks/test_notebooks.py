@@ -67,4 +67,4 @@ def test_it_runs_and_shows_what_is_committed(path: Path, tmp_path: Path) -> None
 
 
 def test_there_are_notebooks() -> None:
-    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03"]
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04"]
