@@ -23,6 +23,10 @@ class EagerSession:
         self.reset()
 
     @property
+    def reads_mask(self) -> bool:
+        return True
+
+    @property
     def length(self) -> int:
         """P: how many columns of the cache are written."""
         return self._positions.length

@@ -14,6 +14,9 @@ class Decoder(Protocol):
     """What `Session` and `EagerSession` have in common."""
 
     @property
+    def reads_mask(self) -> bool: ...
+
+    @property
     def length(self) -> int: ...
 
     def reset(self) -> None: ...
@@ -38,7 +41,8 @@ def generate(
     """The tokens that follow each of the prompts, of any lengths, greedily; an end-of-text token ends a row.
 
     Args:
-        prompts: token ids; shorter ones are padded on the left, so that a sliding window has no holes.
+        prompts: token ids; shorter ones are padded on the left, so that a sliding window has no holes; on the right where the
+            graph has no attention_mask, and each row goes on from its own end.
         chunk: read the prompts so many columns at a time.
 
     Raises:
@@ -63,8 +67,11 @@ def greedy(
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise FxfuseError("a prompt holds at least one token", where="prompts")
     width = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    pads = [[0] * (width - len(prompt)) for prompt in prompts]
+    texts = [(list(prompt), [1] * len(prompt)) for prompt in prompts]
+    right = not session.reads_mask
+    ids = torch.tensor([text + pad if right else pad + text for pad, (text, _) in zip(pads, texts, strict=True)])
+    mask = torch.tensor([ones + pad if right else pad + ones for pad, (_, ones) in zip(pads, texts, strict=True)])
     session.reset()
     logits = session.prefill(ids, mask, chunk=chunk)
     for count in range(max_new_tokens):

@@ -38,6 +38,18 @@ class Positions:
         self.mask = torch.cat([self.mask, mask], -1)
         return self.mask, (before + mask.cumsum(-1) - 1).clamp(min=0)
 
+    def of_rows(self, mask: torch.Tensor) -> torch.Tensor:
+        """The positions [B, S] of new columns for a graph without attention_mask, before `append`: each row goes on
+        where its own tokens end, over its padding.
+
+        Raises:
+            FxfuseError: padding on the left, which such a graph would see.
+        """
+        if bool((mask[:, 1:] > mask[:, :-1]).any()):
+            raise FxfuseError("a row is padded on the left", where="attention_mask", hint="pad on the right")
+        before = self.mask.sum(-1, keepdim=True) if self.length else torch.zeros(len(mask), 1, dtype=torch.int64)
+        return before + torch.arange(mask.shape[1])
+
     def reorder(self, rows: torch.Tensor) -> None:
         self.mask = self.mask[rows]
 

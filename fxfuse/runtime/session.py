@@ -54,6 +54,11 @@ class Session:
         self.reset()
 
     @property
+    def reads_mask(self) -> bool:
+        """Do the graphs take an attention_mask? Otherwise rows are padded on the right, if at all."""
+        return "attention_mask" in self.manifest.prefill.inputs
+
+    @property
     def length(self) -> int:
         """P: how many columns of the cache are written."""
         return self._positions.length
@@ -132,7 +137,13 @@ class Session:
                 where="max_length",
                 hint="open the session with a larger max_length",
             )
+        own = None
+        if "attention_mask" not in stage.inputs:
+            if self.manifest.cache.form == "streaming" and not bool(mask.all()):
+                raise FxfuseError("a streaming cache takes rows of one length", where="attention_mask")
+            own = self._positions.of_rows(mask)
         attention_mask, position_ids = self._positions.append(mask)
+        position_ids = position_ids if own is None else own
         feed = {"input_ids": ids, "attention_mask": attention_mask, "position_ids": position_ids}
         if not self._cache:
             self._cache = self._allocate(len(ids))
