@@ -9,6 +9,7 @@ A score is read as where(M, cap(a · s) + b, -inf). What it takes to say that wi
     q or k           a factor that varies with head and query is multiplied into q, one that varies with the key into k
     boolean mask     [1 or B, 1 or H, S, T], made of index grids in the graph, once for all layers that share it
     additive mask    the same, where there is a bias; in float32, as flex_attention adds it
+    sinks            y · sigmoid(lse - sink) after the call: one more key, of zeros, whose mask is the sink
 
 The algebra over the mod's own operators decides, never a fit to numbers. What it does not cover (a square, a clamp, a
 mask that looks at the score) is written out in primitives, and the report says why. `catalogue.md` shows eighty mods
@@ -25,6 +26,7 @@ from fxfuse.graph.view import GraphView
 from fxfuse.recognise.answers import Found, Proposal, Reason
 from fxfuse.recognise.flex.block_lists import check_block_mask
 from fxfuse.recognise.flex.reading import read, region_of
+from fxfuse.recognise.flex.sinks import read_with_sinks, regions_with_sinks
 from fxfuse.recognise.questions import Questions
 
 
@@ -36,6 +38,9 @@ class FlexAttention:
     since_opset = 23
 
     def propose(self, view: GraphView, ask: Questions) -> Iterator[Proposal]:
+        for call, region in regions_with_sinks(view):
+            if check_block_mask(call, ask) is None:
+                yield Proposal(call.node, [region], best_rank=0)
         for node in view.nodes:
             call = flex(node)
             if call is None:
@@ -47,7 +52,7 @@ class FlexAttention:
                     yield Proposal(node, [region_of(view, call, taken)], best_rank=0)
 
     def recognise(self, region: Region, ask: Questions) -> Found | Reason:
-        return read(region)
+        return read_with_sinks(region, ask) if len(region.nodes) > 2 else read(region)
 
 
 PATTERN = FlexAttention()

@@ -16,6 +16,7 @@ SAMPLE = {
     "softcap_window": 23,
     "both_scales": 24,
     "sinks_column": 23,
+    "sinks_lse": 24,
     "log_sum_exp": 24,
     "clamped": 23,
 }

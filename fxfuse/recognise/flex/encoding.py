@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from fxfuse.recognise.flex.causal import without_causal
-from fxfuse.recognise.flex.expression import INDICES, Expr
+from fxfuse.recognise.flex.expression import INDICES, Expr, call, leaf
 from fxfuse.recognise.flex.score import Factor, Opaque, Score
 
 
@@ -34,6 +34,14 @@ class Encoding:
     def wide(self) -> bool:
         """In half precision flex_attention scales and adds in float32: so must this."""
         return self.bias is not None or bool(self.on_query or self.on_key) or self.number != 1
+
+    @property
+    def with_mask(self) -> Encoding:
+        """The same, causality in the mask: for what has more keys than the call."""
+        if not self.causal:
+            return self
+        seen = call(torch.ops.aten.ge.Tensor, leaf("q", torch.int64), leaf("kv", torch.int64), dtype=torch.bool)
+        return replace(self, causal=False, keep=(seen, *self.keep))
 
     @property
     def parts(self) -> dict[str, Any]:

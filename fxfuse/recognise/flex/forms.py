@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,12 @@ from fxfuse.graph.flex import Flex
 from fxfuse.graph.region import Region
 from fxfuse.graph.view import fake, tensor
 from fxfuse.recognise.answers import Form
+from fxfuse.recognise.attention_bias import with_sinks
 from fxfuse.recognise.flex.encoding import Encoding
 from fxfuse.recognise.flex.expression import INDICES, Expr, Unreadable
 from fxfuse.recognise.flex.grid import Grid
 from fxfuse.recognise.flex.score import Factor
+from fxfuse.recognise.masks import Mask
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,15 @@ class Problem:
         return found
 
 
-def attention_form(problem: Problem, encoding: Encoding) -> Form:
-    """One `fxfuse::attention` on q [B, Hq, S, D], k [B, Hkv, T, D], v [B, Hkv, T, Dv]."""
+Column = Callable[[tuple[Tensor, ...]], Tensor]
+"""Of the inputs of a region: [1 or B, 1 or Hq, 1 or S, 1]."""
+
+
+def attention_form(problem: Problem, encoding: Encoding, sinks: Column | None = None) -> Form:
+    """One `fxfuse::attention` on q [B, Hq, S, D], k [B, Hkv, T, D], v [B, Hkv, T, Dv].
+
+    Sinks are one more column of the mask, on a key and a value of zeros.
+    """
     out = fake(problem.region.output).dtype
     attributes: dict[str, Any] = {"is_causal": 1} if encoding.causal else {}
     if not math.isclose(encoding.scale, float(fake(problem.call.query).shape[3]) ** -0.5, rel_tol=1e-9):
@@ -82,6 +91,8 @@ def attention_form(problem: Problem, encoding: Encoding) -> Form:
         lengths = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
         grid = problem.grid(inputs, lengths)
         kind = torch.promote_types(q.dtype, torch.float32) if encoding.wide else q.dtype
+        column = None if sinks is None else sinks(inputs)
+        kind = kind if column is None else torch.promote_types(kind, column.dtype)
         q, k, v = (_cast(t, kind) for t in (q, k, v))
         k, v = _batched(k, q), _batched(v, q)
         if repeats:
@@ -92,7 +103,11 @@ def attention_form(problem: Problem, encoding: Encoding) -> Form:
             q = _times(q, grid(factor.value), factor)
         for factor in encoding.on_key:
             k = _times(k, grid(factor.value).transpose(2, 3), factor)
-        y: Tensor = torch.ops.fxfuse.attention(q, k, v, _mask(encoding, grid, lengths, kind), **attributes)
+        mask = _mask(encoding, grid, lengths, kind)
+        if column is not None:
+            mask = with_sinks(mask, Mask(0, 4), column, lengths[1], (lengths[2], lengths[3]), kind)
+            k, v = (torch.nn.functional.pad(t, (0, 0, 0, 1)) for t in (k, v))
+        y: Tensor = torch.ops.fxfuse.attention(q, k, v, mask, **attributes)
         y = y if problem.in_memory_BSHD else y.contiguous()
         return y if q.dtype == torch.float64 else _cast(y, out)
 

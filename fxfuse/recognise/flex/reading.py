@@ -18,7 +18,7 @@ from fxfuse.recognise.flex.expression import INDICES, Expr, Unreadable, captured
 from fxfuse.recognise.flex.forms import Problem, attention_form, decomposed_form
 from fxfuse.recognise.flex.score import WORKING, Opaque, conjuncts, read_score
 
-_ULP = 8.0
+ULP = 8.0
 _SCORES = 1 << 20
 """More are not computed to ask what a mod means."""
 _LONGEST = 160
@@ -119,35 +119,41 @@ def _integers(expr: Expr) -> Iterator[int]:
 
 def read(region: Region) -> Found | Reason:
     """One Attention where the mods allow it, and else the primitives."""
-    call = flex(region.nodes[0])
-    assert call is not None
+    problem = problem_of(region)
+    if isinstance(problem, Reason):
+        return problem
     position: Any = region.output.args[1]
     output = OUTPUTS[position]
-    try:
-        mod, mask = expressions(call)
-    except Unreadable as error:
-        return Reason(f"flex_attention with a mod that cannot be read: {error}", 3)
-    problem = Problem(call, region, mod, conjuncts(mask))
     if output != "output":
         why = f"{output} is no output of Attention: it is computed beside it"
         return _decomposed(problem, output, why)
     score = read_score(problem.score)
-    encoding = score if isinstance(score, Opaque) else encode(score, problem.mask, call.scale)
+    encoding = score if isinstance(score, Opaque) else encode(score, problem.mask, problem.call.scale)
     if isinstance(encoding, Opaque):
         return _decomposed(problem, output, encoding.reason)
     return Found(
         "Attention",
         encoding.parts,
         (attention_form(problem, encoding),),
-        ulp=_ULP,
+        ulp=ULP,
         averaging=True,
         otherwise=_decomposed(problem, output, "it could not be proven"),
     )
 
 
+def problem_of(region: Region) -> Problem | Reason:
+    """The call in a region, its mods as expressions."""
+    call = next(found for n in region.nodes if (found := flex(n)) is not None)
+    try:
+        mod, mask = expressions(call)
+    except Unreadable as error:
+        return Reason(f"flex_attention with a mod that cannot be read: {error}", 3)
+    return Problem(call, region, mod, conjuncts(mask))
+
+
 def _decomposed(problem: Problem, output: str, why: str) -> Found:
     form = decomposed_form(problem, output)
-    return Found("Attention", {}, (form,), ulp=_ULP, averaging=True, decomposed=why)
+    return Found("Attention", {}, (form,), ulp=ULP, averaging=True, decomposed=why)
 
 
 def expressions(call: Flex) -> tuple[Expr, Expr]:
