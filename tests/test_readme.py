@@ -71,6 +71,10 @@ def flex(names: Names) -> None:
     assert entry.parameters["boolean mask"] == "[B, 1, S, T]"
 
 
+def generation(names: Names) -> None:
+    assert names["session"].manifest.cache.form == "static" and [len(row) for row in names["tokens"]] == [8, 8]
+
+
 CHECKS: dict[str, Callable[[Names], None]] = {
     "fuse": fused,
     "plugin": plugin,
@@ -78,6 +82,7 @@ CHECKS: dict[str, Callable[[Names], None]] = {
     "transformers": transformers,
     "onward": onward,
     "pattern": pattern,
+    "generation": generation,
     "flex": flex,
 }
 """What must be true after a block."""

@@ -41,8 +41,8 @@ def generate(
     """The tokens that follow each of the prompts, of any lengths, greedily; an end-of-text token ends a row.
 
     Args:
-        prompts: token ids; shorter ones are padded on the left, so that a sliding window has no holes; on the right where the
-            graph has no attention_mask, and each row goes on from its own end.
+        prompts: token ids; shorter ones are padded on the left, so that a sliding window has no holes; on the right
+            where the graph has no attention_mask, and each row goes on from its own end.
         chunk: read the prompts so many columns at a time.
 
     Raises:
