@@ -14,9 +14,9 @@ much was read. That RotaryEmbedding tells distances only, is proved first. So on
     new k ┴─ Concat ───┤
                        └─ GatherND: what stands in each slot after them ── present
 
-So a prompt of any length, whole or in chunks, gives what its tokens give one by one. position_ids [B, S], consecutive in
-each row, say how much was read before: rows may stand at different lengths, and there is no attention_mask. There is no
-padding: each row takes S tokens. Where cos and sin come from a table, it must have C + S - 1 places.
+So a prompt of any length, whole or in chunks, gives what its tokens give one by one. position_ids [B, S], consecutive
+in each row, say how much was read before: rows may stand at different lengths, and there is no attention_mask. There is
+no padding: each row takes S tokens. Where cos and sin come from a table, it must have C + S - 1 places.
 
 Source: Xiao et al., Efficient Streaming Language Models with Attention Sinks, https://arxiv.org/abs/2309.17453, 3.2.
 """
@@ -34,6 +34,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from fxfuse.errors import FxfuseError
 from fxfuse.onnx.ragged_cache import drop_padding, has_past, not_causal
+from fxfuse.onnx.relative import not_relative
 from fxfuse.onnx.ring_cache import initializer, numbers
 from fxfuse.onnx.static_cache import METADATA, constant, pasts_of, present_of
 
@@ -106,17 +107,19 @@ class _Slots:
         if "position_ids" not in self.inputs:
             raise _refused("the graph has no position_ids, which say where each row stands")
         self.new = self.inputs["position_ids"]
-        add, number, flag = self.add, lambda n: constant(graph, [n]), ir.DataType.BOOL
-        C, W, S0, one, zero = map(number, (self.size, window, sinks, 1, 0))
+        add, flag = self.add, ir.DataType.BOOL
+        C, W, S0, zero, one, two, end = (
+            constant(graph, [n]) for n in (sinks + window, window, sinks, 0, 1, 2, self.size - 1)
+        )
         past = add("Slice", [self.new, zero, one, one])
         newest = add("Sub", [past, one])
         last = add("Add", [newest, add("Shape", [self.new], {"start": 1, "end": 2})])
         slots = numbers(graph, self.size)
         fixed = add("Less", [slots, S0], kind=flag)
 
-        def stored(last: ir.Value) -> ir.Value:
-            """The position in each slot [B, C], once `last` [B, 1] is written."""
-            turned = add("Sub", [last, add("Mod", [add("Sub", [last, slots]), W])])
+        def stored(until: ir.Value) -> ir.Value:
+            """The position in each slot [B, C], once `until` [B, 1] is written."""
+            turned = add("Sub", [until, add("Mod", [add("Sub", [until, slots]), W])])
             return add("Where", [fixed, slots, turned])
 
         positions = add("Concat", [stored(newest), self.new], {"axis": 1})
@@ -124,7 +127,7 @@ class _Slots:
         fresh = add("GreaterOrEqual", [self.new, zero], kind=flag)
         filled = add("Concat", [there, fresh], {"axis": 1}, kind=flag)
         sink = add("Less", [positions, S0], kind=flag)
-        keys, queries = add("Unsqueeze", [positions, one]), add("Unsqueeze", [self.new, number(2)])
+        keys, queries = add("Unsqueeze", [positions, one]), add("Unsqueeze", [self.new, two])
         recent = add("Greater", [keys, add("Sub", [queries, W])], kind=flag)
         kept = add("Or", [recent, add("Unsqueeze", [sink, one], kind=flag)], kind=flag)
         seen = add("And", [kept, add("LessOrEqual", [keys, queries], kind=flag)], kind=flag)
@@ -132,11 +135,10 @@ class _Slots:
         self.mask = add("Unsqueeze", [seen, one], kind=flag)
         self.sink = add("Unsqueeze", [sink, constant(graph, [1, 3])], kind=flag)
 
-        shift = add("Max", [add("Sub", [past, number(self.size - 1)]), zero])
-        moved = add("Max", [add("Sub", [positions, shift]), zero])
-        self.places = add("Where", [sink, positions, moved])
+        shift = add("Max", [add("Sub", [past, end]), zero])
+        self.places = add("Max", [add("Where", [sink, positions, add("Sub", [positions, shift])]), zero])
         self.recent_places = add("Sub", [self.new, shift])
-        self.sink_places = add("Min", [self.new, number(self.size - 1)])
+        self.sink_places = add("Min", [self.new, end])
 
         after, used = stored(last), add("LessOrEqual", [slots, last], kind=flag)
         written = add("And", [used, add("GreaterOrEqual", [after, past], kind=flag)], kind=flag)
@@ -147,10 +149,11 @@ class _Slots:
         self.proved: set[tuple[ir.Value, ir.Value]] = set()
 
     def add(
-        self, op: str, inputs: Sequence[Any], attributes: Any = None, kind: ir.DataType = ir.DataType.INT64
+        self, op: str, inputs: Sequence[Any], attributes: Any = None, kind: ir.DataType | None = ir.DataType.INT64
     ) -> ir.Value:
         node = ir.node(op, inputs, attributes)
-        node.outputs[0].dtype = kind
+        if kind is not None:
+            node.outputs[0].dtype = kind
         self.graph.insert_before(self.before, node)
         return node.outputs[0]
 
@@ -160,7 +163,7 @@ class _Slots:
         assert cos is not None and sin is not None
         found = [self._copy(value, places) for value in (cos, sin)]
         if (cos, sin) not in self.proved and places is self.places:
-            why = _not_relative(self.graph, places, found, self.size)
+            why = not_relative(self.graph, places, found, self.size)
             if why is not None:
                 raise _refused(f"the rotation {rotary.name} tells more than distances: {why}")
             self.proved.add((cos, sin))
@@ -187,7 +190,7 @@ class _Slots:
             attributes = list(node.attributes.values())
             copy = ir.Node(node.domain, node.op_type, inputs, attributes, num_outputs=len(node.outputs))
             for new, old in zip(copy.outputs, node.outputs, strict=True):
-                new.dtype = old.dtype
+                new.type = old.type
             self.graph.insert_before(self.before, copy)
             copies = copy.outputs
         self.copies.update({(old, places): new for old, new in zip(node.outputs, copies, strict=True)})
@@ -279,36 +282,16 @@ class _Layer:
             raise _refused(f"{past.name} grows, and is not just given back")
         assert past.shape is not None
         batch, heads, _, size = past.shape
+        if not isinstance(heads, int):
+            raise _refused(f"{past.name} has a number of heads that is not fixed")
         past.shape = ir.Shape([batch, heads, self.slots.size, size])
         both = add("Concat", [past, new], {"axis": 2}, past.dtype)
         self.slots.joined[past] = both
-        index = add("Expand", [self.slots.source, constant(self.graph, [1, int(heads), 1, 1])])
+        index = add("Expand", [self.slots.source, constant(self.graph, [1, heads, 1, 1])])
         kept = add("GatherND", [both, index], {"batch_dims": 2}, past.dtype)
         kept.shape, kept.name, grown.name = past.shape, grown.name, None
         outputs[[output is grown for output in outputs].index(True)] = kept
         return both
-
-
-def _not_relative(graph: ir.Graph, places: ir.Value, found: list[ir.Value], count: int) -> str | None:
-    """How cos and sin at places 0, 1, … are not powers of one rotation, perhaps scaled; None: they are."""
-    from onnx.reference import ReferenceEvaluator
-
-    part = ir.convenience.extract(graph, [places], found)
-    run = ReferenceEvaluator(ir.to_proto(ir.Model(part, ir_version=10)))
-    row = np.arange(max(count, 2))
-    try:
-        results: Any = run.run(None, {part.inputs[0].name or "": np.stack([row, row[::-1]])})
-    except Exception as error:  # whatever numpy raises
-        return f"it cannot be had at {len(row)} places: {type(error).__name__}: {error}"
-    cos, sin = (np.asarray(result, np.float64) for result in results)
-    turn = cos + 1j * sin
-    # An angle in float32 is off by its last bits; cos and sin of two bytes are off by theirs.
-    close = (1e-3 + 1e-7 * len(row) if results[0].dtype.itemsize > 2 else 3e-2) * np.abs(turn[0, 0])
-    if turn.shape[:2] != (2, len(row)) or np.any(np.abs(turn[0] - turn[1, ::-1]) > close):
-        return "a place is turned otherwise in other company"
-    if np.any(np.abs(turn[0, 1:] * turn[0, 0] - turn[0, :-1] * turn[0, 1]) > close * np.abs(turn[0, 0])):
-        return "two places at one distance are turned apart by another angle elsewhere"
-    return None
 
 
 def _turns(rotary: ir.Node) -> list[int | None]:

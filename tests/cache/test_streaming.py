@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -206,17 +207,24 @@ class Squares(torch.nn.Module):
         return angles.cos(), angles.sin()
 
 
-def test_what_cannot_stream_is_refused() -> None:
-    with pytest.raises(FxfuseError, match="no RotaryEmbedding gives the queries"):
-        export_decoder(build("gpt2"), cache="streaming", window=8)
-    with pytest.raises(FxfuseError, match=r"other keys are hidden \(a window\?\)"):
-        export_decoder(build("gemma3"), cache="streaming", window=8)
+def squares() -> Any:
     model = build("llama")
     model.model.rotary_emb = Squares()
-    with pytest.raises(FxfuseError, match="tells more than distances: two places at one distance"):
-        export_decoder(model, cache="streaming", window=8)
-    with pytest.raises(FxfuseError, match="cannot be had at 68 places"):
-        export_decoder(test_torchtune.build("llama3_2"), cache="streaming", window=64)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (squares, "tells more than distances: two places at one distance"),
+        pytest.param(lambda: test_torchtune.build("llama3_2"), "it cannot be had at 68 places", marks=pytest.mark.slow),
+        pytest.param(lambda: build("gpt2"), "no RotaryEmbedding gives the queries", marks=pytest.mark.slow),
+        pytest.param(lambda: build("gemma3"), r"other keys are hidden \(a window\?\)", marks=pytest.mark.slow),
+    ],
+)
+def test_what_cannot_stream_is_refused(model: Callable[[], Any], why: str) -> None:
+    with pytest.raises(FxfuseError, match=why):
+        export_decoder(model(), cache="streaming", window=64)
 
 
 @pytest.mark.parametrize(
