@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from fxfuse.onnx.decoder import export_decoder
-from fxfuse.onnx.package import facts, write_package
+from fxfuse.onnx.package import write_package
 from fxfuse.onnx.step import export_step
+from fxfuse.onnx.torchtune import Eager
 from fxfuse.runtime import EagerSession, Session, generate
 from tests.generation import tiny
 
@@ -32,7 +33,7 @@ BATCHES = {
 def cells() -> list[Any]:
     return [
         pytest.param(name, form, graphs, marks=() if (name, form, graphs) in SAMPLE else pytest.mark.slow)
-        for name in tiny.CONFIGS
+        for name in (*tiny.CONFIGS, *tiny.BUILDERS)
         for form in FORMS
         for graphs in ("one", "pair")
     ]
@@ -49,8 +50,7 @@ def package(root: Path, name: str, form: str, graphs: str) -> Path:
     checkpoint = tiny.save(name, root / f"{name}-checkpoint")
     prefill = export_decoder(model, names="genai", cache=form)
     decode = export_step(model, cache=form) if graphs == "pair" else None
-    said = facts(model.config)
-    write_package(folder, prefill, decode=decode, package="genai", model=said, tokenizer=checkpoint)
+    write_package(folder, prefill, decode=decode, package="genai", model=tiny.facts(name), tokenizer=checkpoint)
     return folder
 
 
@@ -69,7 +69,9 @@ def prompts(batch: str) -> list[list[int]]:
 @pytest.mark.parametrize("batch", BATCHES)
 class TestTheSameTokens:
     def test_eager(self, batch: str, name: str, form: str, graphs: str) -> None:
-        assert generate(EagerSession(tiny.trained(name)), prompts(batch), max_new_tokens=NEW) == expected(name, batch)
+        model = tiny.trained(name)
+        eager = EagerSession(Eager(model) if name in tiny.BUILDERS else model)
+        assert generate(eager, prompts(batch), max_new_tokens=NEW) == expected(name, batch)
 
     def test_fxfuse_runtime(self, batch: str, name: str, form: str, graphs: str, root: Path) -> None:
         room = 160 if form == "static" else None
@@ -77,6 +79,8 @@ class TestTheSameTokens:
         assert generate(session, prompts(batch), max_new_tokens=NEW) == expected(name, batch)
 
     def test_genai(self, batch: str, name: str, form: str, graphs: str, root: Path) -> None:
+        if (name, batch) == ("tune_gemma2", "ragged"):
+            pytest.skip("onnxruntime-genai pads on the right, and a window counts that padding")
         genai = pytest.importorskip("tests.generation.genai").GenAI(package(root, name, form, graphs))
         texts = BATCHES[batch]
         assert [genai.tokenizer.encode(text).tolist() for text in texts] == [

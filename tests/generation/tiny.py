@@ -108,12 +108,22 @@ def train(model: torch.nn.Module, logits: Callable[[torch.Tensor], torch.Tensor]
 
 
 def save(name: str, folder: Path) -> Path:
-    """The checkpoint and the tokenizer, as transformers writes and reads them."""
+    """The checkpoint and the tokenizer, as transformers writes and reads them; torchtune has no such checkpoints."""
     from transformers import PreTrainedTokenizerFast
 
-    trained(name).save_pretrained(folder)
+    if name in CONFIGS:
+        trained(name).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer(), pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
     return folder
+
+
+def facts(name: str) -> dict[str, Any]:
+    """What a manifest says of the model beside its graphs."""
+    from fxfuse.onnx import package
+
+    if name in CONFIGS:
+        return package.facts(trained(name).config)
+    return {"context_length": 512, "hidden_size": 64, "heads": 4, "pad": PAD, "eos": [EOS]}
 
 
 @torch.no_grad()
