@@ -134,6 +134,8 @@ class Bytes:
 class Says:
     """Says the given tokens."""
 
+    reads_mask = True
+
     def __init__(self, tokens: list[int]) -> None:
         self.tokens, self.length = iter(tokens), 0
 
