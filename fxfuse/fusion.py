@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 import torch.fx.experimental._config
 from torch.export import ExportedProgram
@@ -33,7 +33,7 @@ from fxfuse.recognise.catalogue import catalogue
 from fxfuse.recognise.evaluate import CannotEvaluate
 from fxfuse.recognise.flex.reconstruct import reconstruct
 from fxfuse.recognise.proof import Refused, prove
-from fxfuse.recognise.questions import BlockMasks, Questions
+from fxfuse.recognise.questions import BlockMasks, Questions, check_block_masks
 from fxfuse.report.layer import calls, mark, one_layer
 from fxfuse.report.model import Entry, Report
 
@@ -73,10 +73,7 @@ def fuse(
     check_opset(opset)
     if verify not in ("on", "off"):
         raise FxfuseError(f"unknown verify={verify!r}", where="verify", hint='"on" or "off"')
-    if block_mask not in get_args(BlockMasks):
-        raise FxfuseError(
-            f"unknown block_mask={block_mask!r}", where="block_mask", hint=" or ".join(map(repr, get_args(BlockMasks)))
-        )
+    check_block_masks(block_mask)
     started = time.perf_counter()
     result = copy_program(program)
     report = Report(opset, nodes_before=_calls(result.graph))

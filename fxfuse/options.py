@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from fxfuse.errors import FxfuseError
 from fxfuse.ops.registry import check_opset
 from fxfuse.recognise.answers import Pattern
-from fxfuse.recognise.questions import BlockMasks
+from fxfuse.recognise.questions import BlockMasks, check_block_masks
 
 DEFAULT_OPSET = 24
 """It has every fused operator, and ONNX Runtime has a kernel for each."""
@@ -35,9 +35,7 @@ class Options:
             check_opset(self.opset)
         if self.verify not in ("on", "off"):
             raise FxfuseError(f"unknown verify={self.verify!r}", where="verify", hint='"on" or "off"')
-        if self.block_mask not in get_args(BlockMasks):
-            hint = " or ".join(map(repr, get_args(BlockMasks)))
-            raise FxfuseError(f"unknown block_mask={self.block_mask!r}", where="block_mask", hint=hint)
+        check_block_masks(self.block_mask)
         if self.patterns is not None:
             if not isinstance(self.patterns, Sequence):
                 raise FxfuseError(f"patterns is a list of patterns, not {self.patterns!r}", where="patterns")

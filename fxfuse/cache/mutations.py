@@ -10,7 +10,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Graph, GraphModule, Node
 
 from fxfuse.graph.source import source_line
-from fxfuse.graph.view import storage_roots
+from fxfuse.graph.view import mutated, storage_roots
 
 WRITES = (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION)
 STATE = (InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -57,16 +57,8 @@ def in_place(module: GraphModule, graph: Graph, node: Node) -> set[Node]:
     """The placeholders of `graph` that this node may write to, itself or in a subgraph that it runs."""
     if node.op != "call_function":
         return set()
-    found: set[Node] = set()
-    schema = getattr(node.target, "_schema", None)
-    if schema is not None and schema.is_mutable:
-        for position, argument in enumerate(schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-                for target in value if isinstance(value, (list, tuple)) else [value]:
-                    if isinstance(target, Node):
-                        found |= storage_roots(target)
-    elif isinstance(node.target, torch._ops.HigherOrderOperator):
+    found = mutated(node)
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
         inside = [i for i in node.all_input_nodes if i.op == "get_attr"]
         for reference in inside:
             sub = getattr(module, str(reference.target), None)

@@ -7,9 +7,7 @@ import gc
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.console import Console
 from torch.export import ExportedProgram
 
@@ -17,7 +15,7 @@ import fxfuse
 from fxfuse.cli import source, tables
 from fxfuse.cli.generation import check_options, export_generation, generates
 from fxfuse.cli.progress import Stages, human, peak_memory
-from fxfuse.cli.reports import report_files
+from fxfuse.cli.reports import REPORT, report_files, run_record
 from fxfuse.cli.verify import Check, check_fused, check_model, eager_outputs, expectations
 from fxfuse.errors import FxfuseError, ParityError
 from fxfuse.onnx.capture import named
@@ -26,12 +24,11 @@ from fxfuse.onnx.files import move_into, save, staging
 from fxfuse.ops.registry import check_opset
 from fxfuse.parity import shape_cases
 from fxfuse.recognise.catalogue import catalogue
-from fxfuse.report.model import Report
-from fxfuse.report.record import dumps, record
+from fxfuse.report.record import dumps
 
 Command = Callable[[argparse.Namespace, Console, Console], None]
 
-MODEL, DATA, REPORT = "model.onnx", "model.onnx.data", "report.json"
+MODEL, DATA = "model.onnx", "model.onnx.data"
 
 
 def export(arguments: argparse.Namespace, out: Console, err: Console) -> None:
@@ -78,7 +75,7 @@ def export(arguments: argparse.Namespace, out: Console, err: Console) -> None:
                 checks += check_model(folder / MODEL, expected)
 
         sizes = {name: (folder / name).stat().st_size for name in (MODEL, DATA) if (folder / name).exists()}
-        result = _record(arguments, report, stages, checks, sizes)
+        result = run_record(arguments, report, stages, checks, sizes)
         tables.show_report(out, report)
         if arguments.parity:
             tables.show_checks(out, checks)
@@ -118,7 +115,7 @@ def inspect(arguments: argparse.Namespace, out: Console, err: Console) -> None:
             f"peak memory {human(peak_memory())}",
             highlight=False,
         )
-        write_reports(report, _record(arguments, report, stages, [], {}), [])
+        write_reports(report, run_record(arguments, report, stages, [], {}), [])
 
 
 def repair(arguments: argparse.Namespace, out: Console, err: Console) -> None:
@@ -163,22 +160,3 @@ def load_program(request: source.Request, stages: Stages) -> tuple[source.Loaded
     with stages.stage("capture"):
         program = as_program(loaded.model, loaded.args, loaded.kwargs, loaded.dynamic_shapes)
     return loaded, program
-
-
-def _record(
-    arguments: argparse.Namespace,
-    report: Report,
-    stages: Stages,
-    checks: list[Check],
-    sizes: dict[str, int],
-) -> dict[str, Any]:
-    return record(
-        report,
-        source=arguments.source,
-        fxfuse=fxfuse.__version__,
-        torch=torch.__version__,
-        parity=[check.to_dict() for check in checks],
-        bytes=sizes,
-        seconds=stages.seconds,
-        peak_memory_bytes=peak_memory(),
-    )

@@ -14,14 +14,12 @@ from rich.console import Console
 
 import fxfuse
 from fxfuse.cli import source, tables
-from fxfuse.cli.progress import Stages, peak_memory
-from fxfuse.cli.reports import report_files
+from fxfuse.cli.progress import Stages
+from fxfuse.cli.reports import REPORT, report_files, run_record
 from fxfuse.cli.verify import Check
 from fxfuse.errors import FxfuseError
 from fxfuse.ops.registry import check_opset
-from fxfuse.report.record import dumps, record
-
-REPORT = "report.json"
+from fxfuse.report.record import dumps
 
 
 def is_pretrained(name: str) -> bool:
@@ -115,16 +113,7 @@ def export_generation(arguments: argparse.Namespace, out: Console, err: Console)
                 check=check if arguments.parity else None,
             )
         sizes = {path.name: path.stat().st_size for path in target.iterdir() if path.suffix in (".onnx", ".data")}
-        result: dict[str, Any] = record(
-            report,
-            source=arguments.source,
-            fxfuse=fxfuse.__version__,
-            torch=torch.__version__,
-            parity=[check.to_dict() for check in checks],
-            bytes=sizes,
-            seconds=stages.seconds,
-            peak_memory_bytes=peak_memory(),
-        )
+        result = run_record(arguments, report, stages, checks, sizes)
         tables.show_report(out, report)
         if checks:
             tables.show_checks(out, checks)

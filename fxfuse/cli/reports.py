@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from fxfuse.cli.progress import human
+import torch
+
+import fxfuse
+from fxfuse.cli.progress import Stages, human, peak_memory
 from fxfuse.cli.verify import Check
 from fxfuse.errors import FxfuseError
 from fxfuse.onnx.files import staging
 from fxfuse.report.html import page
 from fxfuse.report.model import Report
-from fxfuse.report.record import dumps
+from fxfuse.report.record import dumps, record
 
+REPORT = "report.json"
 Write = Callable[[Report, Mapping[str, Any], Sequence[Check]], None]
 
 
@@ -54,3 +59,23 @@ def _page(report: Report, record: Mapping[str, Any], checks: Sequence[Check]) ->
         **sizes,
     }
     return page(report, record["source"], checks=checks, seconds=record["seconds"], facts=facts)
+
+
+def run_record(
+    arguments: argparse.Namespace,
+    report: Report,
+    stages: Stages,
+    checks: list[Check],
+    sizes: dict[str, int],
+) -> dict[str, Any]:
+    """What `report.json` says of one run of a command."""
+    return record(
+        report,
+        source=arguments.source,
+        fxfuse=fxfuse.__version__,
+        torch=torch.__version__,
+        parity=[check.to_dict() for check in checks],
+        bytes=sizes,
+        seconds=stages.seconds,
+        peak_memory_bytes=peak_memory(),
+    )

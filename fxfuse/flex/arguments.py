@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fxfuse.flex.closures import with_tensors, without_tensors
 from fxfuse.flex.lists import agrees
-from fxfuse.flex.one_block import one_block
+from fxfuse.flex.one_block import flatten, keyed, unflatten
 from fxfuse.flex.patches import Patch, Undo
 
 _LISTS = [name for name, kind in BlockMask.__annotations__.items() if "Tensor" in str(kind)]
@@ -36,7 +36,7 @@ def block_masks_as_pytrees() -> Patch:
             BlockMask,
             _flatten,
             _unflatten,  # type: ignore[arg-type]
-            flatten_with_keys_fn=_flatten_with_keys,
+            flatten_with_keys_fn=keyed(_flatten),
             serialized_type_name="torch.nn.attention.flex_attention.BlockMask",
         )
         return lambda: pytree._deregister_pytree_node(BlockMask)
@@ -45,9 +45,9 @@ def block_masks_as_pytrees() -> Patch:
 
 
 def _flatten(mask: BlockMask) -> tuple[list[Any], Any]:
-    function, tensors = without_tensors(mask.mask_mod)
     if _says_nothing_more(mask):
-        return list(tensors), (function, str(mask.kv_num_blocks.device))
+        return flatten(mask)
+    function, tensors = without_tensors(mask.mask_mod)
     kept = tuple(name for name in _LISTS if getattr(mask, name, None) is not None)
     others = tuple(
         (name, getattr(mask, name)) for name in BlockMask.__annotations__ if name not in (*_LISTS, "mask_mod")
@@ -57,8 +57,7 @@ def _flatten(mask: BlockMask) -> tuple[list[Any], Any]:
 
 def _unflatten(leaves: Sequence[Any], context: Any) -> BlockMask:
     if len(context) == 2:
-        function, device = context
-        return one_block(with_tensors(function, list(leaves)), (1, 1), device)
+        return unflatten(leaves, context)
     function, kept, others = context
     mask = object.__new__(BlockMask)
     given = dict(zip(kept, leaves, strict=False))
@@ -66,11 +65,6 @@ def _unflatten(leaves: Sequence[Any], context: Any) -> BlockMask:
         setattr(mask, name, value)
     mask.mask_mod = with_tensors(function, list(leaves[len(kept) :]))
     return mask
-
-
-def _flatten_with_keys(mask: BlockMask) -> tuple[list[tuple[Any, Any]], Any]:
-    leaves, context = _flatten(mask)
-    return [(pytree.SequenceKey(i), leaf) for i, leaf in enumerate(leaves)], context
 
 
 def _says_nothing_more(mask: BlockMask) -> bool:

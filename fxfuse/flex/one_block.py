@@ -7,7 +7,7 @@ specialised while a program is captured: https://docs.pytorch.org/docs/stable/nn
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -71,25 +71,32 @@ def create_empty_block_mask(query: torch.Tensor, key: torch.Tensor) -> OneBlockM
     return one_block(torch_flex.noop_mask, (1, 1), query.device)
 
 
-def _flatten(mask: OneBlockMask) -> tuple[list[Any], Any]:
+def flatten(mask: BlockMask) -> tuple[list[Any], Any]:
     function, tensors = without_tensors(mask.mask_mod)
     return list(tensors), (function, str(mask.kv_num_blocks.device))
 
 
-def _flatten_with_keys(mask: OneBlockMask) -> tuple[list[tuple[Any, Any]], Any]:
-    tensors, context = _flatten(mask)
-    return [(pytree.SequenceKey(i), tensor) for i, tensor in enumerate(tensors)], context
+def keyed(
+    flatten: Callable[[Any], tuple[list[Any], Any]],
+) -> Callable[[Any], tuple[list[tuple[Any, Any]], Any]]:
+    """`flatten` with the place of each leaf."""
+
+    def flatten_with_keys(mask: Any) -> tuple[list[tuple[Any, Any]], Any]:
+        leaves, context = flatten(mask)
+        return [(pytree.SequenceKey(i), leaf) for i, leaf in enumerate(leaves)], context
+
+    return flatten_with_keys
 
 
-def _unflatten(tensors: Sequence[Any], context: Any) -> OneBlockMask:
+def unflatten(tensors: Sequence[Any], context: Any) -> OneBlockMask:
     function, device = context
     return one_block(with_tensors(function, list(tensors)), (1, 1), device)
 
 
 pytree.register_pytree_node(
     OneBlockMask,
-    _flatten,
-    _unflatten,  # type: ignore[arg-type]
-    flatten_with_keys_fn=_flatten_with_keys,
+    flatten,
+    unflatten,  # type: ignore[arg-type]
+    flatten_with_keys_fn=keyed(flatten),
     serialized_type_name="fxfuse.flex.OneBlockMask",
 )

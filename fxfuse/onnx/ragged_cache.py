@@ -38,11 +38,8 @@ def make_ragged(model: ir.Model) -> None:
         FxfuseError: below opset 24, a cache that is not only joined with new keys, a layer that does not see all
             earlier tokens, or a graph that reads attention_mask for something else. The model is of no use then.
     """
-    masks = {node.inputs[3]: node.name for node in model.graph if has_past(node)}
-    for mask, name in masks.items():
-        why = "it has no mask at all" if mask is None else not_causal(model.graph, mask)
-        if why is not None:
-            raise _refused(f"the attention {name} does not see just the tokens before: {why}")
+    if (why := sees_otherwise(model.graph)) is not None:
+        raise _refused(why)
     drop_padding(model.graph)
     make_static(model, "cuda")
     start, filled = _lengths(model.graph)
@@ -60,7 +57,17 @@ def make_ragged(model: ir.Model) -> None:
         model.graph.inputs.remove(value)
 
 
-def not_causal(graph: ir.Graph, mask: ir.Value) -> str | None:
+def sees_otherwise(graph: ir.Graph) -> str | None:
+    """Which attention with a past does not see all tokens before each, and no others; None: all do."""
+    masks = {node.inputs[3]: node.name for node in graph if has_past(node)}
+    for mask, name in masks.items():
+        why = "it has no mask at all" if mask is None else _not_causal(graph, mask)
+        if why is not None:
+            return f"the attention {name} does not see just the tokens before: {why}"
+    return None
+
+
+def _not_causal(graph: ir.Graph, mask: ir.Value) -> str | None:
     """How this mask [.., S, P + S] differs, with no padding, from hiding what comes after each token; None: not."""
     if not _of_masks(mask):
         return "its mask is made of more than attention_mask and lengths"

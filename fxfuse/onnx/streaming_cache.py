@@ -33,7 +33,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from fxfuse.errors import FxfuseError
-from fxfuse.onnx.ragged_cache import drop_padding, has_past, not_causal
+from fxfuse.onnx.ragged_cache import drop_padding, has_past, sees_otherwise
 from fxfuse.onnx.relative import not_relative
 from fxfuse.onnx.ring_cache import initializer, numbers
 from fxfuse.onnx.static_cache import METADATA, constant, pasts_of, present_of
@@ -54,11 +54,8 @@ def make_streaming(model: ir.Model, sinks: int, window: int) -> None:
     graph = model.graph
     pasts = pasts_of(model)
     attentions = [node for node in graph if has_past(node)]
-    masks = {node.inputs[3]: node.name for node in attentions}
-    for mask, name in masks.items():
-        why = "it has no mask at all" if mask is None else not_causal(graph, mask)
-        if why is not None:
-            raise _refused(f"the attention {name} does not see just the tokens before: {why}")
+    if (why := sees_otherwise(graph)) is not None:
+        raise _refused(why)
     drop_padding(graph)
     slots = _Slots(graph, sinks, window)
     for node in attentions:

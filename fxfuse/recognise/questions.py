@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from operator import attrgetter
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
+from fxfuse.errors import FxfuseError
 from fxfuse.graph.region import Region
 from fxfuse.graph.unread import vmaps_closed, with_brackets
 from fxfuse.graph.view import fake, op_name, static, tensor
@@ -20,6 +21,15 @@ from fxfuse.recognise.sizes import Sizes, ranges_of
 
 BlockMasks = Literal["check", "reconstruct", "assume_mask_mod"]
 """See `fxfuse.fuse`."""
+
+
+def check_block_masks(block_mask: object) -> None:
+    """Raises FxfuseError if it is none of `BlockMasks`."""
+    if block_mask not in get_args(BlockMasks):
+        hint = " or ".join(map(repr, get_args(BlockMasks)))
+        raise FxfuseError(f"unknown block_mask={block_mask!r}", where="block_mask", hint=hint)
+
+
 _INDEXED = {"index": 0, "embedding": 0, "index_select": 0, "gather": 0, "take_along_dim": 0}
 _LIMIT = 400
 
