@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import torch.fx.experimental._config
@@ -31,6 +31,7 @@ from fxfuse.ops.registry import check_opset
 from fxfuse.recognise.answers import NEAR, Form, Found, Input, Pattern, Proposal, Reason
 from fxfuse.recognise.catalogue import catalogue
 from fxfuse.recognise.evaluate import CannotEvaluate
+from fxfuse.recognise.flex.choices import FlexCalls, Windows, check_flex_attention, check_windows
 from fxfuse.recognise.flex.reconstruct import reconstruct
 from fxfuse.recognise.proof import Refused, prove
 from fxfuse.recognise.questions import BlockMasks, Questions, check_block_masks
@@ -49,6 +50,8 @@ def fuse(
     patterns: Sequence[Pattern] | None = None,
     verify: Literal["on", "off"] = "on",
     block_mask: BlockMasks = "check",
+    flex_attention: FlexCalls = "standard",
+    windows: Windows = "mask",
 ) -> ExportedProgram:
     """Collapse every region that computes a known operator into one op that maps to one ONNX node.
 
@@ -61,23 +64,30 @@ def fuse(
         block_mask: what of a `BlockMask` counts in flex_attention. ``"check"``: block lists have to follow from the
             mask function, or the call is left, and reported. ``"reconstruct"``: where they do not, both count, as in
             the compiled kernel. ``"assume_mask_mod"``: the function counts, as in the eager one.
+        flex_attention: what a call of flex_attention becomes. ``"standard"``: one Attention, or primitives where its
+            mods allow none. ``"preview"``: FlexAttention of ai.onnx.preview instead of the primitives, the mods in its
+            `score_mod`; ``"preview_only"``: instead of Attention too. No runtime has that operator yet.
+        windows: what ``q - kv <= n`` in a mod becomes. ``"mask"``: a part of the Attention's mask. ``"attributes"``:
+            `left_window_size` and `right_window_size`, which need opset 25 and a runtime that has it.
 
     Returns:
         A new program. Nodes outside the fused regions are as they were, but for layers that run under `no_grad`: they
         are inlined, and detached. Weights are shared with `program`.
 
     Raises:
-        FxfuseError: not an exported program, fused already, or an opset outside 23–25.
+        FxfuseError: not an exported program, fused already, an opset outside 23–25, or an option that is none.
     """
     program = check_program(program)
     check_opset(opset)
     if verify not in ("on", "off"):
         raise FxfuseError(f"unknown verify={verify!r}", where="verify", hint='"on" or "off"')
     check_block_masks(block_mask)
+    check_flex_attention(flex_attention)
+    check_windows(windows, opset)
     started = time.perf_counter()
     result = copy_program(program)
     report = Report(opset, nodes_before=_calls(result.graph))
-    run = _Run(result, report, verified=verify == "on", block_mask=block_mask)
+    run = _Run(result, report, verify == "on", block_mask, flex_attention, windows)
     inline_layers(result)
     separate_outputs(list(result.graph.nodes))
     if block_mask == "reconstruct":
@@ -132,13 +142,15 @@ class _Run:
     report: Report
     verified: bool
     block_mask: BlockMasks
+    flex_attention: FlexCalls
+    windows: Windows
     answers: dict[tuple[str, str], Found | Reason] = field(default_factory=dict)
     proofs: dict[tuple[str, str], Graph | str] = field(default_factory=dict)
 
     def apply(self, pattern: Pattern) -> None:
         """Match the whole graph against one pattern, then rewrite it."""
         view = GraphView(self.program.graph)
-        ask = Questions(self.program, self.block_mask)
+        ask = Questions(self.program, self.block_mask, self.flex_attention, self.windows)
         matches: list[_Match] = []
         taken: set[Node] = set()
         for proposal in self._guarded(pattern, self._timed("propose", pattern.propose(view, ask))):
@@ -171,8 +183,8 @@ class _Run:
         refusal: tuple[str, Region, Found] | None = None
         for region, answer in sorted(found, key=lambda pair: (not pair[0].closed, -pair[1].rank)):
             body = self._prove(pattern, region, answer, ask)
-            if isinstance(body, str) and answer.otherwise is not None:
-                answer = replace(answer.otherwise, decomposed=f"as {answer.operator} it {body}")
+            while isinstance(body, str) and answer.otherwise is not None:
+                answer = answer.otherwise.after(f"as {answer.operator} it {body}")
                 body = self._prove(pattern, region, answer, ask)
             if isinstance(body, Graph):
                 return _Match(region, answer, body)
@@ -210,8 +222,7 @@ class _Run:
     def _prove(self, pattern: Pattern, region: Region, found: Found, ask: Questions) -> Graph | str:
         with self._clock("prove"):
             key = _own_key(pattern, region) if found.from_leaves else _key(pattern, region)
-            if found.decomposed is not None:
-                key = (f"{key[0]}, decomposed", key[1])
+            key = (f"{key[0]}, {'decomposed' if found.decomposed is not None else found.operator}", key[1])
             if key not in self.proofs:
                 try:
                     form: Form = prove(region, found, ask) if self.verified else found.forms[0]

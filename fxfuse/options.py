@@ -9,6 +9,7 @@ from typing import Any, Literal
 from fxfuse.errors import FxfuseError
 from fxfuse.ops.registry import check_opset
 from fxfuse.recognise.answers import Pattern
+from fxfuse.recognise.flex.choices import FlexCalls, Windows, check_flex_attention, check_windows
 from fxfuse.recognise.questions import BlockMasks, check_block_masks
 
 DEFAULT_OPSET = 24
@@ -20,7 +21,7 @@ class Options:
     """Arguments of `fuse`; checked where they are given, not where they are used much later.
 
     Raises:
-        FxfuseError: an opset outside 23–25, something that is no pattern, an unknown `verify` or `block_mask`.
+        FxfuseError: an opset outside 23–25, something that is no pattern, an option that is none.
     """
 
     opset: int | None = None
@@ -29,6 +30,8 @@ class Options:
     """None is the whole catalogue."""
     verify: Literal["on", "off"] = "on"
     block_mask: BlockMasks = "check"
+    flex_attention: FlexCalls = "standard"
+    windows: Windows = "mask"
 
     def __post_init__(self) -> None:
         if self.opset is not None:
@@ -36,6 +39,8 @@ class Options:
         if self.verify not in ("on", "off"):
             raise FxfuseError(f"unknown verify={self.verify!r}", where="verify", hint='"on" or "off"')
         check_block_masks(self.block_mask)
+        check_flex_attention(self.flex_attention)
+        check_windows(self.windows, self.opset)
         if self.patterns is not None:
             if not isinstance(self.patterns, Sequence):
                 raise FxfuseError(f"patterns is a list of patterns, not {self.patterns!r}", where="patterns")
@@ -59,4 +64,6 @@ class Options:
             "patterns": self.patterns,
             "verify": self.verify,
             "block_mask": self.block_mask,
+            "flex_attention": self.flex_attention,
+            "windows": self.windows,
         }

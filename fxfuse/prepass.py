@@ -26,6 +26,7 @@ from fxfuse.flex.capture import flex_capture
 from fxfuse.fusion import fuse
 from fxfuse.options import Options
 from fxfuse.recognise.answers import Pattern
+from fxfuse.recognise.flex.choices import FlexCalls, Windows
 from fxfuse.recognise.questions import BlockMasks
 
 T = TypeVar("T", bound=Callable[..., Any])
@@ -48,6 +49,8 @@ def prepass(
     patterns: Sequence[Pattern] | None = None,
     verify: Literal["on", "off"] = "on",
     block_mask: BlockMasks = "check",
+    flex_attention: FlexCalls = "standard",
+    windows: Windows = "mask",
 ) -> Callable[[T], T]: ...
 @overload
 def prepass(
@@ -58,6 +61,8 @@ def prepass(
     patterns: Sequence[Pattern] | None = None,
     verify: Literal["on", "off"] = "on",
     block_mask: BlockMasks = "check",
+    flex_attention: FlexCalls = "standard",
+    windows: Windows = "mask",
 ) -> T: ...
 def prepass(
     target: Any = None,
@@ -67,6 +72,8 @@ def prepass(
     patterns: Sequence[Pattern] | None = None,
     verify: Literal["on", "off"] = "on",
     block_mask: BlockMasks = "check",
+    flex_attention: FlexCalls = "standard",
+    windows: Windows = "mask",
 ) -> Any:
     """Fuse what `target` exports.
 
@@ -78,6 +85,8 @@ def prepass(
         patterns: which patterns to look for, in this order; None is the whole catalogue.
         verify: ``"off"`` applies matches that were recognised but not proven.
         block_mask: what of a `BlockMask` counts in flex_attention; see `fxfuse.fuse`.
+        flex_attention: what a call of flex_attention becomes; see `fxfuse.fuse`.
+        windows: what windows in flex_attention become; see `fxfuse.fuse`.
 
     Returns:
         For a function another of the same name and signature, which returns the program fused, and raises FxfuseError
@@ -88,7 +97,7 @@ def prepass(
     Raises:
         FxfuseError: bad options, or a target that is none of these.
     """
-    options = Options(opset, patterns, verify, block_mask)
+    options = Options(opset, patterns, verify, block_mask, flex_attention, windows)
     return functools.partial(_apply, options) if target is None else _apply(options, target)
 
 

@@ -19,6 +19,7 @@ from fxfuse.onnx.active import within
 from fxfuse.onnx.boolean import without_boolean_where
 from fxfuse.onnx.capture import capture, check_program, named
 from fxfuse.onnx.files import save
+from fxfuse.onnx.flex_attention import join_flex_attention
 from fxfuse.onnx.missing import missing_translations
 from fxfuse.onnx.state import name_states
 from fxfuse.ops import holds_fused, translation_table
@@ -26,6 +27,7 @@ from fxfuse.ops.registry import check_opset
 from fxfuse.options import Options
 from fxfuse.prepass import options_of
 from fxfuse.recognise.answers import Pattern
+from fxfuse.recognise.flex.choices import FlexCalls, Windows
 from fxfuse.recognise.questions import BlockMasks
 
 
@@ -43,6 +45,8 @@ def export(
     prove: Literal["on", "off"] | None = None,
     patterns: Sequence[Pattern] | None = None,
     block_mask: BlockMasks | None = None,
+    flex_attention: FlexCalls | None = None,
+    windows: Windows | None = None,
     custom_translation_table: dict[Callable[..., Any], Callable[..., Any]] | None = None,
     export_params: bool = True,
     keep_initializers_as_inputs: bool = False,
@@ -75,6 +79,11 @@ def export(
         patterns: the patterns to look for; None means what the module was marked with, or else all registered ones.
         block_mask: what of a `BlockMask` counts in flex_attention, see `fxfuse.fuse`; None means what the module was
             marked with, or else "check".
+        flex_attention: what a call of flex_attention becomes, see `fxfuse.fuse`; None means what the module was marked
+            with, or else "standard". No runtime has FlexAttention yet; onnx's reference evaluator runs it once
+            `onnx.inliner` has inlined its body.
+        windows: what windows in flex_attention become, see `fxfuse.fuse`; None means what the module was marked with,
+            or else "mask".
         custom_translation_table: translations beside fxfuse's own; on the same operator these win.
         verify: torch.onnx's own check of the written graph in ONNX Runtime (needs the `ort` extra).
 
@@ -99,6 +108,8 @@ def export(
         marked.patterns if patterns is None else patterns,
         marked.verify if prove is None else prove,
         block_mask or marked.block_mask,
+        flex_attention or marked.flex_attention,
+        windows or marked.windows,
     )
     opset = as_opset(marked.opset if opset_version is None else opset_version)
     lifted = _lifted(model, args, kwargs, dynamic_shapes)
@@ -206,7 +217,8 @@ def translate(
 
 
 def finish(onnx_program: torch.onnx.ONNXProgram, fused: ExportedProgram) -> None:
-    """What torch's translation leaves to do: Where on booleans, and the report, for `fxfuse.report` to find."""
+    """What torch's translation leaves to do: FlexAttention, Where on booleans, the report for `fxfuse.report`."""
+    join_flex_attention(onnx_program.model)
     without_boolean_where(onnx_program.model)
     with suppress(FxfuseError):  # a program that was fused in another process has no report
         onnx_program.fxfuse_report = fxfuse.report(fused)  # type: ignore[attr-defined]

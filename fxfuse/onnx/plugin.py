@@ -23,6 +23,7 @@ from fxfuse.onnx import hooks
 from fxfuse.onnx.active import Active, callers_level, for_process, within
 from fxfuse.options import Options
 from fxfuse.recognise.answers import Pattern
+from fxfuse.recognise.flex.choices import FlexCalls, Windows
 from fxfuse.recognise.questions import BlockMasks
 
 HOOKS: dict[str, Callable[[hooks.Function], hooks.Function]] = {
@@ -44,6 +45,8 @@ def install(
     patterns: Sequence[Pattern] | None = None,
     prove: Literal["on", "off"] = "on",
     block_mask: BlockMasks = "check",
+    flex_attention: FlexCalls = "standard",
+    windows: Windows = "mask",
 ) -> None:
     """From now on ``torch.onnx.export(..., dynamo=True)`` fuses, in every thread, until `uninstall`.
 
@@ -54,6 +57,8 @@ def install(
             fused as the mark says.
         prove: "off" applies matches that were recognised but not proven.
         block_mask: what of a `BlockMask` counts in flex_attention; see `fxfuse.fuse`.
+        flex_attention: what a call of flex_attention becomes; see `fxfuse.fuse`.
+        windows: what windows in flex_attention become; see `fxfuse.fuse`.
 
     An export at an opset outside 23 to 25 (torch's default is 20), or one that fails when it is fused, is done as if
     fxfuse were not installed; one `FxfuseWarning` says why.
@@ -62,7 +67,7 @@ def install(
         FxfuseError: an option is not what it should be.
     """
     global _installed
-    active = activation(patterns, prove, block_mask)
+    active = activation(patterns, prove, block_mask, flex_attention, windows)
     with _lock:
         if not _installed:
             _acquire()
@@ -86,6 +91,8 @@ def enabled(
     patterns: Sequence[Pattern] | None = None,
     prove: Literal["on", "off"] = "on",
     block_mask: BlockMasks = "check",
+    flex_attention: FlexCalls = "standard",
+    windows: Windows = "mask",
 ) -> Iterator[None]:
     """Within the block ``torch.onnx.export(..., dynamo=True)`` fuses; the arguments are those of `install`.
 
@@ -95,7 +102,7 @@ def enabled(
     Raises:
         FxfuseError: an option is not what it should be.
     """
-    active = activation(patterns, prove, block_mask)
+    active = activation(patterns, prove, block_mask, flex_attention, windows)
     with _lock:
         _acquire()
     try:
@@ -107,12 +114,16 @@ def enabled(
 
 
 def activation(
-    patterns: Sequence[Pattern] | None, prove: Literal["on", "off"], block_mask: BlockMasks = "check"
+    patterns: Sequence[Pattern] | None,
+    prove: Literal["on", "off"],
+    block_mask: BlockMasks = "check",
+    flex_attention: FlexCalls = "standard",
+    windows: Windows = "mask",
 ) -> Active:
     """The arguments of `install` and `enabled`, checked."""
     if prove not in ("on", "off"):
         raise FxfuseError(f"unknown prove={prove!r}", where="prove", hint='"on" or "off"')
-    return Active(Options(None, patterns, prove, block_mask))
+    return Active(Options(None, patterns, prove, block_mask, flex_attention, windows))
 
 
 def _acquire() -> None:

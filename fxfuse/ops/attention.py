@@ -9,7 +9,8 @@ https://onnx.ai/onnx/operators/onnx__Attention.html
 Three operators and not one, because an ONNX node costs up to twice the time when it has to give the outputs that
 nobody reads. Alignment of `is_causal`, as opset 24 corrected it: query i sees key j if j <= i + offset, with the
 offset 0 without a cache, P with a past, nonpad_kv_seqlen - Sq with a cache in K and V. A query that sees no key
-gives 0.
+gives 0. A window (opset 25) counts from the same place: i + offset - left_window_size <= j, and j <= i + offset +
+right_window_size; -1 is no bound.
 
 Q                 [B, Hq, Sq, D] or, with q_num_heads, [B, Sq, Hq*D]; any floating-point type, any layout
 K, V              [B, Hkv, Skv, D or Dv] or [B, Skv, Hkv*...]; Hkv divides Hq; Q's type, as all that follows
@@ -26,7 +27,7 @@ Raises FxfuseError, naming the argument: shapes, types or attributes that do not
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,7 +42,8 @@ from fxfuse.ops.registry import as_laid_out, define_op, equal, has_kernel, one_n
 ARGUMENTS = (
     "(Tensor Q, Tensor K, Tensor V, Tensor? attn_mask=None, Tensor? past_key=None, Tensor? past_value=None, "
     "Tensor? nonpad_kv_seqlen=None, *, int is_causal=0, int kv_num_heads=0, int q_num_heads=0, "
-    "int qk_matmul_output_mode=0, float? scale=None, float softcap=0.0, int? softmax_precision=None)"
+    "int qk_matmul_output_mode=0, float? scale=None, float softcap=0.0, int? softmax_precision=None, "
+    "int left_window_size=-1, int right_window_size=-1)"
 )
 DEFAULTS = Attributes()._asdict()
 
@@ -187,6 +189,7 @@ def make_translation(count: int) -> Callable[[int], Callable[..., Any]]:
     """The translation that gives the first `count` outputs of an Attention node."""
 
     def for_opset(opset: int) -> Callable[..., Any]:
+        import onnx_ir as ir
         from onnxscript.onnx_opset import opset23, opset24
 
         op = opset24 if opset >= 24 else opset23
@@ -207,12 +210,22 @@ def make_translation(count: int) -> Callable[[int], Callable[..., Any]]:
             scale: float | None = None,
             softcap: float = 0.0,
             softmax_precision: int | None = None,
+            left_window_size: int = -1,
+            right_window_size: int = -1,
         ) -> Any:
             if nonpad_kv_seqlen is not None and opset < 24:
                 raise FxfuseError(
                     f"Attention takes nonpad_kv_seqlen from opset 24 on, the export asks for {opset}",
                     where="nonpad_kv_seqlen",
                     hint="export with opset_version=24",
+                )
+            windows = {"left_window_size": left_window_size, "right_window_size": right_window_size}
+            windows = {name: size for name, size in windows.items() if size >= 0}
+            if windows and opset < 25:
+                raise FxfuseError(
+                    f"Attention takes windows from opset 25 on, the export asks for {opset}",
+                    where=next(iter(windows)),
+                    hint="export with opset_version=25",
                 )
             inputs = Inputs(Q, K, V, attn_mask, past_key, past_value, nonpad_kv_seqlen)
             a = Attributes(
@@ -222,6 +235,10 @@ def make_translation(count: int) -> Callable[[int], Callable[..., Any]]:
                 # Four dims say it themselves, and opset 25 forbids to repeat it.
                 a = a._replace(q_num_heads=0, kv_num_heads=0)
             outputs = one_node(op.Attention, inputs, a._asdict(), DEFAULTS)
+            # Put there by hand: onnxscript's Attention is that of the onnx release which it is used with.
+            node = (outputs[0] if isinstance(outputs, Sequence) else outputs).producer()
+            for name, size in windows.items():
+                node.attributes[name] = ir.AttrInt64(name, size)
             return outputs[0] if count == 1 else tuple(outputs[:count])
 
         return attention

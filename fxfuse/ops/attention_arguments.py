@@ -38,6 +38,8 @@ class Attributes(NamedTuple):
     scale: float | None = None
     softcap: float = 0.0
     softmax_precision: int | None = None
+    left_window_size: int = -1
+    right_window_size: int = -1
 
 
 class Sizes(NamedTuple):
@@ -108,6 +110,9 @@ def check(i: Inputs, a: Attributes) -> Sizes:
         refuse(f"qk_matmul_output_mode must be 0 to 3, it is {mode}", "qk_matmul_output_mode")
     if a.softcap < 0.0:
         refuse(f"softcap must not be negative, it is {a.softcap}", "softcap")
+    for name, size in (("left_window_size", a.left_window_size), ("right_window_size", a.right_window_size)):
+        if size < -1:
+            refuse(f"{name} must be -1 (no window) or more, it is {size}", name)
     if a.softmax_precision is not None:
         onnx_float(a.softmax_precision, "softmax_precision")
     return Sizes(B, Hq, Hkv, Sq, P, T, D, Dv)

@@ -25,6 +25,7 @@ class Problem(NamedTuple):
     K: Tensor
     V: Tensor
     mask: Maybe
+    """The caller's, and the window."""
     lengths: Maybe
     """How many keys are valid, per batch element [B]; None: all."""
     offset: int
@@ -52,6 +53,8 @@ def problem(i: Inputs, a: Attributes, sizes: Sizes, K: Tensor, V: Tensor) -> Pro
     mask = i.attn_mask
     if mask is not None and mask.dim() == 1:
         mask = mask.unsqueeze(0)
+    if a.left_window_size >= 0 or a.right_window_size >= 0:
+        mask = both(padded(mask, sizes.T), in_window(i, a, sizes))
     return Problem(split_heads(i.Q, a.q_num_heads), K, V, mask, i.nonpad_kv_seqlen, sizes.P)
 
 
@@ -66,9 +69,25 @@ def allowed(p: Problem, is_causal: int) -> Maybe:
     return j <= i + (p.offset if lengths is None else lengths - p.Q.shape[2])
 
 
+def in_window(i: Inputs, a: Attributes, sizes: Sizes) -> Tensor:
+    """Which keys lie in a query's window, bool [Sq, T] or, where lengths differ, [B, 1, Sq, T]."""
+    query = torch.arange(sizes.Sq, device=i.Q.device).unsqueeze(1)
+    lengths = i.nonpad_kv_seqlen
+    query = query + (sizes.P if lengths is None else lengths.view(-1, 1, 1, 1) - sizes.Sq)
+    behind = query - torch.arange(sizes.T, device=i.Q.device)
+    if a.left_window_size < 0:
+        return behind >= -a.right_window_size
+    seen = behind <= a.left_window_size
+    return seen if a.right_window_size < 0 else seen.logical_and(behind >= -a.right_window_size)
+
+
 def combined(p: Problem, is_causal: int) -> Maybe:
     """The caller's mask with causality and padding: bool, or added to the scores; None: nothing is masked."""
-    seen, mask = allowed(p, is_causal), p.mask
+    return both(p.mask, allowed(p, is_causal))
+
+
+def both(mask: Maybe, seen: Maybe) -> Maybe:
+    """A mask of either kind, and a boolean one."""
     if mask is None or seen is None:
         return seen if mask is None else mask
     return mask.logical_and(seen) if mask.dtype == torch.bool else mask.masked_fill(~seen, -math.inf)

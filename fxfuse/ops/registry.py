@@ -63,6 +63,8 @@ class OnnxOp:
 
 OPS: dict[OpOverload, OnnxOp] = {}
 """Every operator of this package, by the overload that stands in a graph."""
+PARTS: dict[OpOverload, OnnxOp] = {}
+"""Operators several of which make one ONNX operator."""
 
 
 def define_op(
@@ -77,8 +79,9 @@ def define_op(
     onnx_name: str,
     since_opset: int,
     make_translation: Callable[[int], Callable[..., Any]],
+    part: bool = False,
 ) -> OnnxOp:
-    """Register `fxfuse::name` with all its parts and enter it in `OPS`."""
+    """Register `fxfuse::name` with all its parts and enter it in `OPS`, or in `PARTS`."""
     qualified = f"fxfuse::{name}"
     torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(qualified, "default", composite)
@@ -86,7 +89,7 @@ def define_op(
     torch.library.register_autograd(qualified, backward, setup_context=setup_context)
     overload: OpOverload = getattr(torch.ops.fxfuse, name).default
     op = OnnxOp(overload, onnx_name, since_opset, make_translation, composite, decomposition)
-    OPS[overload] = op
+    (PARTS if part else OPS)[overload] = op
     return op
 
 
@@ -116,17 +119,17 @@ def translation_table(opset: int = 24) -> dict[OpOverload, Callable[..., Any]]:
         FxfuseError: `opset` lies outside 23..25.
     """
     check_opset(opset)
-    return {overload: op.translation(opset) for overload, op in OPS.items()}
+    return {overload: op.translation(opset) for overload, op in (OPS | PARTS).items()}
 
 
 def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     """Every operator's computation in ATen, as `ExportedProgram.run_decompositions` and `make_fx` take it."""
-    return {overload: op.decomposition for overload, op in OPS.items()}
+    return {overload: op.decomposition for overload, op in (OPS | PARTS).items()}
 
 
 def holds_fused(program: torch.export.ExportedProgram) -> bool:
     """Does the program hold operators of this package?"""
-    return any(node.target in OPS for node in program.graph.nodes if node.op == "call_function")
+    return any(node.target in OPS or node.target in PARTS for node in program.graph.nodes if node.op == "call_function")
 
 
 def check_opset(opset: object) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
@@ -51,6 +51,10 @@ class Found:
     """The forms are primitives, not one operator; this says why they are not."""
     otherwise: Found | None = None
     """What to take where this is not proven."""
+
+    def after(self, refusal: str) -> Found:
+        """It, where something better was refused: what is decomposed says why."""
+        return self if self.decomposed is None else replace(self, decomposed=refusal)
 
 
 @dataclass(frozen=True)

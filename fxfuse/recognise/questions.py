@@ -17,6 +17,7 @@ from fxfuse.graph.unread import vmaps_closed, with_brackets
 from fxfuse.graph.view import fake, op_name, static, tensor
 from fxfuse.graph.wrapped import flattened
 from fxfuse.recognise.evaluate import CannotEvaluate, Evaluator, draw, generator
+from fxfuse.recognise.flex.choices import FlexCalls, Windows
 from fxfuse.recognise.sizes import Sizes, ranges_of
 
 BlockMasks = Literal["check", "reconstruct", "assume_mask_mod"]
@@ -37,10 +38,18 @@ _LIMIT = 400
 class Questions:
     """Everything there is to ask about the regions of one program."""
 
-    def __init__(self, program: ExportedProgram, block_mask: BlockMasks = "check") -> None:
+    def __init__(
+        self,
+        program: ExportedProgram,
+        block_mask: BlockMasks = "check",
+        flex_attention: FlexCalls = "standard",
+        windows: Windows = "mask",
+    ) -> None:
         self.ranges = ranges_of(program)
         self.block_mask = block_mask
-        """How lists of blocks are taken, as `fuse` has it."""
+        """How lists of blocks are taken, as `fuse` has it; so are these."""
+        self.flex_attention = flex_attention
+        self.windows = windows
         self.settled: dict[Any, Any] = {}
         """What was found out about block masks, each once."""
         self._constants = _constants(program)

@@ -14,6 +14,9 @@ A score is read as where(M, cap(a · s) + b, -inf). What it takes to say that wi
 The algebra over the mod's own operators decides, never a fit to numbers. What it does not cover (a square, a clamp, a
 mask that looks at the score) is written out in primitives, and the report says why. `catalogue.md` shows eighty mods
 and what each becomes.
+
+On request (`fuse(flex_attention="preview")`) that is one FlexAttention of ai.onnx.preview, its mods a graph attribute;
+and at opset 25 (`windows="attributes"`) q - kv <= n is left_window_size, kv - q <= n right_window_size.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ class FlexAttention:
 
     def propose(self, view: GraphView, ask: Questions) -> Iterator[Proposal]:
         for call, region in regions_with_sinks(view):
-            if check_block_mask(call, ask) is None:
+            if ask.flex_attention != "preview_only" and check_block_mask(call, ask) is None:
                 yield Proposal(call.node, [region], best_rank=0)
         for node in view.nodes:
             call = flex(node)
@@ -52,7 +55,9 @@ class FlexAttention:
                     yield Proposal(node, [region_of(view, call, taken)], best_rank=0)
 
     def recognise(self, region: Region, ask: Questions) -> Found | Reason:
-        return read_with_sinks(region, ask) if len(region.nodes) > 2 else read(region)
+        if len(region.nodes) > 2:
+            return read_with_sinks(region, ask)
+        return read(region, ask.flex_attention, ask.windows)
 
 
 PATTERN = FlexAttention()

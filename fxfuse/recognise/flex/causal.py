@@ -1,4 +1,4 @@
-"""Which conditions are q >= kv, however they are written."""
+"""Which conditions are q >= kv, or bounds of q - kv, however they are written."""
 
 from __future__ import annotations
 
@@ -20,15 +20,38 @@ def without_causal(conditions: Sequence[Expr]) -> tuple[bool, tuple[Expr, ...]]:
     return any(at_least(c) == 0 for c in conditions), rest
 
 
+def without_windows(conditions: Sequence[Expr]) -> tuple[int, int, tuple[Expr, ...]]:
+    """The largest q - kv and kv - q that the conditions let through, -1 for any; and the conditions that are no such
+    bound, or one that no window has: a window holds the query's own position."""
+    bounds = {condition: _distance(condition) for condition in conditions}
+    windows = [bound for bound in bounds.values() if bound is not None]
+    left, right = (min((n for name, n in windows if name == side), default=-1) for side in ("left", "right"))
+    return left, right, tuple(c for c, bound in bounds.items() if bound is None)
+
+
+def _distance(condition: Expr) -> tuple[str, int] | None:
+    bound = _either_way(condition)
+    if bound is None or bound[1] > 0:
+        return None
+    terms, number = bound
+    if terms == {"q": -1, "kv": 1}:
+        return "left", -number
+    return ("right", -number) if terms == {"q": 1, "kv": -1} else None
+
+
 def at_least(condition: Expr) -> int | None:
     """The n with condition = (q - kv >= n), or None."""
+    bound = _either_way(condition)
+    return bound[1] if bound is not None and bound[0] == {"q": 1, "kv": -1} else None
+
+
+def _either_way(condition: Expr) -> tuple[dict[str, int], int] | None:
+    """The condition, or the one that it negates, as (sum of indices >= n)."""
     if condition.name in ("logical_not", "bitwise_not") and condition.args[0].dtype == torch.bool:
         # not (d >= n) is -d >= 1 - n.
         bound = _bound(condition.args[0])
-        bound = None if bound is None else ({k: -c for k, c in bound[0].items()}, 1 - bound[1])
-    else:
-        bound = _bound(condition)
-    return bound[1] if bound is not None and bound[0] == {"q": 1, "kv": -1} else None
+        return None if bound is None else ({k: -c for k, c in bound[0].items()}, 1 - bound[1])
+    return _bound(condition)
 
 
 def _bound(condition: Expr) -> tuple[dict[str, int], int] | None:

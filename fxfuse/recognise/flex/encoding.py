@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from fxfuse.recognise.flex.causal import without_causal
+from fxfuse.recognise.flex.causal import without_causal, without_windows
+from fxfuse.recognise.flex.choices import Windows
 from fxfuse.recognise.flex.expression import INDICES, Expr, call, leaf
 from fxfuse.recognise.flex.score import Factor, Opaque, Score
 
@@ -29,6 +30,8 @@ class Encoding:
     """Conditions that must all hold, but for causality; a boolean mask where there is no bias."""
     bias: Expr | None
     """What is added to the scores, -inf where a key is not kept."""
+    window: tuple[int, int] = (-1, -1)
+    """How far behind a query a key may be, and how far ahead; -1 is any."""
 
     @property
     def wide(self) -> bool:
@@ -47,6 +50,8 @@ class Encoding:
     def parts(self) -> dict[str, Any]:
         """What it uses, for the report."""
         found: dict[str, Any] = {"scale": self.scale, "is_causal": int(self.causal), "softcap": self.softcap}
+        if self.window != (-1, -1):
+            found |= {"left_window_size": self.window[0], "right_window_size": self.window[1]}
         if self.on_query or self.number != 1:
             found["folded into Q"] = _over(self.on_query)
         if self.on_key:
@@ -58,7 +63,7 @@ class Encoding:
         return found
 
 
-def encode(score: Score, mask: Sequence[Expr], scale: float) -> Encoding | Opaque:
+def encode(score: Score, mask: Sequence[Expr], scale: float, windows: Windows = "mask") -> Encoding | Opaque:
     """The encoding of where(mask, score, -inf) at this scale of q·kᵀ; or why there is none."""
     on_query: list[Factor] = []
     on_key: list[Factor] = []
@@ -74,6 +79,9 @@ def encode(score: Score, mask: Sequence[Expr], scale: float) -> Encoding | Opaqu
         number = float(round(number))
     positive = number > 0
     causal, keep = without_causal((*score.keep, *mask))
+    left, right = -1, -1
+    if windows == "attributes":
+        left, right, keep = without_windows(keep)
     bias = score.bias
     if bias is not None and _constant_over_keys(bias):
         bias = None
@@ -86,6 +94,7 @@ def encode(score: Score, mask: Sequence[Expr], scale: float) -> Encoding | Opaqu
         1.0 if positive else number,
         keep,
         bias,
+        (left, right),
     )
 
 

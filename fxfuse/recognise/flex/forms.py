@@ -39,13 +39,19 @@ class Problem:
         (_, heads, _, size), strides = fake(self.region.output).shape, fake(self.region.output).stride()
         return str(strides[1]) == str(size) and str(strides[2]) == str(heads * size)
 
-    def grid(self, inputs: Sequence[Tensor], lengths: Sequence[int], score: Tensor | None = None) -> Grid:
-        """Values for these inputs of the region; `lengths` are B, H, S and T."""
+    def grid(
+        self,
+        inputs: Sequence[Tensor],
+        lengths: Sequence[int],
+        score: Tensor | None = None,
+        positions: Sequence[Tensor] | None = None,
+    ) -> Grid:
+        """Values for these inputs of the region; `lengths` are B, H, S and T, `positions` grids of that many."""
         q = inputs[0]
-        env: dict[str, Any] = {"score": score}
-        for axis, (name, length) in enumerate(zip(INDICES, lengths, strict=True)):
-            shape = [-1 if axis == d else 1 for d in range(4)]
-            env[name] = torch.arange(length, device=q.device).view(shape)
+        if positions is None:
+            shapes = [[-1 if axis == d else 1 for d in range(4)] for axis in range(4)]
+            positions = [torch.arange(n, device=q.device).view(s) for n, s in zip(lengths, shapes, strict=True)]
+        env: dict[str, Any] = {"score": score, **dict(zip(INDICES, positions, strict=True))}
         for kind, values in (("score", self.call.score_buffers), ("mask", self.call.mask_buffers)):
             for i, value in enumerate(values):
                 env[f"{kind} {i}"] = self._captured(value, inputs)
@@ -84,6 +90,8 @@ def attention_form(problem: Problem, encoding: Encoding, sinks: Column | None = 
         attributes["scale"] = encoding.scale
     if encoding.softcap:
         attributes["softcap"] = encoding.softcap
+    windows = zip(("left_window_size", "right_window_size"), encoding.window, strict=True)
+    attributes |= {name: size for name, size in windows if size >= 0}
     repeats = any("h" in f.value.leaves for f in encoding.on_key)
 
     def attention(*inputs: Tensor) -> Tensor:
@@ -93,8 +101,8 @@ def attention_form(problem: Problem, encoding: Encoding, sinks: Column | None = 
         kind = torch.promote_types(q.dtype, torch.float32) if encoding.wide else q.dtype
         column = None if sinks is None else sinks(inputs)
         kind = kind if column is None else torch.promote_types(kind, column.dtype)
-        q, k, v = (_cast(t, kind) for t in (q, k, v))
-        k, v = _batched(k, q), _batched(v, q)
+        q, k, v = (cast(t, kind) for t in (q, k, v))
+        k, v = batched(k, q), batched(v, q)
         if repeats:
             k, v = _each_head(k, lengths[1]), _each_head(v, lengths[1])
         if encoding.number != 1:
@@ -109,7 +117,7 @@ def attention_form(problem: Problem, encoding: Encoding, sinks: Column | None = 
             k, v = (torch.nn.functional.pad(t, (0, 0, 0, 1)) for t in (k, v))
         y: Tensor = torch.ops.fxfuse.attention(q, k, v, mask, **attributes)
         y = y if problem.in_memory_BSHD else y.contiguous()
-        return y if q.dtype == torch.float64 else _cast(y, out)
+        return y if q.dtype == torch.float64 else cast(y, out)
 
     return attention
 
@@ -122,20 +130,20 @@ def decomposed_form(problem: Problem, output: str) -> Form:
         working = torch.promote_types(q.dtype, torch.float32)
         lengths = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
         k = _each_head(_exactly(k, q, k), lengths[1])
-        raw = (_cast(q, working) @ _cast(k, working).transpose(2, 3)) * problem.call.scale
+        raw = (cast(q, working) @ cast(k, working).transpose(2, 3)) * problem.call.scale
         grid = problem.grid(inputs, lengths, raw)
         scores: Tensor = grid(problem.score)
-        kept = _conjunction(problem.mask, grid)
+        kept = conjunction(problem.mask, grid)
         if kept is not None:
             scores = torch.where(kept, scores, -math.inf)
-        scores = _cast(scores, working).expand(lengths)
+        scores = cast(scores, working).expand(lengths)
         if output == "logsumexp":
             return torch.logsumexp(scores, -1) * (1 / math.log(2))
         if output == "max_scores":
             return scores.amax(-1) * (1 / math.log(2))
-        v = _cast(_each_head(_exactly(inputs[2], q, k), lengths[1]), q.dtype)
+        v = cast(_each_head(_exactly(inputs[2], q, k), lengths[1]), q.dtype)
         nothing = (scores == -math.inf).all(-1, keepdim=True)
-        y = _cast(torch.softmax(scores, -1).masked_fill(nothing, 0.0), q.dtype) @ v
+        y = cast(torch.softmax(scores, -1).masked_fill(nothing, 0.0), q.dtype) @ v
         return y.transpose(1, 2).contiguous().transpose(1, 2) if problem.in_memory_BSHD else y
 
     return attention
@@ -143,17 +151,17 @@ def decomposed_form(problem: Problem, output: str) -> Form:
 
 def _mask(encoding: Encoding, grid: Grid, lengths: Sequence[int], dtype: torch.dtype) -> Tensor | None:
     """Boolean or to be added, the last two dims whole: not every runtime broadcasts them."""
-    mask = _conjunction(encoding.keep, grid)
+    mask = conjunction(encoding.keep, grid)
     if encoding.bias is not None:
         bias = grid(encoding.bias)
         if not isinstance(bias, Tensor):
             raise Unreadable("the bias is a size")
-        bias = _cast(bias, dtype)
+        bias = cast(bias, dtype)
         mask = bias if mask is None else torch.where(mask, bias, -math.inf)
     return None if mask is None else mask.expand(mask.shape[0], mask.shape[1], lengths[2], lengths[3])
 
 
-def _conjunction(conditions: Sequence[Expr], grid: Grid) -> Tensor | None:
+def conjunction(conditions: Sequence[Expr], grid: Grid) -> Tensor | None:
     result: Tensor | None = None
     for condition in conditions:
         value = grid(condition)
@@ -162,12 +170,12 @@ def _conjunction(conditions: Sequence[Expr], grid: Grid) -> Tensor | None:
 
 
 def _times(t: Tensor, by: Any, factor: Factor) -> Tensor:
-    by = _cast(by, t.dtype) if isinstance(by, Tensor) else by
+    by = cast(by, t.dtype) if isinstance(by, Tensor) else by
     result: Tensor = t / by if factor.inverse else t * by
     return result
 
 
-def _batched(t: Tensor, q: Tensor) -> Tensor:
+def batched(t: Tensor, q: Tensor) -> Tensor:
     """Keys of batch 1 serve every query; other batches can only be equal."""
     alike = type(t.shape[0]) is not int or str(t.shape[0]) == str(q.shape[0])
     return t if alike else t.expand(q.shape[0], t.shape[1], t.shape[2], t.shape[3])
@@ -184,7 +192,7 @@ def _exactly(t: Tensor, q: Tensor, k: Tensor) -> Tensor:
     return t
 
 
-def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == dtype else t.to(dtype)
 
 

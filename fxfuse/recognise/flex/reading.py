@@ -13,9 +13,11 @@ from fxfuse.graph.flex import OUTPUTS, Flex, flex
 from fxfuse.graph.region import Region
 from fxfuse.graph.view import GraphView, fake, static, tensor
 from fxfuse.recognise.answers import Found, Reason
+from fxfuse.recognise.flex.choices import FlexCalls, Windows
 from fxfuse.recognise.flex.encoding import encode
 from fxfuse.recognise.flex.expression import INDICES, Expr, Unreadable, captured, expression, leaf
 from fxfuse.recognise.flex.forms import Problem, attention_form, decomposed_form
+from fxfuse.recognise.flex.preview import is_constant, preview_form
 from fxfuse.recognise.flex.score import WORKING, Opaque, conjuncts, read_score
 
 ULP = 8.0
@@ -117,8 +119,8 @@ def _integers(expr: Expr) -> Iterator[int]:
     yield from (abs(n) for n in numbers if isinstance(n, int) and not isinstance(n, bool))
 
 
-def read(region: Region) -> Found | Reason:
-    """One Attention where the mods allow it, and else the primitives."""
+def read(region: Region, calls: FlexCalls = "standard", windows: Windows = "mask") -> Found | Reason:
+    """One Attention where the mods allow it, and else the primitives, or the operator that is asked for."""
     problem = problem_of(region)
     if isinstance(problem, Reason):
         return problem
@@ -128,16 +130,18 @@ def read(region: Region) -> Found | Reason:
         why = f"{output} is no output of Attention: it is computed beside it"
         return _decomposed(problem, output, why)
     score = read_score(problem.score)
-    encoding = score if isinstance(score, Opaque) else encode(score, problem.mask, problem.call.scale)
+    encoding = score if isinstance(score, Opaque) else encode(score, problem.mask, problem.call.scale, windows)
     if isinstance(encoding, Opaque):
-        return _decomposed(problem, output, encoding.reason)
+        return _kept(problem, calls, encoding.reason)
+    if calls == "preview_only":
+        return _kept(problem, calls, "FlexAttention alone is asked for")
     return Found(
         "Attention",
         encoding.parts,
         (attention_form(problem, encoding),),
         ulp=ULP,
         averaging=True,
-        otherwise=_decomposed(problem, output, "it could not be proven"),
+        otherwise=_kept(problem, calls, "it could not be proven"),
     )
 
 
@@ -149,6 +153,15 @@ def problem_of(region: Region) -> Problem | Reason:
     except Unreadable as error:
         return Reason(f"flex_attention with a mod that cannot be read: {error}", 3)
     return Problem(call, region, mod, conjuncts(mask))
+
+
+def _kept(problem: Problem, calls: FlexCalls, why: str) -> Found:
+    """What is no Attention, and why: FlexAttention where that is asked for, or primitives."""
+    decomposed = _decomposed(problem, "output", why)
+    if calls == "standard" or is_constant(problem):
+        return decomposed
+    parameters = {"scale": problem.call.scale, "no Attention": why}
+    return Found("FlexAttention", parameters, (preview_form(problem),), ulp=ULP, averaging=True, otherwise=decomposed)
 
 
 def _decomposed(problem: Problem, output: str, why: str) -> Found:
