@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
 from fxfuse.cli import commands
 from fxfuse.cli.parity import parity
+from fxfuse.recognise.flex.choices import FlexCalls, Windows
 
 SOURCES = """\
 SOURCE is one of
@@ -91,6 +93,19 @@ def parser() -> argparse.ArgumentParser:
 
 def _source(sub: argparse.ArgumentParser) -> None:
     _model(sub, None)
+    sub.add_argument(
+        "--flex-attention",
+        choices=get_args(FlexCalls),
+        default="standard",
+        help="what a call of flex_attention becomes: Attention or primitives (standard), FlexAttention of "
+        "ai.onnx.preview instead of primitives (preview) or of both (preview_only)",
+    )
+    sub.add_argument(
+        "--windows",
+        choices=get_args(Windows),
+        default="mask",
+        help="what windows in flex_attention become: part of the mask, or attributes of Attention (opset 25)",
+    )
     sub.add_argument(
         "--report",
         type=Path,

@@ -7,6 +7,7 @@ import gc
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from torch.export import ExportedProgram
@@ -24,6 +25,7 @@ from fxfuse.onnx.files import move_into, save, staging
 from fxfuse.ops.registry import check_opset
 from fxfuse.parity import shape_cases
 from fxfuse.recognise.catalogue import catalogue
+from fxfuse.recognise.flex.choices import check_windows
 from fxfuse.report.record import dumps
 
 Command = Callable[[argparse.Namespace, Console, Console], None]
@@ -49,7 +51,7 @@ def export(arguments: argparse.Namespace, out: Console, err: Console) -> None:
     with staging(target.absolute().parent, target.name) as folder, report_files(arguments.report) as write_reports:
         loaded, program = load_program(request, stages)
         with stages.stage("fuse"):
-            fused = fxfuse.fuse(program, opset=arguments.opset)
+            fused = fxfuse.fuse(program, **fusing(arguments))
         report = fxfuse.report(fused)
 
         expected, checks = [], list[Check]()
@@ -108,7 +110,7 @@ def inspect(arguments: argparse.Namespace, out: Console, err: Console) -> None:
     with report_files(arguments.report) as write_reports:
         _, program = load_program(request, stages)
         with stages.stage("fuse"):
-            report = fxfuse.report(fxfuse.fuse(program, opset=arguments.opset))
+            report = fxfuse.report(fxfuse.fuse(program, **fusing(arguments)))
         tables.show_report(out, report)
         out.print(
             f"{sum(stages.seconds.values()):.1f} s, of which fusing {stages.seconds['fuse']:.1f} s; "
@@ -138,9 +140,19 @@ def patterns(arguments: argparse.Namespace, out: Console, err: Console) -> None:
     tables.show_patterns(out, list(catalogue()))
 
 
+def fusing(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `fxfuse.fuse` is asked for."""
+    return {
+        "opset": arguments.opset,
+        "flex_attention": arguments.flex_attention,
+        "windows": arguments.windows,
+    }
+
+
 def request_of(arguments: argparse.Namespace) -> source.Request:
     """Everything that can be wrong with the arguments alone, before any of the long work."""
     check_opset(arguments.opset)
+    check_windows(getattr(arguments, "windows", "mask"), arguments.opset)
     return source.Request(
         arguments.source,
         source.parse_dtype(arguments.dtype),

@@ -39,6 +39,11 @@ def check_options(arguments: argparse.Namespace) -> None:
     Raises:
         FxfuseError: an option that has no meaning for this SOURCE.
     """
+    if generates(arguments):
+        flex = {"--flex-attention": arguments.flex_attention, "--windows": arguments.windows}
+        for option, value in flex.items():
+            if value not in ("standard", "mask"):
+                raise FxfuseError(f"{option} does not apply to a graph with a cache", where=arguments.source)
     if is_pretrained(arguments.source):
         given = {"--set": arguments.options, "--checkpoint": arguments.checkpoint}
         for option, value in {**given, "--batch": arguments.batch, "--seq": arguments.seq}.items():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fxfuse.errors import FxfuseError
 
 Model = str | os.PathLike[str] | torch.onnx.ONNXProgram
 
+PREVIEW = "ai.onnx.preview"
 LARGE = 1 << 30
 """Bytes of weights from which on ONNX Runtime must not make second copies of them."""
 
@@ -69,7 +71,9 @@ class OnnxRuntime:
 
 
 def open_session(path: Path, dtype: torch.dtype) -> tuple[str, Callable[..., list[torch.Tensor]]]:
-    """What runs the file in ONNX Runtime, and what to call it: a bfloat16 model runs as its float32 twin.
+    """What runs the file in ONNX Runtime, and what to call it.
+
+    A bfloat16 model runs as its float32 twin; FlexAttention of ai.onnx.preview as the function that onnx says it is.
 
     Args:
         path: a model, with its external data beside it.
@@ -78,13 +82,39 @@ def open_session(path: Path, dtype: torch.dtype) -> tuple[str, Callable[..., lis
     Raises:
         FxfuseError: onnxruntime is not installed, or does not load the model.
     """
-    if dtype != torch.bfloat16:
-        return "ONNX Runtime", OnnxRuntime(path)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        twin = Path(folder) / "twin.onnx"
-        float32_twin(path, twin)
-        session = OnnxRuntime(twin)
-    return "ONNX Runtime (f32)", lambda *inputs: session(*(_float32(t) for t in inputs))
+    with _flex_attention_inlined(path) as written:
+        inlined = ["FlexAttention inlined"] if written != path else []
+        if dtype != torch.bfloat16:
+            return _name(inlined), OnnxRuntime(written)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            twin = Path(folder) / "twin.onnx"
+            float32_twin(written, twin)
+            session = OnnxRuntime(twin)
+    return _name(["f32", *inlined]), lambda *inputs: session(*(_float32(t) for t in inputs))
+
+
+def _name(notes: Sequence[str]) -> str:
+    return f"ONNX Runtime ({', '.join(notes)})" if notes else "ONNX Runtime"
+
+
+@contextmanager
+def _flex_attention_inlined(path: Path) -> Iterator[Path]:
+    """Within the block, a file beside `path` (for its weights are there) in which the operator is written out, as
+    ONNX Runtime has no kernel for it; `path` itself where it holds none."""
+    import onnx
+    import onnx.inliner
+
+    model = onnx.load(str(path), load_external_data=False)
+    if not any(opset.domain == PREVIEW for opset in model.opset_import):
+        yield path
+        return
+    inlined = path.with_name(f"{path.stem}.inlined.onnx")
+    try:
+        model = onnx.inliner.inline_selected_functions(model, [(PREVIEW, "FlexAttention")], inline_schema_functions=True)
+        onnx.save(model, str(inlined))
+        yield inlined
+    finally:
+        inlined.unlink(missing_ok=True)
 
 
 def _float32(tensor: torch.Tensor) -> torch.Tensor:
