@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ class Skeleton:
     entries: tuple[Any, ...]
     """What the cells hold, flat: tensors as `Slot`, functions as `Skeleton`."""
     structure: pytree.TreeSpec
+    make: Function = field(compare=False)
+    """Of what the cells hold, the closure."""
 
     def __deepcopy__(self, memo: Any) -> Skeleton:
         return self  # programs are copied with the structure of their call, and the globals of a module cannot be
@@ -88,7 +90,8 @@ def _emptied(value: Any, tensors: list[torch.Tensor], inside: tuple[int, ...]) -
     entries = tuple(_emptied(leaf, tensors, (*inside, id(value))) for leaf in leaves)
     if not any(isinstance(entry, (Slot, Skeleton)) for entry in entries):
         return value
-    return Skeleton(code, _Same(namespace), defaults, entries, structure)
+    make = functools.partial if code is None else _maker(code, namespace, defaults)
+    return Skeleton(code, _Same(namespace), defaults, entries, structure, make)
 
 
 def _parts(value: Any) -> tuple[types.CodeType | None, Any, tuple[Any, ...], tuple[Any, ...] | None]:
@@ -112,6 +115,22 @@ def _filled(entry: Any, tensors: Sequence[torch.Tensor]) -> Any:
     held = pytree.tree_unflatten([_filled(e, tensors) for e in entry.entries], entry.structure)
     if entry.code is None:
         function, args, keywords = held
-        return functools.partial(function, *args, **keywords)
-    cells = tuple(types.CellType(value) for value in held)
-    return types.FunctionType(entry.code, entry.globals.value, entry.code.co_name, entry.defaults or None, cells)
+        return entry.make(function, *args, **keywords)
+    return entry.make(*held)
+
+
+def _maker(code: types.CodeType, namespace: dict[str, Any], defaults: tuple[Any, ...]) -> Function:
+    """A function of what the cells hold that defines the closure, as the function did that it came from.
+
+    Torch's dynamo, which traces how an argument is put together, follows a definition and knows no `types.CellType`.
+    """
+    names = ", ".join(code.co_freevars)
+    given = ", ".join(f"_{i}=_defaults[{i}]" for i in range(len(defaults)))
+    text = f"def make({names}, *, _defaults=()):\n    def inner({given}): return ({names},)\n    return inner"
+    compiled = compile(text, __file__, "exec")
+    make = next(c for c in compiled.co_consts if isinstance(c, types.CodeType))
+    # Both name what they hold in the same order, which is the compiler's own.
+    consts = tuple(code if isinstance(c, types.CodeType) else c for c in make.co_consts)
+    made = types.FunctionType(make.replace(co_consts=consts), namespace, "make")
+    made.__kwdefaults__ = {"_defaults": defaults}
+    return made

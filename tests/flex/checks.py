@@ -22,12 +22,11 @@ def inputs(entry: Entry, batch: int, length: int, dtype: torch.dtype = torch.flo
     return tuple(torch.randn(batch, h, length, d, generator=draw).to(dtype) * 1.5 for h, d in shapes)
 
 
-def program(entry: Entry, *, dynamic: bool) -> torch.export.ExportedProgram:
+def program(entry: Entry, *, dynamic: bool, dtype: torch.dtype = torch.float32) -> torch.export.ExportedProgram:
     free = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC}
+    args = inputs(entry, *SHAPES["exported"], dtype)
     with fxfuse.flex_capture(), torch.no_grad():
-        return torch.export.export(
-            entry.model(), inputs(entry, *SHAPES["exported"]), dynamic_shapes=(free,) * 3 if dynamic else None
-        )
+        return torch.export.export(entry.model().to(dtype), args, dynamic_shapes=(free,) * 3 if dynamic else None)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 
 import pytest
@@ -90,10 +91,11 @@ def given(b, s):
     return x, torch_flex.create_block_mask(documents(ids), b, None, s, s, device="cpu"), mine
 
 
-def test_a_mask_made_in_the_block_is_an_argument():
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+def test_a_mask_made_in_the_block_is_an_argument(strict):
     module = MaskGiven()
     x, _, mask = given(2, 12)
-    program = export(module, (x, mask), (FREE, [FREE]))
+    program = export(module, (x, mask), (FREE, [FREE]), strict=strict)
     assert program.graph_signature.user_inputs == ("x", "mask_0")
     assert guards(program) == []
     x, plain, mask = given(3, 140)
@@ -101,15 +103,16 @@ def test_a_mask_made_in_the_block_is_an_argument():
         close(program.module()(x, mask), module(x, plain))
 
 
-def test_a_mask_made_before_is_an_argument():
-    """Its lists say what its function says: they are no inputs."""
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+def test_a_mask_made_before_is_an_argument(strict):
+    """Its lists say what its function says: they are no inputs. Dynamo keeps its type, which is no pytree elsewhere."""
     module = MaskGiven()
     x, plain, _ = given(2, 200)
-    program = export(module, (x, plain), (FREE, [FREE]))
+    program = export(module, (x, plain), (FREE, [FREE]), strict=strict)
     assert program.graph_signature.user_inputs == ("x", "mask_0")
     x, plain, mask = given(3, 140)
-    with torch.no_grad():
-        close(program.module()(x, mask), module(x, plain))
+    with torch.no_grad(), fxfuse.flex_capture():
+        close(program.module()(x, plain if strict else mask), module(x, plain))
 
 
 def test_lists_that_say_something_else_are_inputs():
@@ -132,6 +135,27 @@ def test_masks_of_masks_are_taken_apart():
         mask = torch_flex.create_block_mask(combined, 2, None, 12, 12, device="cpu")
     program = export(MaskGiven(), (x, mask))
     assert program.graph_signature.user_inputs == ("x", "mask_0")
+    with torch.no_grad():
+        close(program.module()(x, mask), MaskGiven()(x, mask))
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+def test_functions_of_every_kind_are_put_together(strict):
+    """Defaults, a partial, a closure in a closure; traced by Dynamo too, which knows no cells."""
+    x, ids = inputs(2, 12)
+    lengths, width = torch.tensor([7, 12]), torch.tensor(2)
+
+    def short(lengths, b, h, q, kv):
+        return kv < lengths[b]
+
+    def near(b, h, q, kv, more=1):
+        return (q - kv < width + more) | documents(ids)(b, h, q, kv)
+
+    mask_mod = torch_flex.and_masks(near, functools.partial(short, lengths))
+    with fxfuse.flex_capture():
+        mask = torch_flex.create_block_mask(mask_mod, 2, None, 12, 12, device="cpu")
+    program = export(MaskGiven(), (x, mask), strict=strict)
+    assert len(program.graph_signature.user_inputs) == 4
     with torch.no_grad():
         close(program.module()(x, mask), MaskGiven()(x, mask))
 

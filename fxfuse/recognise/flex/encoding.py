@@ -35,8 +35,12 @@ class Encoding:
 
     @property
     def wide(self) -> bool:
-        """In half precision flex_attention scales and adds in float32: so must this."""
-        return self.bias is not None or bool(self.on_query or self.on_key) or self.number != 1
+        """In half precision flex_attention scales, caps and adds in float32: so must this.
+
+        A mask alone leaves the scores as q·kᵀ gives them, which kernels of every type add up in float32.
+        """
+        scaled = bool(self.on_query or self.on_key) or self.number != 1
+        return scaled or self.softcap != 0 or self.bias is not None
 
     @property
     def with_mask(self) -> Encoding:
