@@ -84,6 +84,7 @@ def export_decoder(
         sinks=sinks,
         window=window,
     )
+    windows = windows_of(model) if cache == "sliding" else {}
     export = _of_torchtune if torchtune.is_decoder(model) else _of_transformers
     program = export(model, opset, names, one_token)
     _name_axes(program)
@@ -92,7 +93,7 @@ def export_decoder(
     elif cache == "static":
         make_static(program, profile)
     elif cache == "sliding":
-        make_rings(program, windows_of(model))
+        make_rings(program, windows)
     elif cache == "streaming":
         assert window is not None
         make_streaming(program, SINKS if sinks is None else sinks, window)

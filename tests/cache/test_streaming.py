@@ -32,12 +32,12 @@ def exported(name: str) -> tuple[Any, ir.Model]:
     return model, export_decoder(model, cache="streaming", sinks=SINKS, window=WINDOW)
 
 
-def evict(kept: torch.Tensor) -> torch.Tensor:
+def evict(kept: torch.Tensor, sinks: int = SINKS, window: int = WINDOW) -> torch.Tensor:
     """The sinks and the last W of [B, H, P, D]."""
-    return kept if kept.shape[2] <= SIZE else torch.cat([kept[:, :, :SINKS], kept[:, :, -WINDOW:]], 2)
+    return kept if kept.shape[2] <= sinks + window else torch.cat([kept[:, :, :sinks], kept[:, :, -window:]], 2)
 
 
-def llama_step(model: Any, token: torch.Tensor, kept: Kept) -> torch.Tensor:
+def llama_step(model: Any, token: torch.Tensor, kept: Kept, sinks: int = SINKS, window: int = WINDOW) -> torch.Tensor:
     """Logits [B, V] of one token [B, 1]: transformers' modules, the keys rotated by their places in what is kept."""
     x = model.model.embed_tokens(token)
     for i, layer in enumerate(model.model.layers):
@@ -48,7 +48,7 @@ def llama_step(model: Any, token: torch.Tensor, kept: Kept) -> torch.Tensor:
         )
         if hasattr(attention, "q_norm"):  # Qwen 3
             q, k = attention.q_norm(q), attention.k_norm(k)
-        k, v = (evict(torch.cat([old, new], 2)) for old, new in zip(kept[i], (k, v), strict=True))
+        k, v = (evict(torch.cat([old, new], 2), sinks, window) for old, new in zip(kept[i], (k, v), strict=True))
         kept[i] = k, v
         cos, sin = model.model.rotary_emb(v, torch.arange(k.shape[2])[None])
         k = apply_rotary_pos_emb(k, k, cos, sin)[1]
