@@ -68,9 +68,15 @@ def parser() -> argparse.ArgumentParser:
     )
     export.add_argument(
         "--cache",
-        choices=["auto", "growing", "static", "sliding"],
+        choices=["auto", "growing", "static", "sliding", "streaming"],
         help="the cache of a model that generates text (default auto, which is growing); for torchtune's, which are "
         "exported without one else, it asks for one",
+    )
+    export.add_argument(
+        "--sinks", type=int, metavar="N", help="of --cache streaming, how many of the first tokens are kept (default 4)"
+    )
+    export.add_argument(
+        "--window", type=int, metavar="W", help="of --cache streaming, which needs it, how many of the last are kept"
     )
     export.add_argument("--pair", action="store_true", help="a graph for prompts and one for single tokens")
     export.add_argument("--no-parity", dest="parity", action="store_false", help="do not compare with eager")

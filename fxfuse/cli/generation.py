@@ -18,6 +18,8 @@ from fxfuse.cli.progress import Stages
 from fxfuse.cli.reports import REPORT, report_files, run_record
 from fxfuse.cli.verify import Check
 from fxfuse.errors import FxfuseError
+from fxfuse.onnx.choices import check_choices
+from fxfuse.onnx.genai import check_form
 from fxfuse.ops.registry import check_opset
 from fxfuse.report.record import dumps
 
@@ -44,6 +46,10 @@ def check_options(arguments: argparse.Namespace) -> None:
         for option, value in flex.items():
             if value not in ("standard", "mask"):
                 raise FxfuseError(f"{option} does not apply to a graph with a cache", where=arguments.source)
+        check_opset(arguments.opset)
+        if arguments.package == "genai":
+            check_form(arguments.cache or "auto")
+        check_choices(names="genai", one_token=arguments.pair, **_choices(arguments))
     if is_pretrained(arguments.source):
         given = {"--set": arguments.options, "--checkpoint": arguments.checkpoint}
         for option, value in {**given, "--batch": arguments.batch, "--seq": arguments.seq}.items():
@@ -55,9 +61,9 @@ def check_options(arguments: argparse.Namespace) -> None:
             if value:
                 raise FxfuseError(f"{option} does not apply to a graph with a cache", where=arguments.source)
         return
-    asked = {"--package": arguments.package, "--pair": arguments.pair, "--cache": arguments.cache}
-    for option, value in asked.items():
-        if value:
+    asked = {"--package": arguments.package, "--pair": arguments.pair or None, "--cache": arguments.cache}
+    for option, value in {**asked, "--sinks": arguments.sinks, "--window": arguments.window}.items():
+        if value is not None:
             raise FxfuseError(
                 f"{option} is for a model that generates text",
                 where=arguments.source,
@@ -72,7 +78,6 @@ def export_generation(arguments: argparse.Namespace, out: Console, err: Console)
         FxfuseError: bad input. What stood in the folder before still does.
         ParityError: the graphs compute something else. Nothing is written then.
     """
-    check_opset(arguments.opset)
     dtype = source.parse_dtype(arguments.dtype)
     target: Path = arguments.out
     stages = Stages(err)
@@ -88,7 +93,7 @@ def export_generation(arguments: argparse.Namespace, out: Console, err: Console)
         from fxfuse.runtime.eager import EagerSession
 
         with stages.stage("export"):
-            options: dict[str, Any] = {"opset": arguments.opset, "cache": arguments.cache or "auto"}
+            options = _choices(arguments)
             prefill = export_decoder(model, names="genai", **options)
             decode = export_step(model, **options) if arguments.pair else None
         report = fxfuse.report(decode or prefill)
@@ -123,9 +128,11 @@ def export_generation(arguments: argparse.Namespace, out: Console, err: Console)
         if checks:
             tables.show_checks(out, checks)
         tables.show_costs(out, stages, {str(target / name): size for name, size in sizes.items()})
+        cache = manifest.cache
+        if checks and cache.form == "streaming":
+            notes = [*notes, "compared while no token had dropped out: beyond that a stream is not the model's own"]
         for note in notes:
             out.print(f"note: {note}", markup=False, highlight=False)
-        cache = manifest.cache
         out.print(
             f"{len(cache.layers)} layers, a {cache.form} cache, {cache.dtype}: fxfuse.runtime.Session({str(target)!r})",
             markup=False,
@@ -134,6 +141,16 @@ def export_generation(arguments: argparse.Namespace, out: Console, err: Console)
         )
         write_reports(report, result, checks)
         (target / REPORT).write_text(dumps(result), encoding="utf-8")
+
+
+def _choices(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of `export_decoder` that both graphs of a pair share."""
+    return {
+        "opset": arguments.opset,
+        "cache": arguments.cache or "auto",
+        "sinks": arguments.sinks,
+        "window": arguments.window,
+    }
 
 
 def load_model(arguments: argparse.Namespace, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any], list[str]]:

@@ -16,21 +16,20 @@ What the cache's tensors are called, in layer 3:
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, get_args
+from typing import Any
 
 import onnx_ir as ir
 import torch
 
 from fxfuse.errors import FxfuseError
 from fxfuse.onnx import torchtune
+from fxfuse.onnx.choices import SINKS, Cache, Names, check_choices
 from fxfuse.onnx.ragged_cache import make_ragged
 from fxfuse.onnx.ring_cache import make_rings
 from fxfuse.onnx.static_cache import Profile, describe, make_static
 from fxfuse.onnx.streaming_cache import make_streaming
 from fxfuse.options import DEFAULT_OPSET
 
-Names = Literal["optimum", "genai", "hf"]
-Cache = Literal["auto", "growing", "static", "sliding", "streaming"]
 _CACHE = re.compile(r"(?P<way>input|output)\.past_key_values\.layers\.(?P<layer>\d+)\.(?P<what>key|value)s")
 _WINDOW = "._sliding_window_tensor"
 _AXES = {
@@ -50,7 +49,7 @@ def export_decoder(
     profile: Profile = "cpu",
     ragged: bool = False,
     one_token: bool = False,
-    sinks: int = 4,
+    sinks: int | None = None,
     window: int | None = None,
 ) -> ir.Model:
     """The graph of `model`, a `PreTrainedModel` that generates text from text, with its cache as inputs and outputs.
@@ -67,31 +66,25 @@ def export_decoder(
         ragged: of a static cache; each row stands at a length of its own (`fxfuse.onnx.ragged_cache`), and there is no
             attention_mask.
         one_token: for S = 1 only, which needs no causal mask.
-        sinks: of a streaming cache, how many of the first tokens are kept.
+            Static, sliding and streaming caches have the same layout in both graphs, which take turns on one cache.
+        sinks: of a streaming cache, how many of the first tokens are kept; None: 4.
         window: of a streaming cache, how many of the last are.
 
     Raises:
         FxfuseError: a model that is no such, a cache that is not one key and one value a layer (with `names` other than
             "hf"), an opset outside 23–25 (for a static cache 24–25), unknown `names` or `cache`.
     """
-    if cache not in get_args(Cache):
-        raise FxfuseError(f"unknown cache={cache!r}", where="cache", hint=" or ".join(map(repr, get_args(Cache))))
-    if profile not in get_args(Profile):
-        raise FxfuseError(f"unknown profile={profile!r}", where="profile", hint=" or ".join(get_args(Profile)))
-    if profile == "cuda" and cache != "static":
-        raise FxfuseError("a growing cache is the same everywhere", where="profile", hint='cache="static"')
-    if ragged and cache != "static":
-        raise FxfuseError("in a growing cache all rows are of one length", where="ragged", hint='cache="static"')
-    if cache in ("static", "sliding") and names == "hf":
-        raise FxfuseError("transformers has no names for a static cache", where="names", hint='names="optimum"')
-    if cache in ("static", "sliding") and opset < 24:
-        raise FxfuseError("a static cache needs TensorScatter, which opset 24 brought", where="opset", hint="opset=24")
-    if cache == "streaming":
-        _check_streaming(names, one_token, sinks, window)
-    elif window is not None:
-        raise FxfuseError("only a streaming cache has a window to choose", where="window", hint='cache="streaming"')
-    if names not in get_args(Names):
-        raise FxfuseError(f"unknown names={names!r}", where="names", hint=" or ".join(map(repr, get_args(Names))))
+    check_choices(
+        opset=opset,
+        cache=cache,
+        names=names,
+        profile=profile,
+        ragged=ragged,
+        one_token=one_token,
+        sinks=sinks,
+        window=window,
+    )
+    windows = windows_of(model) if cache == "sliding" else {}
     export = _of_torchtune if torchtune.is_decoder(model) else _of_transformers
     program = export(model, opset, names, one_token)
     _name_axes(program)
@@ -100,24 +93,13 @@ def export_decoder(
     elif cache == "static":
         make_static(program, profile)
     elif cache == "sliding":
-        make_rings(program, windows_of(model))
+        make_rings(program, windows)
     elif cache == "streaming":
         assert window is not None
-        make_streaming(program, sinks, window)
+        make_streaming(program, SINKS if sinks is None else sinks, window)
     elif names != "hf":
         describe(program, "growing")
     return program
-
-
-def _check_streaming(names: Names, one_token: bool, sinks: int, window: int | None) -> None:
-    if names == "hf":
-        raise FxfuseError("transformers has no names for a streaming cache", where="names", hint='names="optimum"')
-    if one_token:
-        raise FxfuseError("a streaming cache is made for any S", where="one_token", hint="one_token=False")
-    if window is None or window < 1:
-        raise FxfuseError(f"a streaming cache needs a window, not {window}", where="window", hint="window=1020")
-    if sinks < 0:
-        raise FxfuseError(f"a streaming cache has 0 sinks or more, not {sinks}", where="sinks", hint="sinks=4")
 
 
 def windows_of(model: Any) -> dict[int, int]:

@@ -23,12 +23,7 @@ def genai_config(manifest: Manifest) -> dict[str, Any]:
         FxfuseError: what it has no words for: layers of different heads, no context length, no pad and no eos token.
     """
     model, cache = manifest.model, manifest.cache
-    if cache.form in ("sliding", "streaming"):
-        raise FxfuseError(
-            f"onnxruntime-genai makes buffers as long as the text may become: a {cache.form} cache has shorter ones",
-            where="--package genai",
-            hint="a static cache",
-        )
+    check_form(cache.form)
     if len(set(cache.layers)) != 1:
         raise FxfuseError(
             "layers of different heads: genai_config.json has one number for all", where="--package genai"
@@ -87,6 +82,16 @@ def genai_config(manifest: Manifest) -> dict[str, Any]:
             "past_present_share_buffer": cache.form == "static",
         },
     }
+
+
+def check_form(form: str) -> None:
+    """Raises FxfuseError for a form of cache that onnxruntime-genai has no buffers for."""
+    if form in ("sliding", "streaming"):
+        raise FxfuseError(
+            f"onnxruntime-genai makes buffers as long as the text may become: a {form} cache has shorter ones",
+            where="--package genai",
+            hint="a growing or static cache; fxfuse.runtime runs this one, without --package genai",
+        )
 
 
 def write_genai_config(manifest: Manifest, folder: Path) -> None:

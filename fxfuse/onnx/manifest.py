@@ -6,7 +6,7 @@
      "cache":  {"form": "growing", "max_length": null, "dtype": "float32",
                 "layers": [{"heads": 2, "head_dim": 16}, …]},
      "stages": {"prefill": {"file": "model.onnx", "inputs": […], "outputs": […]},
-                "decode":  {"file": "model.onnx", "inputs": […], "outputs": […]}},
+                "decode":  {"file": "model.onnx", "inputs": […], "outputs": […], "tokens": 1}},
      "links":  [{"output": "present.0.key", "input": "past_key_values.0.key", "shared": false}, …],
      "model":  {"vocab_size": 384, "context_length": 512, "hidden_size": 64, "heads": 4,
                 "pad": 0, "bos": null, "eos": [1]}}
@@ -70,6 +70,8 @@ class Stage:
     file: str
     inputs: Sequence[str]
     outputs: Sequence[str]
+    tokens: int | None = None
+    """How many a row a call takes, where the graph is made for a number of them."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +224,10 @@ def _cache(program: ir.Model, file: str) -> tuple[Cache, list[Link]]:
 
 
 def _stage(program: ir.Model, file: str) -> Stage:
-    return Stage(file, [v.name or "" for v in program.graph.inputs], [v.name or "" for v in program.graph.outputs])
+    shape = _named(program.graph.inputs, "input_ids", file).shape
+    tokens = shape[1] if shape is not None and len(shape) == 2 else None
+    inputs, outputs = ([v.name or "" for v in values] for values in (program.graph.inputs, program.graph.outputs))
+    return Stage(file, inputs, outputs, tokens if isinstance(tokens, int) else None)
 
 
 def _named(values: Sequence[ir.Value], name: str, file: str) -> ir.Value:

@@ -12,7 +12,8 @@ import torch
 
 import fxfuse
 from fxfuse.errors import FxfuseError, ParityError
-from fxfuse.onnx.decoder import Names, export_decoder
+from fxfuse.onnx.choices import Names
+from fxfuse.onnx.decoder import export_decoder
 from fxfuse.onnx.files import move_into, staging
 from fxfuse.ops.registry import check_opset
 from fxfuse.options import DEFAULT_OPSET

@@ -21,7 +21,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from fxfuse.errors import FxfuseError
-from fxfuse.onnx.static_cache import constant, make_static
+from fxfuse.onnx.pieces import constant, takes_one_token
+from fxfuse.onnx.static_cache import make_static
 
 LONGEST = 1 << 18
 """Keys that a mask is evaluated at, at most."""
@@ -117,7 +118,10 @@ def _of_masks(value: ir.Value | None) -> bool:
 
 
 def _without_padding(graph: ir.Graph, value: ir.Value) -> Iterator[tuple[np.ndarray, int, int]]:
-    """The value for S new tokens after P, with S and P: from the start, soon after, and far on."""
+    """The value for S new tokens after P, with S and P: from the start, soon after, and far on.
+
+    S is 1 where the graph takes no more.
+    """
     from onnx.reference import ReferenceEvaluator
 
     given = [v for v in graph.inputs if v.name is not None]
@@ -127,7 +131,9 @@ def _without_padding(graph: ir.Graph, value: ir.Value) -> Iterator[tuple[np.ndar
     if largest > LONGEST:
         raise _refused(f"a mask mentions {largest}, and more than {LONGEST} keys are not looked at")
     run = ReferenceEvaluator(ir.to_proto(ir.Model(part, ir_version=10)))
-    for batch, new, past in ((2, 5, 0), (2, 3, 4), (1, 2, 2 * largest + 3)):
+    one_token = takes_one_token(graph)
+    for batch, several, past in ((2, 5, 0), (2, 3, 4), (1, 2, 2 * largest + 3)):
+        new = 1 if one_token else several
         feeds = {v.name or "": _sample(v, batch, new, past) for v in given}
         results: Any = run.run(None, feeds)
         yield np.asarray(results[0]), new, past

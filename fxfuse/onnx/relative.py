@@ -11,26 +11,37 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+Table = tuple[np.ndarray, np.ndarray]
 
-def not_relative(graph: ir.Graph, places: ir.Value, found: Sequence[ir.Value], count: int) -> str | None:
-    """How cos and sin at places 0, 1, … are not powers of one rotation, perhaps scaled; None: they are."""
+
+def table_of(graph: ir.Graph, places: Sequence[ir.Value], found: Sequence[ir.Value], count: int) -> Table | str:
+    """cos and sin [count, D/2] at places 0, 1, …; or how they are not powers of one rotation, perhaps scaled.
+
+    Args:
+        places: int64 [B, S] or [B, 1], of which the two are computed; where there are more, all are given the same.
+        found: the two as the graph has them, [B, S, D/2].
+    """
     from onnx.reference import ReferenceEvaluator
 
-    part = ir.convenience.extract(graph, [places], found)
+    part = ir.convenience.extract(graph, list(places), found)
     run = ReferenceEvaluator(ir.to_proto(ir.Model(part, ir_version=10)))
     row = np.arange(max(count, 2))
+    rows = np.stack([row, row[::-1]])
+    shape = places[0].shape
+    given = rows.reshape(-1, 1) if shape is not None and shape[1] == 1 else rows
     try:
-        results: Any = run.run(None, {part.inputs[0].name or "": np.stack([row, row[::-1]])})
+        results: Any = run.run(None, {value.name or "": given for value in part.inputs})
+        tables = [np.asarray(result).reshape(2, len(row), -1) for result in results]
     except Exception as error:  # whatever numpy raises
         return f"it cannot be had at {len(row)} places: {type(error).__name__}: {error}"
-    cos, sin = (np.asarray(result, np.float64) for result in results)
+    cos, sin = (np.asarray(table, np.float64) for table in tables)
     turn = cos + 1j * sin
     # An angle in float32 is off by its last bits; cos and sin of two bytes are off by theirs.
-    close = (1e-3 + 1e-7 * len(row) if results[0].dtype.itemsize > 2 else 3e-2) * np.abs(turn[0, 0])
-    if turn.shape[:2] != (2, len(row)) or np.any(np.abs(turn[0] - turn[1, ::-1]) > close):
+    close = (1e-3 + 1e-7 * len(row) if tables[0].dtype.itemsize > 2 else 3e-2) * np.abs(turn[0, 0])
+    if np.any(np.abs(turn[0] - turn[1, ::-1]) > close):
         return "a place is turned otherwise in other company"
     z, half = turn[0], turn[0, : (len(row) + 1) // 2]
     steps, doubles = z[1:] * z[0] - z[:-1] * z[1], z[::2] * z[0] - half**2
     if any(np.any(np.abs(off) > close * np.abs(z[0])) for off in (steps, doubles)):
         return "two places at one distance are turned apart by another angle elsewhere"
-    return None
+    return tables[0][0, :count], tables[1][0, :count]

@@ -11,6 +11,13 @@ The mask is the growing graph's, each column taken from the position that stands
 P - 1 - (P - 1 - j) mod W, and none yet where that is negative. All new keys are attended to before the ring is
 written, so that a prompt may be longer than it. The ring's
 update comes out of the Concat: whatever order a runtime chooses, the ring is read first.
+
+In a graph for one token the key that it overwrites is the one that its query does not see any more. So the ring is
+written first, and read as it lies:
+
+    ring ──┐                                              ┌─ present
+    new k ─┴─ TensorScatter, circular, at P mod W ────────┴─ Attention(q, k, v, mask)
+
 Layers without a window are static (`fxfuse.onnx.static_cache`).
 
 Source: mode circular of https://onnx.ai/onnx/operators/onnx__TensorScatter.html
@@ -26,7 +33,8 @@ import numpy as np
 import onnx_ir as ir
 
 from fxfuse.errors import FxfuseError
-from fxfuse.onnx.static_cache import METADATA, Buffer, Lengths, check_opset, constant, pasts_of, present_of
+from fxfuse.onnx.pieces import constant, counted, initializer, takes_one_token
+from fxfuse.onnx.static_cache import METADATA, Buffer, Lengths, check_opset, pasts_of, present_of
 
 
 def make_rings(model: ir.Model, windows: Mapping[int, int]) -> None:
@@ -40,7 +48,8 @@ def make_rings(model: ir.Model, windows: Mapping[int, int]) -> None:
     """
     check_opset(model)
     lengths = Lengths(model.graph, None)
-    rings = {size: _Slots(lengths, size) for size in set(windows.values())}
+    one_token = takes_one_token(model.graph)
+    rings = {size: _Slots(lengths, size, one_token) for size in set(windows.values())}
     described: dict[int, dict[str, Any]] = {}
     aliases = {}
     for layer, past in pasts_of(model):
@@ -57,22 +66,25 @@ def make_rings(model: ir.Model, windows: Mapping[int, int]) -> None:
 class _Slots:
     """Of rings of one size: which positions are attended to, and where the new keys go."""
 
-    def __init__(self, lengths: Lengths, size: int) -> None:
-        self.size, self.lengths = size, lengths
+    def __init__(self, lengths: Lengths, size: int, one_token: bool) -> None:
+        self.size, self.lengths, self.one_token = size, lengths, one_token
         graph = lengths.graph
         add = lengths.append
         W, one, scalar = constant(graph, [size]), constant(graph, [1]), constant(graph, [0])
-        new = add("Sub", [lengths.total, lengths.past])
-        newest = add("Sub", [lengths.past, one])
-        slots = numbers(graph, size)
-        stored = add("Sub", [newest, add("Mod", [add("Sub", [newest, slots]), W])])
-        ends = [add("Squeeze", [value, scalar]) for value in (lengths.past, lengths.total, one)]
-        positions = add("Concat", [stored, add("Range", ends)], {"axis": 0})
+        newest = lengths.past if one_token else add("Sub", [lengths.past, one])
+        slots = counted(graph, size)
+        positions = add("Sub", [newest, add("Mod", [add("Sub", [newest, slots]), W])])
+        first = lengths.past
+        if not one_token:
+            new = add("Sub", [lengths.total, lengths.past])
+            ends = [add("Squeeze", [value, scalar]) for value in (lengths.past, lengths.total, one)]
+            positions = add("Concat", [positions, add("Range", ends)], {"axis": 0})
+            skipped = add("Max", [add("Sub", [new, W]), lengths.zero])
+            self.begin, self.end = add("Add", [skipped, W]), add("Add", [new, W])
+            first = add("Add", [lengths.past, skipped])
         self.columns = add("Max", [positions, lengths.zero])
         self.filled = add("GreaterOrEqual", [positions, lengths.zero], kind=ir.DataType.BOOL)
-        skipped = add("Max", [add("Sub", [new, W]), lengths.zero])
-        self.begin, self.end = add("Add", [skipped, W]), add("Add", [new, W])
-        first = add("Mod", [add("Add", [lengths.past, skipped]), W])
+        first = add("Mod", [first, W])
         self.start = add("Expand", [first, add("Shape", [lengths.start])])
         self.masks: dict[ir.Value, ir.Value] = {}
 
@@ -86,16 +98,17 @@ class _Ring(Buffer):
         past.shape = ir.Shape([self.batch, self.heads, slots.size, self.size])
 
     def replace(self, node: ir.Node, grown: ir.Value, new: ir.Value) -> ir.Value:
-        """Writes `new` [B, H, S, D] into the ring; gives what the ring held, and all the new."""
+        """Writes `new` [B, H, S, D] into the ring; gives what the ring held, and all the new: what is attended to."""
         if node.op_type != "Attention" or grown.uses():
             raise self.refused("other nodes read all the keys and values so far")
-        both = self.insert(node, "Concat", [self.past, new], {"axis": 2})
-        last = self.insert(node, "Slice", [both, self.slots.begin, self.slots.end, self.lengths.two])
-        attributes = {"axis": 2, "mode": "circular"}
-        ring = self.insert(node, "TensorScatter", [self.past, last, self.slots.start], attributes)
+        seen, slots = new, self.slots
+        if not slots.one_token:
+            seen = self.insert(node, "Concat", [self.past, new], {"axis": 2})
+            new = self.insert(node, "Slice", [seen, slots.begin, slots.end, self.lengths.two])
+        ring = self.insert(node, "TensorScatter", [self.past, new, slots.start], {"axis": 2, "mode": "circular"})
         ring.shape, ring.type = self.past.shape, self.past.type
         self.give(grown, ring)
-        return both
+        return ring if slots.one_token else seen
 
     def without_past(self, node: ir.Node, flat: bool) -> None:
         mask = node.inputs[3] if len(node.inputs) > 3 else None
@@ -107,7 +120,7 @@ class _Ring(Buffer):
         super().without_past(node, flat)
 
     def _of_slots(self, node: ir.Node, mask: ir.Value) -> ir.Value:
-        """The mask [.., P + S] of positions, as the mask [.., W + S] of slots and new keys."""
+        """The mask [.., P + S] of positions, as the mask [.., W + S] of slots and new keys; of slots, for one token."""
         columns = self.insert(node, "Gather", [mask, self.slots.columns], {"axis": -1})
         if mask.dtype == ir.DataType.BOOL:
             return self.insert(node, "And", [columns, self.slots.filled])
@@ -119,20 +132,9 @@ class _Ring(Buffer):
         return hidden
 
 
-def numbers(graph: ir.Graph, count: int) -> ir.Value:
-    """0, 1, …, count - 1."""
-    return initializer(graph, f"fxfuse.slots_{count}", ir.tensor(np.arange(count, dtype=np.int64)))
-
-
 def _lowest(graph: ir.Graph, kind: ir.DataType) -> ir.Value:
     """The lowest finite number, [1]: it hides a key, and in a row that hides all of them gives no NaN."""
     if kind == ir.DataType.BFLOAT16:
         raise FxfuseError("a ring cache in bfloat16", where="cache", hint="export it in float32 or float16")
     number = np.array([np.finfo(kind.numpy()).min], kind.numpy())
     return initializer(graph, f"fxfuse.lowest_{kind.name.lower()}", ir.tensor(number))
-
-
-def initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    if name not in graph.initializers:
-        graph.register_initializer(ir.val(name, tensor.dtype, tensor.numpy().shape, const_value=tensor))
-    return graph.initializers[name]

@@ -19,11 +19,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import onnx_ir as ir
 
 from fxfuse.errors import FxfuseError
+from fxfuse.onnx.pieces import constant, heads_apart, heads_together
 
 METADATA = "fxfuse.cache"
 """The key of `metadata_props` under which a model says what its cache is: JSON, see `describe`."""
@@ -210,8 +212,7 @@ class Buffer:
         result = self.insert(node, "Attention", inputs, attributes)
         result.type = old.type
         if flat:
-            result = self.insert(node, "Transpose", [result], {"perm": [0, 2, 1, 3]})
-            result = self.insert(node, "Reshape", [result, constant(self.graph, [0, 0, -1])])
+            result = heads_together(self.graph, partial(self.insert, node), result)
         result.type, result.shape, result.name = old.type, old.shape, old.name
         old.name = None
         old.replace_all_uses_with(result, replace_graph_outputs=True)
@@ -227,9 +228,7 @@ class Buffer:
 
     def _heads(self, node: ir.Node, value: ir.Value, attribute: str) -> ir.Value:
         """[B, S, H·D] as [B, H, S, D]."""
-        heads = node.attributes[attribute].as_int()
-        apart = self.insert(node, "Reshape", [value, constant(self.graph, [0, 0, heads, -1])])
-        return self.insert(node, "Transpose", [apart], {"perm": [0, 2, 1, 3]})
+        return heads_apart(self.graph, partial(self.insert, node), value, node.attributes[attribute].as_int())
 
     def replace(self, node: ir.Node, grown: ir.Value, new: ir.Value) -> ir.Value:
         """Writes `new` [B, H, S, D] into the buffer, before `node`; what read the `grown` keys reads their slice."""
@@ -269,12 +268,3 @@ class Buffer:
 def _is_written(value: ir.Value) -> bool:
     producer = value.producer()
     return producer is not None and producer.op_type == "TensorScatter"
-
-
-def constant(graph: ir.Graph, numbers: list[int]) -> ir.Value:
-    """An initializer of int64, one for each list of numbers."""
-    name = "fxfuse." + "_".join(str(n).replace("-", "minus") for n in numbers)
-    if name not in graph.initializers:
-        tensor = ir.tensor(numbers, dtype=ir.DataType.INT64, name=name)
-        graph.register_initializer(ir.val(name, ir.DataType.INT64, [len(numbers)], const_value=tensor))
-    return graph.initializers[name]

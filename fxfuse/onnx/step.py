@@ -16,7 +16,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from fxfuse.onnx.decoder import Names, export_decoder
+from fxfuse.onnx.choices import Names
+from fxfuse.onnx.decoder import export_decoder
 
 __all__ = ["export_step", "share_weights"]
 

@@ -30,28 +30,59 @@ class Positions:
         """
         if self.length == 0:
             self.mask = mask[:, :0]
-        if mask.shape[0] != self.mask.shape[0]:
-            raise FxfuseError(
-                f"{mask.shape[0]} rows after {self.mask.shape[0]}", where="input_ids", hint="reset() begins anew"
-            )
+        _check_batch(len(mask), self.batch)
         before = self.mask.sum(-1, keepdim=True)
         self.mask = torch.cat([self.mask, mask], -1)
         return self.mask, (before + mask.cumsum(-1) - 1).clamp(min=0)
 
-    def of_rows(self, mask: torch.Tensor) -> torch.Tensor:
-        """The positions [B, S] of new columns for a graph without attention_mask, before `append`: each row goes on
-        where its own tokens end, over its padding.
-
-        Raises:
-            FxfuseError: padding on the left, which such a graph would see.
-        """
-        if bool((mask[:, 1:] > mask[:, :-1]).any()):
-            raise FxfuseError("a row is padded on the left", where="attention_mask", hint="pad on the right")
-        before = self.mask.sum(-1, keepdim=True) if self.length else torch.zeros(len(mask), 1, dtype=torch.int64)
-        return before + torch.arange(mask.shape[1])
+    @property
+    def batch(self) -> int:
+        return len(self.mask)
 
     def reorder(self, rows: torch.Tensor) -> None:
         self.mask = self.mask[rows]
+
+
+class RowLengths:
+    """The same for graphs without attention_mask: each row goes on where its own tokens end, over its padding.
+
+    Of each row only its length is kept, however much was read.
+
+    Attributes:
+        length: P: how many columns were read.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.rows = torch.zeros(0, 1, dtype=torch.int64)
+
+    @property
+    def batch(self) -> int:
+        return len(self.rows)
+
+    def append(self, mask: torch.Tensor) -> tuple[None, torch.Tensor]:
+        """The positions [B, S] of new columns with the mask [B, S].
+
+        Raises:
+            FxfuseError: another number of rows than before; padding on the left, which such a graph would see.
+        """
+        if bool((mask[:, 1:] > mask[:, :-1]).any()):
+            raise FxfuseError("a row is padded on the left", where="attention_mask", hint="pad on the right")
+        if self.length == 0:
+            self.rows = torch.zeros(len(mask), 1, dtype=torch.int64)
+        _check_batch(len(mask), self.batch)
+        positions = self.rows + torch.arange(mask.shape[1])
+        self.rows = self.rows + mask.sum(-1, keepdim=True)
+        self.length += mask.shape[1]
+        return None, positions
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        self.rows = self.rows[rows]
+
+
+def _check_batch(new: int, before: int) -> None:
+    if new != before:
+        raise FxfuseError(f"{new} rows after {before}", where="input_ids", hint="reset() begins anew")
 
 
 def checked(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

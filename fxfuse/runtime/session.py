@@ -12,7 +12,7 @@ import torch
 from fxfuse.errors import FxfuseError
 from fxfuse.onnx.manifest import Stage, read_manifest
 from fxfuse.parity import require_onnxruntime
-from fxfuse.runtime.positions import Positions, checked, last
+from fxfuse.runtime.positions import Positions, RowLengths, checked, last
 
 DTYPES = {"float32": np.float32, "float16": np.float16}
 
@@ -70,7 +70,7 @@ class Session:
 
     def reset(self) -> None:
         """Forgets everything."""
-        self._positions = Positions()
+        self._positions = Positions() if self.reads_mask else RowLengths()
         self._cache: dict[str, Any] = {}
         self._bindings: dict[str, Any] = {}
 
@@ -82,7 +82,8 @@ class Session:
         Args:
             input_ids: int64 [B, S].
             attention_mask: [B, S], 0 where a row is padded, on the right or on the left.
-            chunk: read so many columns at a time; the logits [B, S, V] in between take less memory so.
+            chunk: read so many columns at a time; the logits [B, S, V] in between take less memory so. A graph that
+                is made for a number of tokens is given that many; where fewer are left, the graph of steps reads them.
 
         Raises:
             FxfuseError: shapes that do not fit, or more tokens than a static cache has room for.
@@ -91,10 +92,9 @@ class Session:
         if chunk is not None and chunk < 1:
             raise FxfuseError(f"chunk={chunk}", where="chunk", hint="a number of columns, 1 or more")
         final, result = last(mask), None
-        width = chunk or ids.shape[1]
-        for start in range(0, ids.shape[1], width):
-            logits = self._run(self.manifest.prefill, ids[:, start : start + width], mask[:, start : start + width])
-            here = (final >= start) & (final < start + width)
+        for stage, start, end in self._calls(ids.shape[1], chunk):
+            logits = self._run(stage, ids[:, start:end], mask[:, start:end])
+            here = (final >= start) & (final < end)
             result = torch.empty(len(ids), logits.shape[-1], dtype=logits.dtype) if result is None else result
             result[here] = logits[here, final[here] - start]
         assert result is not None
@@ -117,7 +117,7 @@ class Session:
         A static cache stays in its buffers when there are as many rows as before.
         """
         index = rows.to("cpu", torch.int64).numpy()
-        batch = len(self._positions.mask)
+        batch = self._positions.batch
         if index.ndim != 1 or len(index) == 0 or not ((index >= 0) & (index < batch)).all():
             raise FxfuseError(f"{rows.tolist()} are not rows of {batch}", where="rows")
         self._positions.reorder(rows.to("cpu", torch.int64))
@@ -129,6 +129,28 @@ class Session:
                 self._cache[name] = self._ort.OrtValue.ortvalue_from_numpy(chosen)
                 self._bindings.clear()
 
+    def _calls(self, length: int, chunk: int | None) -> list[tuple[Stage, int, int]]:
+        """Which graph reads which columns of a prompt."""
+        manifest, start, calls = self.manifest, 0, []
+        cache, context = manifest.cache, manifest.model.context_length
+        if chunk is None and cache.form == "streaming" and cache.max_length is not None and context is not None:
+            # The keys of one call are rotated by C + S - 1 places, and a table of cos and sin has no more.
+            chunk = max(context - cache.max_length + 1, 1)
+        while (rest := length - start) > 0:
+            widths = [
+                (stage, stage.tokens or min(chunk or rest, rest)) for stage in (manifest.prefill, manifest.decode)
+            ]
+            fitting = [(stage, width) for stage, width in widths if width <= rest]
+            if not fitting:
+                raise FxfuseError(
+                    f"of {length} tokens {rest} are left over: a call takes {manifest.prefill.tokens}",
+                    where="input_ids",
+                )
+            stage, width = fitting[0]
+            calls.append((stage, start, start + width))
+            start += width
+        return calls
+
     def _run(self, stage: Stage, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """The logits [B, S, V]."""
         if self.max_length is not None and self.length + ids.shape[1] > self.max_length:
@@ -137,14 +159,12 @@ class Session:
                 where="max_length",
                 hint="open the session with a larger max_length",
             )
-        own = None
-        if "attention_mask" not in stage.inputs:
-            if self.manifest.cache.form == "streaming" and not bool(mask.all()):
-                raise FxfuseError("a streaming cache takes rows of one length", where="attention_mask")
-            own = self._positions.of_rows(mask)
+        if self.manifest.cache.form == "streaming" and not bool(mask.all()):
+            raise FxfuseError("a streaming cache takes rows of one length", where="attention_mask")
         attention_mask, position_ids = self._positions.append(mask)
-        position_ids = position_ids if own is None else own
-        feed = {"input_ids": ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        feed = {"input_ids": ids, "position_ids": position_ids}
+        if attention_mask is not None:
+            feed["attention_mask"] = attention_mask
         if not self._cache:
             self._cache = self._allocate(len(ids))
         session = self._sessions[stage.file]

@@ -32,12 +32,12 @@ def exported(name: str) -> tuple[Any, ir.Model]:
     return model, export_decoder(model, cache="streaming", sinks=SINKS, window=WINDOW)
 
 
-def evict(kept: torch.Tensor) -> torch.Tensor:
+def evict(kept: torch.Tensor, sinks: int = SINKS, window: int = WINDOW) -> torch.Tensor:
     """The sinks and the last W of [B, H, P, D]."""
-    return kept if kept.shape[2] <= SIZE else torch.cat([kept[:, :, :SINKS], kept[:, :, -WINDOW:]], 2)
+    return kept if kept.shape[2] <= sinks + window else torch.cat([kept[:, :, :sinks], kept[:, :, -window:]], 2)
 
 
-def llama_step(model: Any, token: torch.Tensor, kept: Kept) -> torch.Tensor:
+def llama_step(model: Any, token: torch.Tensor, kept: Kept, sinks: int = SINKS, window: int = WINDOW) -> torch.Tensor:
     """Logits [B, V] of one token [B, 1]: transformers' modules, the keys rotated by their places in what is kept."""
     x = model.model.embed_tokens(token)
     for i, layer in enumerate(model.model.layers):
@@ -48,7 +48,7 @@ def llama_step(model: Any, token: torch.Tensor, kept: Kept) -> torch.Tensor:
         )
         if hasattr(attention, "q_norm"):  # Qwen 3
             q, k = attention.q_norm(q), attention.k_norm(k)
-        k, v = (evict(torch.cat([old, new], 2)) for old, new in zip(kept[i], (k, v), strict=True))
+        k, v = (evict(torch.cat([old, new], 2), sinks, window) for old, new in zip(kept[i], (k, v), strict=True))
         kept[i] = k, v
         cos, sin = model.model.rotary_emb(v, torch.arange(k.shape[2])[None])
         k = apply_rotary_pos_emb(k, k, cos, sin)[1]
@@ -89,19 +89,26 @@ def expected(name: str, ids: torch.Tensor) -> torch.Tensor:
 
 
 class Reader:
-    """The graph in ONNX Runtime; whatever is in slots that no token was written to must not be seen."""
+    """The graph in ONNX Runtime; whatever is in slots that no token was written to must not be seen.
 
-    def __init__(self, program: ir.Model, folder: Path, batch: int) -> None:
+    Single tokens are read by `step`, where there is one.
+    """
+
+    def __init__(self, program: ir.Model, folder: Path, batch: int, step: ir.Model | None = None) -> None:
         ir.save(program, folder / "model.onnx")
-        self.session = ort.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+        self.session = self.step = ort.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+        if step is not None:
+            ir.save(step, folder / "step.onnx")
+            self.step = ort.InferenceSession(folder / "step.onnx", providers=["CPUExecutionProvider"])
         pasts = [value for value in self.session.get_inputs() if value.name.startswith("past_key_values.")]
         self.cache = {value.name: np.full((batch, *value.shape[1:]), 1e4, np.float32) for value in pasts}
         self.read = np.zeros((batch, 1), np.int64)
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         feeds = {"input_ids": ids.numpy(), "position_ids": self.read + np.arange(ids.shape[1])}
-        outputs = [value.name for value in self.session.get_outputs()]
-        results = dict(zip(outputs, self.session.run(outputs, feeds | self.cache), strict=True))
+        session = self.step if ids.shape[1] == 1 else self.session
+        outputs = [value.name for value in session.get_outputs()]
+        results = dict(zip(outputs, session.run(outputs, feeds | self.cache), strict=True))
         for name, old in self.cache.items():
             new = results[name.replace("past_key_values", "present")]
             assert new.shape == old.shape == (len(ids), 2, SIZE, 8)
@@ -233,9 +240,10 @@ def test_what_cannot_stream_is_refused(model: Callable[[], Any], why: str) -> No
         ({"cache": "streaming"}, "window"),
         ({"cache": "streaming", "window": 0}, "window"),
         ({"cache": "streaming", "window": 8, "sinks": -1}, "sinks"),
-        ({"cache": "streaming", "window": 8, "one_token": True}, "one_token"),
+        ({"cache": "streaming", "window": 8, "one_token": True, "opset": 23}, "opset"),
         ({"cache": "streaming", "window": 8, "names": "hf"}, "names"),
         ({"cache": "static", "window": 8}, "window"),
+        ({"cache": "sliding", "sinks": 0}, "sinks"),
     ],
 )
 def test_options_that_do_not_fit(options: dict[str, Any], where: str) -> None:

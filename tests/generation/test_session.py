@@ -12,6 +12,8 @@ import torch
 
 from fxfuse.errors import FxfuseError
 from fxfuse.onnx.decoder import export_decoder
+from fxfuse.onnx.package import write_package
+from fxfuse.onnx.step import export_step
 from fxfuse.runtime import EagerSession, Session, generate, stream
 from tests.generation import tiny
 
@@ -111,6 +113,38 @@ def test_reset_forgets(session: Session) -> None:
     session.reset()
     assert session.length == 0
     assert torch.equal(session.prefill(ids), first)
+
+
+@pytest.fixture(scope="module")
+def fixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A graph that takes four tokens, as one for fixed shapes does, and one that takes one."""
+    prefill = export_decoder(tiny.trained("llama"), names="genai")
+    for value in prefill.graph.inputs:
+        if value.name in ("input_ids", "position_ids"):
+            value.shape = ir.Shape(["batch_size", 4])
+    out = tmp_path_factory.mktemp("fixed") / "package"
+    write_package(out, prefill, decode=export_step(tiny.trained("llama")))
+    return out
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 12, 15])
+def test_a_prompt_longer_than_what_a_graph_takes(length: int, fixed: Path, eager: EagerSession) -> None:
+    ids = torch.arange(5, 5 + 2 * length).reshape(2, length)
+    mask = torch.ones_like(ids)
+    mask[0, : length // 2] = 0
+    for graphs in (fixed, fixed / "decode.onnx"):
+        eager.reset()
+        session = Session(graphs, threads=1)
+        torch.testing.assert_close(session.prefill(ids, mask), eager.prefill(ids, mask), rtol=1e-4, atol=1e-4)
+        more = torch.tensor([7, 8])
+        torch.testing.assert_close(session.step(more), eager.step(more), rtol=1e-4, atol=1e-4)
+
+
+def test_tokens_that_no_graph_takes(fixed: Path) -> None:
+    session = Session(fixed / "prefill.onnx", threads=1)
+    with pytest.raises(FxfuseError, match="of 6 tokens 2 are left over: a call takes 4"):
+        session.prefill(torch.arange(6)[None])
+    assert session.length == 0
 
 
 def test_text_as_it_comes(session: Session, eager: EagerSession) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from fxfuse.cli import main
 from fxfuse.errors import FxfuseError
 from fxfuse.onnx.decoder import export_decoder
 from fxfuse.onnx.package import facts, write_package
@@ -23,6 +25,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    checkpoint = tiny.save("gemma3", tmp_path_factory.mktemp("checkpoint"))
+    out = tmp_path_factory.mktemp("pair") / "gemma3"
+    assert main(["export", str(checkpoint), "--cache", "sliding", "--pair", "--out", str(out)]) == 0
+    return out
+
+
 def test_the_same_tokens_beyond_the_window(folder: Path) -> None:
     prompts = [tiny.tokenizer().encode(text).ids for text in tiny.PROMPTS]
     session = Session(folder, max_length=96, threads=1)
@@ -32,6 +42,27 @@ def test_the_same_tokens_beyond_the_window(folder: Path) -> None:
     before = dict(session.pointers)
     generate(session, prompts[:1] * 3, max_new_tokens=2)
     assert before.keys() == session.pointers.keys()
+
+
+@pytest.mark.parametrize("length", [1, tiny.WINDOW - 1, tiny.WINDOW, tiny.WINDOW + 1, 3 * tiny.WINDOW])
+def test_a_pair_from_the_command_line(length: int, pair: Path) -> None:
+    """What the model itself says of its whole text, of which each sliding layer sees W: the prompt in chunks too."""
+    session = Session(pair, max_length=128, threads=1)
+    assert (session.manifest.prefill.tokens, session.manifest.decode.tokens) == (None, 1)
+    prompt = tiny.tokenizer().encode(tiny.TEXT.read_text()).ids[500 : 500 + length]
+    expected = tiny.continued("gemma3", prompt, NEW)
+    for chunk in (None, 7, 1):
+        assert generate(session, [prompt], max_new_tokens=NEW, chunk=chunk) == [expected]
+
+
+def test_the_pairs_rings_stay_where_they_are(pair: Path) -> None:
+    session = Session(pair, max_length=96, threads=1)
+    session.prefill(torch.arange(2, 52)[None])
+    before = dict(session.pointers)
+    for token in range(2 * tiny.WINDOW - 10):
+        session.step(torch.tensor([token]))
+    assert dict(session.pointers) == before
+    assert session._cache["past_key_values.0.key"].shape() == [1, 2, tiny.WINDOW, 16]
 
 
 def test_genai_has_no_words_for_it(tmp_path: Path) -> None:
