@@ -110,7 +110,9 @@ def _flex_attention_inlined(path: Path) -> Iterator[Path]:
         return
     inlined = path.with_name(f"{path.stem}.inlined.onnx")
     try:
-        model = onnx.inliner.inline_selected_functions(model, [(PREVIEW, "FlexAttention")], inline_schema_functions=True)
+        model = onnx.inliner.inline_selected_functions(
+            model, [(PREVIEW, "FlexAttention")], inline_schema_functions=True
+        )
         onnx.save(model, str(inlined))
         yield inlined
     finally:

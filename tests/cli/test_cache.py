@@ -54,6 +54,7 @@ def test_the_tokens_that_a_checkpoint_names(tmp_path: Path) -> None:
     [
         (["package.module:function", "--cache", "static"], "--cache is for a model that generates text"),
         ([*LLAMA, "--cache", "static", "--seq", "4"], "--seq does not apply"),
+        ([*LLAMA, "--cache", "static", "--flex-attention", "preview"], "--flex-attention does not apply"),
         ([*LLAMA, "--cache", "static", "--opset", "23"], "opset 24"),
     ],
 )

@@ -122,6 +122,23 @@ def module():
     return Net(8)
 
 constant = 3
+
+class Squared(nn.Module):
+    def forward(self, q, k, v):
+        from torch.nn.attention.flex_attention import flex_attention
+
+        def squared(s, b, h, i, j):
+            return torch.where(i - j <= 3, s * s, -torch.inf)
+
+        def near(s, b, h, i, j):
+            return torch.where(i - j <= 3, s, -torch.inf)
+
+        return flex_attention(flex_attention(q, k, v, score_mod=squared), k, v, score_mod=near)
+
+def flex(dtype="float32"):
+    free = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}
+    qkv = tuple(torch.randn(2, 2, 9, 8, dtype=getattr(torch, dtype)) for _ in range(3))
+    return Squared().eval(), qkv, None, (free,) * 3
 """
 
 
@@ -144,6 +161,22 @@ def test_a_factory(factories: str, name: str, dtype: str, tmp_path: Path) -> Non
     assert record["counts"] == {"RMSNormalization": 1}
     assert all(check["result"]["dtype"] == dtype for check in record["parity"])
     assert len({check["sizes"] for check in record["parity"]}) == (3 if name == "build" else 1)
+
+
+def test_flex_attention_as_it_is_asked_for(factories: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """FlexAttention is compared as its function body, windows as attributes: ONNX Runtime has no kernel of either."""
+    asked = ["--flex-attention", "preview", "--opset", "25", "--windows", "attributes"]
+    assert main(["export", f"{factories}:flex", *asked, "--out", str(tmp_path / "o")]) == 0
+    written = sorted(path.name for path in (tmp_path / "o").iterdir())
+    assert written == ["model.onnx", "model.onnx.data", "report.json"]
+    nodes = {node.op_type: node for node in onnx.load(str(tmp_path / "o" / "model.onnx")).graph.node}
+    assert set(nodes) == {"FlexAttention", "Attention"}
+    assert {a.name: a.i for a in nodes["Attention"].attribute}["left_window_size"] == 3
+    record = json.loads((tmp_path / "o" / "report.json").read_text())
+    assert record["counts"] == {"FlexAttention": 1, "Attention": 1}
+    backends = {check["backend"] for check in record["parity"]}
+    assert backends == {"PyTorch, fused", "ONNX Runtime (FlexAttention inlined)"}
+    assert all(check["result"]["passed"] for check in record["parity"])
 
 
 def test_inspect_writes_nothing(
@@ -220,6 +253,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "opset 26": (["torchtune:llama3_2_1b", "--opset", "26"], ["26", "23", "25"]),
     "too long": (["torchtune:llama3_2", *settings(LLAMA), "--seq", "33"], ["32 tokens", "--seq 33"]),
     "batch of one": (["torchtune:llama3_2", *settings(LLAMA), "--batch", "1"], ["at least 2", "--batch 1"]),
+    "windows at 24": (["torchtune:llama3_2_1b", "--windows", "attributes"], ["windows", "opset 25"]),
     "no such file": (["missing.pt2"], ["no such file", "missing.pt2"]),
     "no such source": (["llama"], ["no such source", "llama", "torchtune:"]),
     "no such module": (["no_such_pkg.models:build"], ["cannot be imported", "no_such_pkg"]),

@@ -116,7 +116,7 @@ def attention_form(problem: Problem, encoding: Encoding, sinks: Column | None = 
             mask = with_sinks(mask, Mask(0, 4), column, lengths[1], (lengths[2], lengths[3]), kind)
             k, v = (torch.nn.functional.pad(t, (0, 0, 0, 1)) for t in (k, v))
         y: Tensor = torch.ops.fxfuse.attention(q, k, v, mask, **attributes)
-        y = y if problem.in_memory_BSHD else y.contiguous()
+        y = y if problem.in_memory_BSHD else laid_out(y)
         return y if q.dtype == torch.float64 else cast(y, out)
 
     return attention
@@ -130,7 +130,7 @@ def decomposed_form(problem: Problem, output: str) -> Form:
         working = torch.promote_types(q.dtype, torch.float32)
         lengths = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
         k = _each_head(_exactly(k, q, k), lengths[1])
-        raw = (cast(q, working) @ cast(k, working).transpose(2, 3)) * problem.call.scale
+        raw = (laid_out(cast(q, working)) @ laid_out(cast(k, working).transpose(2, 3))) * problem.call.scale
         grid = problem.grid(inputs, lengths, raw)
         scores: Tensor = grid(problem.score)
         kept = conjunction(problem.mask, grid)
@@ -143,8 +143,8 @@ def decomposed_form(problem: Problem, output: str) -> Form:
             return scores.amax(-1) * (1 / math.log(2))
         v = cast(_each_head(_exactly(inputs[2], q, k), lengths[1]), q.dtype)
         nothing = (scores == -math.inf).all(-1, keepdim=True)
-        y = cast(torch.softmax(scores, -1).masked_fill(nothing, 0.0), q.dtype) @ v
-        return y.transpose(1, 2).contiguous().transpose(1, 2) if problem.in_memory_BSHD else y
+        y = cast(torch.softmax(scores, -1).masked_fill(nothing, 0.0), q.dtype) @ laid_out(v)
+        return laid_out(y.transpose(1, 2)).transpose(1, 2) if problem.in_memory_BSHD else y
 
     return attention
 
@@ -192,6 +192,13 @@ def _exactly(t: Tensor, q: Tensor, k: Tensor) -> Tensor:
     return t
 
 
+def laid_out(t: Tensor) -> Tensor:
+    """Contiguous. Where sizes are symbols a copy: whether it is already may hang on a size being 1, and to ask that
+    would be a guard; so would a product of what is not."""
+    symbolic = any(isinstance(size, torch.SymInt) for size in t.shape)
+    return t.clone(memory_format=torch.contiguous_format) if symbolic else t.contiguous()
+
+
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == dtype else t.to(dtype)
 
@@ -202,7 +209,7 @@ def _each_head(t: Tensor, heads: int) -> Tensor:
     if groups == 1:
         return t
     B, Hkv, T, D = t.shape
-    return t.unsqueeze(2).expand(B, Hkv, groups, T, D).reshape(B, heads, T, D)
+    return laid_out(t.unsqueeze(2).expand(B, Hkv, groups, T, D)).reshape(B, heads, T, D)
 
 
 def _size(expr: Any, symbols: dict[Any, Any]) -> Any:

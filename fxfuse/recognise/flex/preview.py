@@ -10,7 +10,7 @@ from torch import Tensor
 from fxfuse.graph.view import fake
 from fxfuse.recognise.answers import Form
 from fxfuse.recognise.flex.expression import INDICES
-from fxfuse.recognise.flex.forms import Problem, batched, cast, conjunction
+from fxfuse.recognise.flex.forms import Problem, batched, cast, conjunction, laid_out
 
 
 def is_constant(problem: Problem) -> bool:
@@ -40,7 +40,7 @@ def preview_form(problem: Problem) -> Form:
         if "score" not in problem.score.leaves:
             scores = scores.expand(lengths)
         y: Tensor = torch.ops.fxfuse.flex_output(scores, v)
-        y = y if problem.in_memory_BSHD else y.contiguous()
+        y = y if problem.in_memory_BSHD else laid_out(y)
         return y if inputs[0].dtype == torch.float64 else cast(y, out)
 
     return attention
