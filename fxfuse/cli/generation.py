@@ -29,7 +29,7 @@ def is_pretrained(name: str) -> bool:
 
 def generates(arguments: argparse.Namespace) -> bool:
     """Whether it is a graph with a cache that is asked for."""
-    asked = arguments.cache or arguments.package or arguments.pair
+    asked = arguments.cache or arguments.package or arguments.pair or arguments.names
     return is_pretrained(arguments.source) or bool(asked and arguments.source.startswith("torchtune:"))
 
 
@@ -39,6 +39,8 @@ def check_options(arguments: argparse.Namespace) -> None:
     Raises:
         FxfuseError: an option that has no meaning for this SOURCE.
     """
+    if arguments.names == "hf" and arguments.package == "genai":
+        raise FxfuseError("onnxruntime-genai has names of its own", where="--names hf", hint="--names genai")
     if is_pretrained(arguments.source):
         given = {"--set": arguments.options, "--checkpoint": arguments.checkpoint}
         for option, value in {**given, "--batch": arguments.batch, "--seq": arguments.seq}.items():
@@ -50,11 +52,16 @@ def check_options(arguments: argparse.Namespace) -> None:
             if value:
                 raise FxfuseError(f"{option} does not apply to a graph with a cache", where=arguments.source)
         return
-    asked = {"--package": arguments.package, "--pair": arguments.pair, "--cache": arguments.cache}
+    asked = {
+        "--package": arguments.package,
+        "--pair": arguments.pair,
+        "--cache": arguments.cache,
+        "--names": arguments.names,
+    }
     for option, value in asked.items():
         if value:
             raise FxfuseError(
-                f"{option} is for a model that generates text",
+                f"--{option} is for a model that generates text",
                 where=arguments.source,
                 hint="name a checkpoint's folder (config.json and its weights) or torchtune:BUILDER",
             )
@@ -83,8 +90,12 @@ def export_generation(arguments: argparse.Namespace, out: Console, err: Console)
         from fxfuse.runtime.eager import EagerSession
 
         with stages.stage("export"):
-            options: dict[str, Any] = {"opset": arguments.opset, "cache": arguments.cache or "auto"}
-            prefill = export_decoder(model, names="genai", **options)
+            options: dict[str, Any] = {
+                "opset": arguments.opset,
+                "cache": arguments.cache or "auto",
+                "names": arguments.names or "genai",
+            }
+            prefill = export_decoder(model, **options)
             decode = export_step(model, **options) if arguments.pair else None
         report = fxfuse.report(decode or prefill)
         checks: list[Check] = []
