@@ -77,6 +77,8 @@ def export_generation(arguments: argparse.Namespace, out: Console, err: Console)
     check_opset(arguments.opset)
     dtype = source.parse_dtype(arguments.dtype)
     target: Path = arguments.out
+    if target.exists() and not target.is_dir():
+        raise FxfuseError("the output folder is a file", where=str(target))
     stages = Stages(err)
     with report_files(arguments.report) as write_reports:
         with stages.stage("load"):

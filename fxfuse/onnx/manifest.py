@@ -206,6 +206,12 @@ def _cache(program: ir.Model, file: str) -> tuple[Cache, list[Link]]:
     rings = said.get("form") in ("sliding", "streaming")
     for value in program.graph.inputs:
         place = place_of(value.name or "")
+        if place is None and "past_key_values" in (value.name or ""):
+            raise FxfuseError(
+                f"the cache holds {value.name}, which is neither keys nor values",
+                where=file,
+                hint='names="optimum" has keys and values only',
+            )
         if place is None:
             continue
         index, what, present = place
