@@ -30,6 +30,8 @@ from fxfuse.recognise.walk import backward, chain_back
 JOINS = frozenset(["cat", "concat", "concatenate"])
 CHANGES = frozenset(["rotary_embedding", "rms_norm", "mul", "add", "to", "type_as"])
 """What models do to cached keys before they attend to them."""
+CASTS = frozenset(["to", "type_as"])
+"""To the type that the keys have already, more often than not."""
 _ATTENTION = torch.ops.fxfuse.attention.default
 
 
@@ -100,8 +102,9 @@ def _joins(view: GraphView, node: Node) -> tuple[Node, Node] | Reason | None:
     found = []
     for operand in node.args[1:3]:
         assert isinstance(operand, Node)
-        way = chain_back(view, operand, lambda name: name in LAYOUT - JOINS)
-        found.append(next((n for n in way if op_name(n) in JOINS), None))
+        way = chain_back(view, operand, lambda name: name in (LAYOUT | CASTS) - JOINS)
+        join = next((n for n in way if op_name(n) in JOINS), None)
+        found.append(join if join is None or fake(join).dtype == fake(operand).dtype else None)
     key, value = found
     if key is None and value is not None and _is_cache(value):
         changed = _changed(view, node.args[1])  # type: ignore[arg-type]
@@ -118,11 +121,18 @@ def _joins(view: GraphView, node: Node) -> tuple[Node, Node] | Reason | None:
         assert isinstance(axis, int)
         if dims != 4 or axis % dims != 2:
             return Reason(f"attention over a growing cache, but of its {dims} axes {axis % dims} grows, not 2", 2)
-        before = [u for u in real_users(join) if view.order.get(u, -1) < view.order[node]]
+        before = [u for u in real_users(_present(join)) if view.order.get(u, -1) < view.order[node]]
         early = [u for u in before if not _leads(u, node)]
         if early:
             return Reason(f"attention over a growing cache, but {early[0].name} reads it before the attention does", 2)
     return key, value
+
+
+def _present(join: Node) -> Node:
+    """What is read of all the keys: the concatenation, or a cast of it to the type that it has."""
+    users = real_users(join)
+    cast = users[0] if len(users) == 1 and op_name(users[0]) in CASTS else join
+    return cast if fake(cast).dtype == fake(join).dtype else join
 
 
 def _is_cache(join: Node) -> bool:
@@ -161,12 +171,14 @@ def _regions(view: GraphView, node: Node, joins: tuple[Node, Node]) -> Iterator[
             continue
         region = between(view, node, [*sources, *past], lambda _: True, given=[mask] if isinstance(mask, Node) else ())
         if region is not None and all(join in region.nodes for join in joins):
-            yield Region(view, node, region.sources, region.others, region.nodes, beside=joins)
+            presents = tuple(_present(join) for join in joins)
+            yield Region(view, node, region.sources, region.others, region.nodes, beside=presents)
 
 
 def _flat(view: GraphView, operand: Node) -> Node | None:
     """The operand as [B, S, H·D], if that is what it was made of."""
-    return next((n for n in chain_back(view, operand, lambda name: name in LAYOUT) if fake(n).dim() == 3), None)
+    way = chain_back(view, operand, lambda name: name in LAYOUT)
+    return next((n for n in way if tensor(n) is not None and fake(n).dim() == 3), None)
 
 
 PATTERN = KVCache()

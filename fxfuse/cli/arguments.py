@@ -78,6 +78,12 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--window", type=int, metavar="W", help="of --cache streaming, which needs it, how many of the last are kept"
     )
+    export.add_argument(
+        "--names",
+        choices=["optimum", "genai", "hf"],
+        help="what the inputs and outputs of a model that generates text are called (default genai, which is as "
+        "optimum: past_key_values.0.key; hf: input.past_key_values.layers.0.keys)",
+    )
     export.add_argument("--pair", action="store_true", help="a graph for prompts and one for single tokens")
     export.add_argument("--no-parity", dest="parity", action="store_false", help="do not compare with eager")
     inspect = command("inspect", commands.inspect, "fuse a model and report; export nothing", SOURCES)

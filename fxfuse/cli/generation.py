@@ -31,7 +31,7 @@ def is_pretrained(name: str) -> bool:
 
 def generates(arguments: argparse.Namespace) -> bool:
     """Whether it is a graph with a cache that is asked for."""
-    asked = arguments.cache or arguments.package or arguments.pair
+    asked = arguments.cache or arguments.package or arguments.pair or arguments.names
     return is_pretrained(arguments.source) or bool(asked and arguments.source.startswith("torchtune:"))
 
 
@@ -41,6 +41,8 @@ def check_options(arguments: argparse.Namespace) -> None:
     Raises:
         FxfuseError: an option that has no meaning for this SOURCE.
     """
+    if arguments.names == "hf" and arguments.package == "genai":
+        raise FxfuseError("onnxruntime-genai has names of its own", where="--names hf", hint="--names genai")
     if generates(arguments):
         flex = {"--flex-attention": arguments.flex_attention, "--windows": arguments.windows}
         for option, value in flex.items():
@@ -49,7 +51,7 @@ def check_options(arguments: argparse.Namespace) -> None:
         check_opset(arguments.opset)
         if arguments.package == "genai":
             check_form(arguments.cache or "auto")
-        check_choices(names="genai", one_token=arguments.pair, **_choices(arguments))
+        check_choices(one_token=arguments.pair, **_choices(arguments))
     if is_pretrained(arguments.source):
         given = {"--set": arguments.options, "--checkpoint": arguments.checkpoint}
         for option, value in {**given, "--batch": arguments.batch, "--seq": arguments.seq}.items():
@@ -61,8 +63,15 @@ def check_options(arguments: argparse.Namespace) -> None:
             if value:
                 raise FxfuseError(f"{option} does not apply to a graph with a cache", where=arguments.source)
         return
-    asked = {"--package": arguments.package, "--pair": arguments.pair or None, "--cache": arguments.cache}
-    for option, value in {**asked, "--sinks": arguments.sinks, "--window": arguments.window}.items():
+    asked = {
+        "--package": arguments.package,
+        "--pair": arguments.pair or None,
+        "--cache": arguments.cache,
+        "--names": arguments.names,
+        "--sinks": arguments.sinks,
+        "--window": arguments.window,
+    }
+    for option, value in asked.items():
         if value is not None:
             raise FxfuseError(
                 f"{option} is for a model that generates text",
@@ -80,6 +89,8 @@ def export_generation(arguments: argparse.Namespace, out: Console, err: Console)
     """
     dtype = source.parse_dtype(arguments.dtype)
     target: Path = arguments.out
+    if target.exists() and not target.is_dir():
+        raise FxfuseError("the output folder is a file", where=str(target))
     stages = Stages(err)
     with report_files(arguments.report) as write_reports:
         with stages.stage("load"):
@@ -94,7 +105,7 @@ def export_generation(arguments: argparse.Namespace, out: Console, err: Console)
 
         with stages.stage("export"):
             options = _choices(arguments)
-            prefill = export_decoder(model, names="genai", **options)
+            prefill = export_decoder(model, **options)
             decode = export_step(model, **options) if arguments.pair else None
         report = fxfuse.report(decode or prefill)
         checks: list[Check] = []
@@ -148,6 +159,7 @@ def _choices(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "opset": arguments.opset,
         "cache": arguments.cache or "auto",
+        "names": arguments.names or "genai",
         "sinks": arguments.sinks,
         "window": arguments.window,
     }

@@ -157,9 +157,12 @@ def _decode_stage(model: Any, one_token: bool) -> tuple[Any, dict[str, Any]]:
             hint="fxfuse.onnx.transformers exports other models, stage by stage",
         ) from error
     stage, inputs = stages["decode"]
-    if set(stages) != {"prefill", "decode"} or set(_AXES) - set(inputs):
+    # Some models count positions by themselves, along attention_mask.
+    missing = {"input_ids", "attention_mask", "past_key_values"} - set(inputs)
+    if set(stages) != {"prefill", "decode"} or missing:
         raise FxfuseError(
-            f"not a decoder alone: it generates in the stages {', '.join(stages)} from {', '.join(inputs)}",
+            f"not a decoder alone: it generates in the stages {', '.join(stages)} from {', '.join(inputs)}"
+            + "".join(f", without {name}" for name in sorted(missing)),
             where=type(model).__name__,
             hint="fxfuse.onnx.transformers exports other models, stage by stage",
         )

@@ -28,6 +28,12 @@ def genai_config(manifest: Manifest) -> dict[str, Any]:
         raise FxfuseError(
             "layers of different heads: genai_config.json has one number for all", where="--package genai"
         )
+    if cache.layers[0].value_dim is not None:
+        raise FxfuseError(
+            "heads of other sizes in the values than in the keys: genai_config.json has one number for both",
+            where="--package genai",
+            hint="--package fxfuse, for fxfuse.runtime",
+        )
     context = cache.max_length or model.context_length
     if context is None:
         raise FxfuseError("how long a text may become is not known", where="--package genai")

@@ -35,6 +35,7 @@ FORMAT, VERSION = "fxfuse.pipeline", 1
 CACHE_METADATA = "fxfuse.cache"
 Form = Literal["growing", "static", "sliding", "streaming"]
 PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
+_PAST_OF_TRANSFORMERS = re.compile(r"input\.past_key_values\.layers\.(\d+)\.(key|value)s")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Layer:
     head_dim: int
     slots: int | None = None
     """The length, where this layer's buffers have one that is fixed: a ring of a window's size."""
+    value_dim: int | None = None
+    """The last dimension of the values, where it is another than that of the keys."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,15 @@ def read_manifest(path: str | os.PathLike[str]) -> tuple[Path, Manifest]:
     return file.parent, manifest
 
 
+def place_of(name: str) -> tuple[int, str, str] | None:
+    """For the name of an input that is a cache: its layer, "key" or "value", and the output that is it afterwards."""
+    if match := PAST.fullmatch(name):
+        return int(match[1]), match[2], f"present.{match[1]}.{match[2]}"
+    if match := _PAST_OF_TRANSFORMERS.fullmatch(name):
+        return int(match[1]), match[2], "output" + name.removeprefix("input")
+    return None
+
+
 def _parsed(data: Mapping[str, Any]) -> Manifest:
     cache = dict(data["cache"])
     if cache["form"] not in get_args(Form):
@@ -190,14 +202,21 @@ def _parsed(data: Mapping[str, Any]) -> Manifest:
 def _cache(program: ir.Model, file: str) -> tuple[Cache, list[Link]]:
     outputs = {value.name: value for value in program.graph.outputs}
     said = json.loads(program.metadata_props.get(CACHE_METADATA, "{}"))
-    layers: dict[int, Layer] = {}
+    sizes: dict[int, dict[str, tuple[int, int]]] = {}
+    slots: dict[int, int | None] = {}
     links, forms, dtypes, lengths = [], set(), set(), set()
     rings = said.get("form") in ("sliding", "streaming")
     for value in program.graph.inputs:
-        match = PAST.fullmatch(value.name or "")
-        if match is None:
+        place = place_of(value.name or "")
+        if place is None and "past_key_values" in (value.name or ""):
+            raise FxfuseError(
+                f"the cache holds {value.name}, which is neither keys nor values",
+                where=file,
+                hint='names="optimum" has keys and values only',
+            )
+        if place is None:
             continue
-        present = f"present.{match[1]}.{match[2]}"
+        index, what, present = place
         if present not in outputs or value.shape is None or len(value.shape) != 4:
             raise FxfuseError(f"{value.name} is not [B, H, P, D] with an output {present}", where=file)
         _, heads, length, head_dim = value.shape
@@ -209,18 +228,29 @@ def _cache(program: ir.Model, file: str) -> tuple[Cache, list[Link]]:
             raise FxfuseError(
                 f"the cache is {form!r}, which is not run yet", where=file, hint=" or ".join(get_args(Form))
             )
-        layers[int(match[1])] = Layer(heads, head_dim, length if rings and isinstance(length, int) else None)
-        links.append(Link(present, match[0], form != "growing"))
+        sizes.setdefault(index, {})[what] = (heads, head_dim)
+        slots[index] = length if rings and isinstance(length, int) else None
+        links.append(Link(present, value.name or "", form != "growing"))
         forms.add(form)
         dtypes.add(value.dtype.name)
         lengths.add(length if isinstance(length, int) and not rings else None)
-    if len(forms) != 1 or len(dtypes) != 1 or len(lengths) != 1 or sorted(layers) != list(range(len(layers))):
+    layers = [_layer(sizes[i], slots[i]) for i in sorted(sizes)]
+    whole = None not in layers and sorted(sizes) == list(range(len(sizes)))
+    if len(forms) != 1 or len(dtypes) != 1 or len(lengths) != 1 or not whole:
         raise FxfuseError("not a decoder with one cache of keys and values in every layer", where=file)
     dtype = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}.get(dtypes.pop())
     if dtype is None:
         raise FxfuseError("the cache is neither float32, float16 nor bfloat16", where=file)
     length = lengths.pop() or said.get("max_length")
-    return Cache(forms.pop(), [layers[i] for i in range(len(layers))], dtype, length), links
+    return Cache(forms.pop(), [layer for layer in layers if layer is not None], dtype, length), links
+
+
+def _layer(sizes: Mapping[str, tuple[int, int]], slots: int | None) -> Layer | None:
+    """From heads and their size, of the keys and of the values; None where one is missing or their heads differ."""
+    key, value = sizes.get("key"), sizes.get("value")
+    if key is None or value is None or key[0] != value[0]:
+        return None
+    return Layer(*key, slots, None if key[1] == value[1] else value[1])
 
 
 def _stage(program: ir.Model, file: str) -> Stage:

@@ -4,7 +4,7 @@ model.onnx        one graph that prefills and decodes, or
 prefill.onnx, decode.onnx          the two apart
 weights.data      the weights of both
 fxfuse.json       the manifest, see `fxfuse.onnx.manifest`
-genai_config.json                  if it is for onnxruntime-genai
+genai_config.json                  if it is for onnxruntime-genai; sliding windows count tokens then
 tokenizer files, config.json, generation_config.json
 """
 
@@ -23,6 +23,7 @@ from fxfuse.onnx.files import move_into, staging
 from fxfuse.onnx.genai import CONFIG, write_genai_config
 from fxfuse.onnx.manifest import MANIFEST, Manifest, manifest_of
 from fxfuse.onnx.step import share_weights
+from fxfuse.onnx.token_windows import with_token_windows
 
 Package = Literal["fxfuse", "genai"]
 MODEL, PREFILL, DECODE, WEIGHTS = "model.onnx", "prefill.onnx", "decode.onnx", "weights.data"
@@ -56,6 +57,9 @@ def write_package(
         raise FxfuseError(f"unknown package={package!r}", where="package", hint=" or ".join(get_args(Package)))
     if out.exists() and not out.is_dir():
         raise FxfuseError("the output folder is a file", where=str(out))
+    if package == "genai":
+        # It pads a batch on the right, and goes on after the padding.
+        prefill, decode = with_token_windows(prefill), None if decode is None else with_token_windows(decode)
     with staging(out.absolute().parent, out.name) as folder:
         file = MODEL if decode is None else PREFILL
         manifest = manifest_of(prefill, file, decode=None if decode is None else (decode, DECODE), **(model or {}))

@@ -13,7 +13,7 @@ reference implementation) at sizes beyond every number in what computes them, so
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ _SENTINEL = 1 << 40
 """From here on a number means "all", or is the lowest of a type."""
 _NEVER = -1e4
 """A score with this added has no weight in any type."""
+Sample = Callable[[ir.Value, int, int, int], np.ndarray]
 
 
 def make_ragged(model: ir.Model) -> None:
@@ -70,7 +71,7 @@ def sees_otherwise(graph: ir.Graph) -> str | None:
 
 def _not_causal(graph: ir.Graph, mask: ir.Value) -> str | None:
     """How this mask [.., S, P + S] differs, with no padding, from hiding what comes after each token; None: not."""
-    if not _of_masks(mask):
+    if not of_masks(mask):
         return "its mask is made of more than attention_mask and lengths"
     for found, new, past in _without_padding(graph, mask):
         seen = found if found.dtype == bool else found > _NEVER
@@ -84,7 +85,7 @@ def _not_causal(graph: ir.Graph, mask: ir.Value) -> str | None:
 
 def drop_padding(graph: ir.Graph) -> None:
     """Takes out what only padding needs beside the masks of the attention."""
-    for node in [node for node in graph if node.op_type == "Where" and _of_masks(node.inputs[0])]:
+    for node in [node for node in graph if node.op_type == "Where" and of_masks(node.inputs[0])]:
         _choose(graph, node)
 
 
@@ -100,7 +101,7 @@ def _choose(graph: ir.Graph, node: ir.Node) -> None:
     graph.remove(node, safe=True)
 
 
-def _of_masks(value: ir.Value | None) -> bool:
+def of_masks(value: ir.Value | None) -> bool:
     """Is it made of attention_mask, of positions and of lengths alone?"""
     seen: set[ir.Value] = set()
     stack = [value] if value is not None else []
@@ -122,6 +123,14 @@ def _without_padding(graph: ir.Graph, value: ir.Value) -> Iterator[tuple[np.ndar
 
     S is 1 where the graph takes no more.
     """
+    for found, fed in evaluated(graph, value, unpadded):
+        new, total = fed["input_ids"].shape[1], fed["attention_mask"].shape[1]
+        yield found, new, total - new
+
+
+def evaluated(graph: ir.Graph, value: ir.Value, sample: Sample) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """The value for batches of B rows and S new tokens after P, sizes beyond every number that it is made with; and
+    what the graph was fed then: of each input ``sample(input, B, S, P)``."""
     from onnx.reference import ReferenceEvaluator
 
     given = [v for v in graph.inputs if v.name is not None]
@@ -134,12 +143,12 @@ def _without_padding(graph: ir.Graph, value: ir.Value) -> Iterator[tuple[np.ndar
     one_token = takes_one_token(graph)
     for batch, several, past in ((2, 5, 0), (2, 3, 4), (1, 2, 2 * largest + 3)):
         new = 1 if one_token else several
-        feeds = {v.name or "": _sample(v, batch, new, past) for v in given}
+        feeds = {v.name or "": sample(v, batch, new, past) for v in given}
         results: Any = run.run(None, feeds)
-        yield np.asarray(results[0]), new, past
+        yield np.asarray(results[0]), feeds
 
 
-def _sample(value: ir.Value, batch: int, new: int, past: int) -> np.ndarray:
+def unpadded(value: ir.Value, batch: int, new: int, past: int) -> np.ndarray:
     """An input of the decoder for a batch without padding."""
     if value.name == "position_ids":
         return np.tile(np.arange(past, past + new), (batch, 1))

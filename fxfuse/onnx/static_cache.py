@@ -160,6 +160,7 @@ class Buffer:
                 new = use.node.inputs[1]
                 assert new is not None
                 self.replace(use.node, use.node.outputs[0], new)
+                self.graph.remove(use.node, safe=True)
                 written = True
             else:
                 raise self.refused(f"{use.node.op_type} reads it")

@@ -125,7 +125,14 @@ class Eager:
             empty = ((len(input_ids), heads, 0, size) for _, heads, _, size in self.stage.shapes for _ in range(2))
             past_key_values = [self.weight.new_zeros(shape) for shape in empty]
         logits, *present = self.stage(input_ids, attention_mask, position_ids, past_key_values)
-        return SimpleNamespace(logits=logits, past_key_values=present)
+        return SimpleNamespace(logits=logits, past_key_values=_Pasts(present))
+
+
+class _Pasts(list[Tensor]):
+    """Keys and values [B, H, P, D] of all layers; `reorder_cache` as transformers' caches have it."""
+
+    def reorder_cache(self, rows: Tensor) -> None:
+        self[:] = [tensor.index_select(0, rows) for tensor in self]
 
 
 class _Grown:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 
 from fxfuse.errors import FxfuseError
-from fxfuse.runtime.positions import Positions, checked, last
+from fxfuse.runtime.positions import Positions, check_chunk, checked, last
 
 
 class EagerSession:
@@ -20,6 +21,8 @@ class EagerSession:
         if not hasattr(model, "get_output_embeddings"):
             raise FxfuseError(f"{type(model).__name__} is no language model of transformers", where="model")
         self.model = model
+        # Some models count positions by themselves, along attention_mask, and take none.
+        self._positioned = "position_ids" in inspect.signature(getattr(model, "forward", model)).parameters
         self.reset()
 
     @property
@@ -41,6 +44,7 @@ class EagerSession:
     ) -> torch.Tensor:
         """The logits [B, V] after each row's last token; see `Session.prefill`."""
         ids, mask = checked(input_ids, attention_mask)
+        check_chunk(chunk)
         final = last(mask)
         width = chunk or ids.shape[1]
         parts = [slice(start, start + width) for start in range(0, ids.shape[1], width)]
@@ -55,8 +59,8 @@ class EagerSession:
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Row i of the cache becomes what row ``rows[i]`` was."""
-        self._positions.reorder(rows)
-        self._cache.reorder_cache(rows)
+        index = self._positions.reorder(rows)
+        self._cache.reorder_cache(index.to(self.model.device))
 
     @torch.no_grad()
     def _run(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -65,7 +69,7 @@ class EagerSession:
         output = self.model(
             input_ids=ids.to(device),
             attention_mask=attention_mask.to(device),
-            position_ids=position_ids.to(device),
+            **({"position_ids": position_ids.to(device)} if self._positioned else {}),
             past_key_values=self._cache,
             use_cache=True,
         )

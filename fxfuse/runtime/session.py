@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from fxfuse.errors import FxfuseError
-from fxfuse.onnx.manifest import Stage, read_manifest
+from fxfuse.onnx.manifest import Stage, place_of, read_manifest
 from fxfuse.parity import require_onnxruntime
-from fxfuse.runtime.positions import Positions, RowLengths, checked, last
+from fxfuse.runtime.positions import Positions, RowLengths, check_chunk, checked, last
 
 DTYPES = {"float32": np.float32, "float16": np.float16}
 
@@ -89,8 +89,7 @@ class Session:
             FxfuseError: shapes that do not fit, or more tokens than a static cache has room for.
         """
         ids, mask = checked(input_ids, attention_mask)
-        if chunk is not None and chunk < 1:
-            raise FxfuseError(f"chunk={chunk}", where="chunk", hint="a number of columns, 1 or more")
+        check_chunk(chunk)
         final, result = last(mask), None
         for stage, start, end in self._calls(ids.shape[1], chunk):
             logits = self._run(stage, ids[:, start:end], mask[:, start:end])
@@ -116,11 +115,7 @@ class Session:
 
         A static cache stays in its buffers when there are as many rows as before.
         """
-        index = rows.to("cpu", torch.int64).numpy()
-        batch = self._positions.batch
-        if index.ndim != 1 or len(index) == 0 or not ((index >= 0) & (index < batch)).all():
-            raise FxfuseError(f"{rows.tolist()} are not rows of {batch}", where="rows")
-        self._positions.reorder(rows.to("cpu", torch.int64))
+        index = self._positions.reorder(rows).numpy()
         for name, value in self._cache.items():
             chosen = value.numpy()[index]
             if self.manifest.cache.form != "growing" and chosen.shape == value.numpy().shape:
@@ -204,14 +199,16 @@ class Session:
     def _allocate(self, batch: int) -> dict[str, Any]:
         cache = self.manifest.cache
         length = 0 if self.max_length is None else self.max_length
-        shapes = [
-            (batch, layer.heads, layer.slots or length, layer.head_dim)
-            for layer in cache.layers
-            for _ in ("key", "value")
-        ]
-        names = [f"past_key_values.{i}.{what}" for i in range(len(cache.layers)) for what in ("key", "value")]
-        zeros = (np.zeros(shape, DTYPES[cache.dtype]) for shape in shapes)
-        return dict(zip(names, map(self._ort.OrtValue.ortvalue_from_numpy, zeros), strict=True))
+        buffers = {}
+        for link in self.manifest.links:
+            place = place_of(link.input)
+            if place is None:
+                raise FxfuseError(f"{link.input} is no name of a cache", where="links")
+            layer = cache.layers[place[0]]
+            size = layer.value_dim or layer.head_dim if place[1] == "value" else layer.head_dim
+            zeros = np.zeros((batch, layer.heads, layer.slots or length, size), DTYPES[cache.dtype])
+            buffers[link.input] = self._ort.OrtValue.ortvalue_from_numpy(zeros)
+        return buffers
 
     def _length(self, asked: int | None) -> int | None:
         cache = self.manifest.cache

@@ -27,13 +27,20 @@ class Step(nn.Module):
         self.qkv = nn.Linear(32, 32 + 16 + 16)
 
     def forward(self, x: torch.Tensor, past_k: torch.Tensor, past_v: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        q, k, v = (t.unflatten(-1, (-1, 8)) for t in self.qkv(x).split([32, 16, 16], -1))
+        if self.layout == "chunk":  # heads of q, k and v side by side
+            q, k, v = self.qkv(x).unflatten(-1, (2, 32)).split([16, 8, 8], -1)
+            q = q.unflatten(-1, (2, 8)).flatten(2, 3)
+        else:
+            q, k, v = (t.unflatten(-1, (-1, 8)) for t in self.qkv(x).split([32, 16, 16], -1))
         if self.layout == "BSHD":
             k, v = torch.cat([past_k, k], 1), torch.cat([past_v, v], 1)
             present = k, v
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         else:
             k, v = torch.concat([past_k, k.transpose(1, 2)], 2), torch.concat([past_v, v.transpose(1, 2)], -2)
+            present = k, v
+        if self.layout == "cast":  # to the type that they have
+            k = k.to(torch.float32)
             present = k, v
         if self.layout == "scaled after":
             k = k * k.float().square().mean(-1, keepdim=True).rsqrt()
@@ -62,7 +69,7 @@ def fused_calls(program: ExportedProgram) -> dict[str, int]:
     return dict(Counter(names))
 
 
-@pytest.mark.parametrize("layout", ["BHSD", "read twice"])
+@pytest.mark.parametrize("layout", ["BHSD", "read twice", "chunk", "cast"])
 def test_the_joined_tensors_are_the_presents(layout: str) -> None:
     program, args = capture(layout)
     fused = fxfuse.fuse(program)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, DiffLlamaConfig
 
 from fxfuse.errors import FxfuseError
 from fxfuse.onnx.decoder import export_decoder
@@ -29,6 +30,28 @@ def test_decoders_prefill_and_decode(name: str, tmp_path: Path) -> None:
         ours, values = Decoder(program, tmp_path, length).greedy(PROMPT, PADDED, 6, chunk)
         torch.testing.assert_close(values, logits, atol=2e-5, rtol=1e-4)
         assert torch.equal(ours, tokens)
+
+
+def test_a_cache_that_no_attention_joins(tmp_path: Path) -> None:
+    """Written out, as the model has it: the concatenation of past and new keys goes, whatever reads it."""
+    torch.manual_seed(0)
+    config = DiffLlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=None,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    program = export_decoder(model, cache="static")
+    caches = {value for value in program.graph.inputs if (value.name or "").startswith("past_key_values")}
+    assert not [n for n in program.graph if n.op_type == "Concat" and caches & set(n.inputs)]
+    tokens, logits = expected(model, PROMPT, PADDED, 4)
+    ours, values = Decoder(program, tmp_path, 12).greedy(PROMPT, PADDED, 4)
+    torch.testing.assert_close(values, logits, atol=2e-5, rtol=1e-4)
+    assert torch.equal(ours, tokens)
 
 
 def test_padding_on_the_right(tmp_path: Path) -> None:

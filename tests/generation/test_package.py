@@ -81,6 +81,20 @@ def test_the_manifest(exported: Path) -> None:
     assert data["links"][0] == {"output": "present.0.key", "input": "past_key_values.0.key", "shared": False}
 
 
+def test_names(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of transformers' own exporters are run as well; what they have no words for is refused."""
+    out, prompt = tmp_path / "hf", tiny.tokenizer().encode(tiny.PROMPTS[0]).ids
+    assert main(["export", str(checkpoint), "--names", "hf", "--out", str(out)]) == 0
+    jsonschema.validate(json.loads((out / MANIFEST).read_text()), SCHEMA)
+    assert read_manifest(out)[1].links[1].input == "input.past_key_values.layers.0.values"
+    assert generate(Session(out, threads=1), [prompt], max_new_tokens=24) == [tiny.continued("llama", prompt, 24)]
+    capsys.readouterr()
+    for words in (["--package", "genai"], ["--cache", "static"]):
+        assert main(["export", str(checkpoint), "--names", "hf", *words, "--out", str(tmp_path / "none")]) == 2
+        assert "names" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
 def test_a_users_own_runtime(exported: Path) -> None:
     """Nothing but the JSON and onnxruntime: how one drives the folder without fxfuse."""
     import numpy as np

@@ -9,11 +9,13 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 import torch
+from torchtune.models.llama3_2 import llama3_2
 
 from fxfuse.errors import FxfuseError
 from fxfuse.onnx.decoder import export_decoder
 from fxfuse.onnx.package import write_package
 from fxfuse.onnx.step import export_step
+from fxfuse.onnx.torchtune import Eager
 from fxfuse.runtime import EagerSession, Session, generate, stream
 from tests.generation import tiny
 
@@ -104,6 +106,17 @@ def test_beams(session: Session, eager: EagerSession) -> None:
     expected = tiny.trained("llama")(input_ids=torch.cat([ids[rows], tokens[:, None]], -1)).logits[:, -1]
     for each in (session, eager):
         torch.testing.assert_close(each.step(tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_beams_of_torchtune() -> None:
+    sizes = {"vocab_size": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 32, "max_seq_len": 16}
+    model = llama3_2(**sizes, intermediate_dim=48).eval()
+    eager = EagerSession(Eager(model))
+    ids, rows, tokens = torch.tensor([[7, 8, 9], [20, 21, 22]]), torch.tensor([1, 0, 0]), torch.tensor([30, 31, 32])
+    eager.prefill(ids)
+    eager.reorder(rows)
+    expected = model(torch.cat([ids[rows], tokens[:, None]], -1))[:, -1]
+    torch.testing.assert_close(eager.step(tokens), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_reset_forgets(session: Session) -> None:
@@ -202,6 +215,9 @@ def test_the_end_of_the_text(eager: EagerSession) -> None:
         (lambda s: s.prefill(torch.tensor([[1, 2]]), torch.tensor([[0, 0]])), "without a token"),
         (lambda s: generate(s, [[1], []], max_new_tokens=2), "at least one token"),
         (lambda s: (s.prefill(torch.tensor([[1, 2]])), s.step(torch.tensor([1, 2]))), "2 rows after 1"),
+        (lambda s: s.prefill(torch.tensor([[1, 2]]), chunk=0), "chunk"),
+        (lambda s: s.reorder(torch.tensor([0])), "not rows of 0"),
+        (lambda s: (s.prefill(torch.tensor([[1, 2]])), s.reorder(torch.tensor([1]))), "not rows of 1"),
     ],
 )
 def test_bad_input(session: Session, eager: EagerSession, call: Any, message: str) -> None:
