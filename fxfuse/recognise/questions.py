@@ -201,9 +201,9 @@ def _constants(program: ExportedProgram) -> dict[str, torch.Tensor]:
 
 
 def _lengths(program: ExportedProgram) -> Iterator[tuple[Any, Any]]:
-    """Lengths of values, and of the keys that they have to match: torch.export lets every cache have a symbol of its own.
+    """Lengths of values, and of the keys that they have to match.
 
-    scaled_dot_product_attention does not compare the two when it is traced.
+    torch.export lets every cache have a symbol of its own: scaled_dot_product_attention does not compare the two.
     """
     for node in program.graph.nodes:
         if op_name(node) in ("scaled_dot_product_attention", "attention"):
