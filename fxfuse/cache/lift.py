@@ -3,7 +3,7 @@
 buffer ─┬─ index_put_ ─▶ (written in place)          input ── index_put ─┬─ output
         └─ attention …                    becomes                       └─ attention …
 
-1  a constant that is written to is a buffer
+1  a constant that is written to is a buffer; a written parameter is lifted as one
 2  functionalise: in-place operators become values, and the signature says which of them a buffer ends with
 3  such a buffer is an input, after all others and by name; its last value an output, after all others
 """
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import (
@@ -32,6 +33,7 @@ from fxfuse.cache.mutations import STATE, WRITES, Mutation, in_place, mutations
 from fxfuse.errors import FxfuseError
 from fxfuse.graph.program import copy_program
 from fxfuse.graph.source import source_line
+from fxfuse.graph.view import fake, size_text
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,12 @@ class State:
     """One tensor that goes in as it was before the call and comes out as it is after it."""
 
     target: str
-    """The path of the buffer in its module, or the name of the input."""
+    """The path of the buffer (or parameter) in its module, or the name of the input."""
     placeholder: str
     initial: torch.Tensor | None
     """What the buffer held when it was captured; None of an input."""
+    source: str | None = None
+    """The model's line that writes to it."""
 
 
 def lift(program: ExportedProgram) -> Lifted:
@@ -63,10 +67,39 @@ def lift(program: ExportedProgram) -> Lifted:
         FxfuseError: a write that cannot be lifted; the message names the buffer and the model's line.
     """
     found = mutations(program)
-    if not found:
-        return Lifted(program)
-    functional = _functional(program, found)
-    specs = [s for s in functional.graph_signature.output_specs if s.kind in WRITES]
+    functional = _functional(program, found) if found else program
+    if not _writes(functional):
+        return Lifted(program)  # nothing is written, or all of it to copies
+    return _as_inputs(functional, {m.placeholder: m.source for m in found})
+
+
+def check_nothing_dropped(program: ExportedProgram) -> None:
+    """Refuses a program that writes to what outlives the call, which torch.onnx leaves out of the graph without a word.
+
+    An input that is written to may be returned as well: so it comes out.
+
+    Raises:
+        FxfuseError: it does; the message names the buffer or input and the model's line.
+    """
+    found = mutations(program)
+    functional = _functional(program, found) if found else program
+    returned = set(functional.graph_signature.user_outputs)
+    for spec in _writes(functional):
+        if spec.kind is OutputKind.USER_INPUT_MUTATION and spec.arg.name in returned:
+            continue
+        target = str(spec.target)
+        what = "input" if spec.kind is OutputKind.USER_INPUT_MUTATION else "buffer"
+        raise FxfuseError(
+            f"the program writes to {target!r} in place, and torch.onnx would drop that from the graph",
+            where=next((m.source for m in found if target in (m.target, m.placeholder)), None) or f"{what} {target!r}",
+            hint="fxfuse.onnx.export makes it an output (and a buffer an input too), and so does "
+            "fxfuse.cache.lift(program)",
+        )
+
+
+def _functional(program: ExportedProgram, found: list[Mutation]) -> ExportedProgram:
+    """The program with its writes in its signature, and none of them in its graph."""
+    functional = program if _writes(program) and not _in_place(program) else _functionalised(program, found)
     for node in functional.graph.nodes:
         for root in in_place(functional.graph_module, functional.graph, node):
             _refuse(root.name, functional, source_line(node), f"{node.target} has no functional form")
@@ -74,34 +107,17 @@ def lift(program: ExportedProgram) -> Lifted:
             names = {m.placeholder for m in found} & {i.name for i in node.all_input_nodes}
             line = next((m.source for m in found if m.placeholder in names), None)
             _refuse(min(names, default=node.name), functional, line, f"{node.args[0]} has no functional form")
-    if not specs:
-        return Lifted(program)  # all of it was written to copies
-    return _as_inputs(functional)
+    return functional
 
 
-def check_nothing_dropped(program: ExportedProgram) -> None:
-    """Refuses a program that writes to buffers, which torch.onnx leaves out of the graph without a word.
-
-    Raises:
-        FxfuseError: it does; the message names the buffer and the model's line.
-    """
-    lines = {m.target: m.source for m in mutations(program)}
-    for state in lift(program).states:
-        if state.initial is not None:
-            raise FxfuseError(
-                f"the program writes to {state.target!r} in place, and torch.onnx would drop that from the graph",
-                where=lines.get(state.target) or f"buffer {state.target!r}",
-                hint="fxfuse.onnx.export makes it an input and an output, and so does fxfuse.cache.lift(program)",
-            )
-
-
-def _functional(program: ExportedProgram, found: list[Mutation]) -> ExportedProgram:
-    if all(s.kind in WRITES for s in _writes(program)) and _writes(program) and not _in_place(program):
-        return program
+def _functionalised(program: ExportedProgram, found: list[Mutation]) -> ExportedProgram:
     prepared = copy_program(program)
-    written = {m.placeholder for m in found}
+    lines = {m.placeholder: m.source for m in found}
     for spec in prepared.graph_signature.input_specs:
-        if spec.kind is InputKind.CONSTANT_TENSOR and getattr(spec.arg, "name", "") in written:
+        name = getattr(spec.arg, "name", "")
+        if spec.kind is InputKind.CONSTANT_TENSOR and name in lines:
+            if isinstance(prepared.constants.get(str(spec.target)), FakeTensor):
+                _refuse(name, program, lines[name], "the capture lost which tensor of the model it is (`.data`?)")
             spec.kind, spec.persistent = InputKind.BUFFER, False
     try:
         # An empty table: nothing is decomposed, and linear, rms_norm and attention stay what they are.
@@ -120,12 +136,14 @@ def _in_place(program: ExportedProgram) -> bool:
     return any(in_place(program.graph_module, program.graph, n) for n in program.graph.nodes)
 
 
-def _as_inputs(functional: ExportedProgram) -> Lifted:
+def _as_inputs(functional: ExportedProgram, lines: dict[str, str | None]) -> Lifted:
     result = copy_program(functional)
     graph, signature = result.graph, result.graph_signature
     writes = [s for s in signature.output_specs if s.kind in WRITES]
     kinds = {getattr(s.arg, "name", ""): s for s in signature.input_specs}
     by_target = {s.target: name for name, s in kinds.items() if s.kind in STATE}
+    nodes = {n.name: n for n in graph.find_nodes(op="placeholder")}
+    values = {n.name: n for n in graph.nodes}
     states = []
     lifted: list[str] = []
     for spec in writes:
@@ -135,12 +153,14 @@ def _as_inputs(functional: ExportedProgram) -> Lifted:
             _refuse(target, functional, None, "it is no buffer and no input of the program")
         initial = functional.state_dict.get(target, functional.constants.get(target))
         is_buffer = kinds[placeholder].kind in STATE
-        states.append(State(target, placeholder, initial if is_buffer else None))
+        held = initial.detach() if is_buffer and initial is not None else None
+        states.append(State(target, placeholder, held, lines.get(placeholder)))
         if is_buffer:
+            if (size := _resized(nodes[placeholder], values[spec.arg.name])) is not None:
+                _refuse(placeholder, functional, lines.get(placeholder), size)
             lifted.append(placeholder)
 
     # Placeholders: lifted ones behind all others.
-    nodes = {n.name: n for n in graph.find_nodes(op="placeholder")}
     last = list(graph.find_nodes(op="placeholder"))[-1]
     for name in lifted:
         if nodes[name] is not last:
@@ -151,8 +171,8 @@ def _as_inputs(functional: ExportedProgram) -> Lifted:
 
     # Outputs: what the model returns, then the states.
     output = graph.output_node()
-    values: Any = output.args[0]
-    pairs = list(zip(signature.output_specs, values, strict=True))
+    given: Any = output.args[0]
+    pairs = list(zip(signature.output_specs, given, strict=True))
     ordered = [p for p in pairs if p[0].kind not in WRITES] + [p for p in pairs if p[0].kind in WRITES]
     returned: list[Node] = []
     for spec, value in ordered:
@@ -182,6 +202,12 @@ def _as_inputs(functional: ExportedProgram) -> Lifted:
         if state.initial is not None:
             count_from_first(program, nodes[state.placeholder], state.initial, value)
     return Lifted(program, tuple(states))
+
+
+def _resized(before: Node, after: Node) -> str | None:
+    """What is wrong with a buffer that is another size after the call; None where it has the size that it had."""
+    sizes = [" × ".join(map(size_text, fake(node).shape)) for node in (before, after)]
+    return None if sizes[0] == sizes[1] else f"it is [{sizes[0]}] before a call, and [{sizes[1]}] after it"
 
 
 def _copied(graph: Graph, value: Node) -> Node:

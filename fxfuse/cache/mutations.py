@@ -1,4 +1,4 @@
-"""What a program writes to in place that outlives a call: buffers, lifted constants, inputs."""
+"""What a program writes to in place that outlives a call: buffers, parameters, lifted constants, inputs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from torch.fx import Graph, GraphModule, Node
 from fxfuse.graph.source import source_line
 from fxfuse.graph.view import mutated, storage_roots
 
-WRITES = (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION)
-STATE = (InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+# torch 2.11 has no kind for written parameters.
+_PARAMETER = [kind] if (kind := getattr(OutputKind, "PARAMETER_MUTATION", None)) is not None else []
+WRITES = (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION, *_PARAMETER)
+STATE = (InputKind.BUFFER, InputKind.PARAMETER, InputKind.CONSTANT_TENSOR)
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,12 @@ def mutations(program: ExportedProgram) -> list[Mutation]:
             written.setdefault(name, source_line(node) if node is not None else None)
     for node in graph.nodes:
         for root in in_place(program.graph_module, graph, node):
-            written.setdefault(root.name, source_line(node))
+            written.setdefault(root.name, source_line(_writer(program.graph_module, node)))
     specs = {getattr(s.arg, "name", ""): s for s in program.graph_signature.input_specs}
     return [
         Mutation(name, specs[name].kind, str(specs[name].target or name), line)
         for name, line in written.items()
-        if name in specs and specs[name].kind is not InputKind.PARAMETER
+        if name in specs
     ]
 
 
@@ -59,13 +61,26 @@ def in_place(module: GraphModule, graph: Graph, node: Node) -> set[Node]:
         return set()
     found = mutated(node)
     if isinstance(node.target, torch._ops.HigherOrderOperator):
-        inside = [i for i in node.all_input_nodes if i.op == "get_attr"]
-        for reference in inside:
-            sub = getattr(module, str(reference.target), None)
-            if isinstance(sub, GraphModule) and any(in_place(sub, sub.graph, n) for n in sub.graph.nodes):
+        for sub in _subgraphs(module, node):
+            if any(in_place(sub, sub.graph, n) for n in sub.graph.nodes):
                 for operand in node.all_input_nodes:
                     found |= storage_roots(operand)
     return {n for n in found if n.op == "placeholder"}
+
+
+def _subgraphs(module: GraphModule, node: Node) -> list[GraphModule]:
+    references = [i for i in node.all_input_nodes if i.op == "get_attr"]
+    found = [getattr(module, str(reference.target), None) for reference in references]
+    return [sub for sub in found if isinstance(sub, GraphModule)]
+
+
+def _writer(module: GraphModule, node: Node) -> Node:
+    """The node that writes: `node`, or the first one that does in a subgraph that it runs."""
+    for sub in _subgraphs(module, node):
+        for inner in sub.graph.nodes:
+            if in_place(sub, sub.graph, inner):
+                return _writer(sub, inner)
+    return node
 
 
 def _placeholder(program: ExportedProgram, target: str) -> str:

@@ -10,18 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from torch.export import ExportedProgram
 
 import fxfuse
+from fxfuse.cache.lift import Lifted
 from fxfuse.cli import source, tables
 from fxfuse.cli.generation import check_options, export_generation, generates
 from fxfuse.cli.progress import Stages, human, peak_memory
 from fxfuse.cli.reports import REPORT, report_files, run_record
+from fxfuse.cli.state import consecutive_calls, describe, record_of
 from fxfuse.cli.verify import Check, check_fused, check_model, eager_outputs, expectations
 from fxfuse.errors import FxfuseError, ParityError
 from fxfuse.onnx.capture import named
-from fxfuse.onnx.exporter import as_program, translate
+from fxfuse.onnx.exporter import lifted_program, translate
 from fxfuse.onnx.files import move_into, save, staging
+from fxfuse.onnx.state import name_states
 from fxfuse.ops.registry import check_opset
 from fxfuse.parity import shape_cases
 from fxfuse.recognise.catalogue import catalogue
@@ -49,7 +51,8 @@ def export(arguments: argparse.Namespace, out: Console, err: Console) -> None:
         raise FxfuseError("the output folder is a file", where=str(target))
     stages = Stages(err)
     with staging(target.absolute().parent, target.name) as folder, report_files(arguments.report) as write_reports:
-        loaded, program = load_program(request, stages)
+        loaded, lifted = load_program(request, stages)
+        program = lifted.program
         with stages.stage("fuse"):
             fused = fxfuse.fuse(program, **fusing(arguments))
         report = fxfuse.report(fused)
@@ -58,26 +61,30 @@ def export(arguments: argparse.Namespace, out: Console, err: Console) -> None:
         if arguments.parity:
             with stages.stage("eager"):
                 cases = shape_cases(program)
-                eager = eager_outputs(loaded.model, cases)
+                if lifted.states:
+                    cases, eager = consecutive_calls(loaded.model, lifted, cases)
+                else:
+                    eager = eager_outputs(loaded.model, cases)
             with stages.stage("reference"):
                 expected = expectations(program, cases, eager)
             with stages.stage("fused"):
                 checks += check_fused(fused, expected)
         with stages.stage("translate"):
-            names = loaded.dynamic_shapes if any(named(loaded.dynamic_shapes)) else None
+            names = loaded.dynamic_shapes if any(named(loaded.dynamic_shapes)) and not lifted.states else None
             onnx_program = translate(fused, opset=arguments.opset, dynamic_shapes=names, verbose=False)
+            pairs = name_states(onnx_program.model, fused, lifted.states)
         with stages.stage("write"):
             save(onnx_program, folder / MODEL, external_data=True)
-        notes = loaded.notes
+        notes = [*loaded.notes, *describe(pairs)]
         # The session below maps the file; the model's own copy of the weights would be a second one.
-        del loaded, program, fused, onnx_program
+        del loaded, lifted, program, fused, onnx_program
         gc.collect()
         if arguments.parity:
             with stages.stage("onnxruntime"):
                 checks += check_model(folder / MODEL, expected)
 
         sizes = {name: (folder / name).stat().st_size for name in (MODEL, DATA) if (folder / name).exists()}
-        result = run_record(arguments, report, stages, checks, sizes)
+        result = run_record(arguments, report, stages, checks, sizes, states=record_of(pairs))
         tables.show_report(out, report)
         if arguments.parity:
             tables.show_checks(out, checks)
@@ -108,9 +115,9 @@ def inspect(arguments: argparse.Namespace, out: Console, err: Console) -> None:
     request = request_of(arguments)
     stages = Stages(err)
     with report_files(arguments.report) as write_reports:
-        _, program = load_program(request, stages)
+        _, lifted = load_program(request, stages)
         with stages.stage("fuse"):
-            report = fxfuse.report(fxfuse.fuse(program, **fusing(arguments)))
+            report = fxfuse.report(fxfuse.fuse(lifted.program, **fusing(arguments)))
         tables.show_report(out, report)
         out.print(
             f"{sum(stages.seconds.values()):.1f} s, of which fusing {stages.seconds['fuse']:.1f} s; "
@@ -163,12 +170,12 @@ def request_of(arguments: argparse.Namespace) -> source.Request:
     )
 
 
-def load_program(request: source.Request, stages: Stages) -> tuple[source.Loaded, ExportedProgram]:
-    """The model that is asked for, and its capture."""
+def load_program(request: source.Request, stages: Stages) -> tuple[source.Loaded, Lifted]:
+    """The model that is asked for, and its capture, with what it writes in place as inputs and outputs."""
     # torch.onnx says at every export that torchvision is not there.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with stages.stage("load"):
         loaded = source.load(request)
     with stages.stage("capture"):
-        program = as_program(loaded.model, loaded.args, loaded.kwargs, loaded.dynamic_shapes)
-    return loaded, program
+        lifted = lifted_program(loaded.model, loaded.args, loaded.kwargs, loaded.dynamic_shapes)
+    return loaded, lifted

@@ -125,9 +125,9 @@ def _program_cells(arguments: argparse.Namespace, device: torch.device, err: Con
     stages = Stages(err)
     for dtype in dtypes:
         arguments.dtype = dtype
-        _, program = load_program(request_of(arguments), stages)
+        _, lifted = load_program(request_of(arguments), stages)
         with stages.stage("compare"):
-            found += program_cells(arguments.source, program, opset=arguments.opset, device=device)
+            found += program_cells(arguments.source, lifted.program, opset=arguments.opset, device=device)
     return found
 
 

@@ -67,6 +67,7 @@ def run_record(
     stages: Stages,
     checks: list[Check],
     sizes: dict[str, int],
+    **others: Any,
 ) -> dict[str, Any]:
     """What `report.json` says of one run of a command."""
     return record(
@@ -78,4 +79,5 @@ def run_record(
         bytes=sizes,
         seconds=stages.seconds,
         peak_memory_bytes=peak_memory(),
+        **others,
     )

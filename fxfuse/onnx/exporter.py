@@ -10,9 +10,11 @@ from typing import Any, Literal
 
 import torch
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
 
 import fxfuse
-from fxfuse.cache.lift import Lifted, check_nothing_dropped, lift
+from fxfuse.cache.lift import Lifted, lift
+from fxfuse.cache.mutations import mutations
 from fxfuse.errors import FxfuseError
 from fxfuse.fusion import REPORT
 from fxfuse.onnx.active import within
@@ -87,7 +89,7 @@ def export(
         custom_translation_table: translations beside fxfuse's own; on the same operator these win.
         verify: torch.onnx's own check of the written graph in ONNX Runtime (needs the `ort` extra).
 
-    Buffers that the model writes to become inputs and outputs, behind all others: `fxfuse.onnx.state` says how they
+    What the model writes to in place becomes inputs and outputs, behind all others: `fxfuse.onnx.state` says how they
     are named. `dynamic_shapes` of such a program name no dimensions.
 
     Returns:
@@ -112,7 +114,7 @@ def export(
         windows or marked.windows,
     )
     opset = as_opset(marked.opset if opset_version is None else opset_version)
-    lifted = _lifted(model, args, kwargs, dynamic_shapes)
+    lifted = lifted_program(model, args, kwargs, dynamic_shapes)
     program = lifted.program
     fused = program if holds_fused(program) else fxfuse.fuse(program, **options.for_export(opset))
     check_no_flex_attention(fused)
@@ -143,17 +145,27 @@ def export(
     return onnx_program
 
 
-def _lifted(model: Any, args: Any, kwargs: Any, dynamic_shapes: Any) -> Lifted:
-    """The program, its state as inputs and outputs.
+def lifted_program(
+    model: torch.nn.Module | ExportedProgram,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    dynamic_shapes: dict[str, Any] | tuple[Any, ...] | list[Any] | None = None,
+) -> Lifted:
+    """`model` captured as in `as_program`, its state as inputs and outputs.
 
     State that is no buffer of the model's (the tensors of transformers' `StaticCache`) is captured as constants without
     a name, which cannot be lifted, unless Dynamo traces it.
+
+    Raises:
+        FxfuseError: what `as_program` refuses, or a write that cannot be lifted.
     """
     program = as_program(model, args, kwargs, dynamic_shapes)
     try:
         return lift(program)
     except FxfuseError:
-        if program is model:
+        # Of a buffer that is assigned anew Dynamo would keep no trace.
+        named_only = all(m.kind is not InputKind.CONSTANT_TENSOR for m in mutations(program))
+        if named_only or not isinstance(model, torch.nn.Module):
             raise
         try:
             return lift(capture(model, args, kwargs, dynamic_shapes, strict=True))
@@ -192,12 +204,10 @@ def translate(
     custom_translation_table: dict[Callable[..., Any], Callable[..., Any]] | None = None,
     **options: Any,
 ) -> torch.onnx.ONNXProgram:
-    """The ONNX program of one that `fxfuse.fuse` returned; `options` go to ``torch.onnx.export``.
+    """The ONNX program of one that was lifted and fused (`lifted_program`, `fxfuse.fuse`).
 
-    Raises:
-        FxfuseError: the program writes to buffers.
+    torch drops what a program writes in place. `options` go to ``torch.onnx.export``.
     """
-    check_nothing_dropped(fused)
     table: dict[Any, Any] = {
         **missing_translations(fused.graph.nodes),
         **translation_table(opset),

@@ -7,7 +7,7 @@
            └─ _exported_program_to_onnx_program(prepared)     finish the result: boolean Where, the report
 
 Whatever goes wrong in here, the export goes on as if fxfuse were not there, and one warning says why. But for one
-thing: a buffer that the program writes to is dropped by torch.onnx without a word, and is refused here.
+thing: what the program writes to in place, a buffer or an input, torch.onnx drops without a word. It is refused here.
 """
 
 from __future__ import annotations

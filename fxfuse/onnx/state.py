@@ -28,10 +28,14 @@ _ATTENTION = frozenset(
 )
 
 
-def name_states(model: ir.Model, fused: ExportedProgram, states: tuple[State, ...]) -> None:
-    """Name the inputs and outputs that `fxfuse.cache.lift` added, the last ones of the graph, and note the pairs."""
+def name_states(model: ir.Model, fused: ExportedProgram, states: tuple[State, ...]) -> list[tuple[State, str, str]]:
+    """Name the inputs and outputs that `fxfuse.cache.lift` added, the last ones of the graph, and note the pairs.
+
+    Returns:
+        Every state with the names of its input and its output.
+    """
     if not states:
-        return
+        return []
     layers = _layers(fused, states)
     buffers = [s for s in states if s.initial is not None]
     first_input, first_output = len(model.graph.inputs) - len(buffers), len(model.graph.outputs) - len(states)
@@ -40,7 +44,7 @@ def name_states(model: ir.Model, fused: ExportedProgram, states: tuple[State, ..
     tensors = {n.name for n in fused.graph.find_nodes(op="placeholder") if tensor(n) is not None}
     given = [name for name in fused.graph_signature.user_inputs if name in tensors]
     named = dict(zip(given, model.graph.inputs, strict=True))  # by place: the caller may have named them
-    aliases = {}
+    pairs = []
     for state, output in zip(states, model.graph.outputs[first_output:], strict=True):
         value = inputs.get(state.target) or named[state.placeholder]
         if state.initial is not None:
@@ -48,10 +52,13 @@ def name_states(model: ir.Model, fused: ExportedProgram, states: tuple[State, ..
             if value.name in taken:
                 value.name += ".state"
         was = str(value.name)
-        present = was.replace("past_key_values", "present", 1) if state.target in layers else f"present.{was}"
+        is_cache = was.startswith("past_key_values.")
+        present = was.replace("past_key_values", "present", 1) if is_cache else f"present.{was}"
         output.name = present
-        aliases[present] = was
+        pairs.append((state, was, present))
+    aliases = {present: was for _, was, present in pairs}
     note(model, {"form": "state", "max_length": None, "layers": [], "aliases": aliases})
+    return pairs
 
 
 def note(model: ir.Model, record: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 import fxfuse
 from fxfuse import kernels
+from fxfuse.cache.lift import lift
 from fxfuse.errors import FxfuseError
 from fxfuse.ops.switch import use_kernels
 from fxfuse.parity.cell import Cell, judged, skipped
@@ -32,7 +33,7 @@ def program_cells(
 
     Args:
         name: what to call the program.
-        program: captured on the CPU, not fused.
+        program: captured on the CPU, not fused. What it writes in place is an input and an output here.
         opset: of the ONNX model.
         device: where PyTorch and Triton run; ONNX Runtime and the float64 reference run on the CPU.
 
@@ -40,6 +41,7 @@ def program_cells(
         FxfuseError: the program cannot be fused or exported.
     """
     device = torch.device(device)
+    program = lift(program).program
     cases = shape_cases(program)
     dtype = working_dtype(program)
     fused = fxfuse.fuse(program, opset=opset)

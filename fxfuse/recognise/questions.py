@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from operator import attrgetter
 from typing import Any, Literal, get_args
 
@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
+from fxfuse.cache.mutations import mutations
 from fxfuse.errors import FxfuseError
 from fxfuse.graph.region import Region
 from fxfuse.graph.unread import vmaps_closed, with_brackets
@@ -53,6 +54,7 @@ class Questions:
         self.settled: dict[Any, Any] = {}
         """What was found out about block masks, each once."""
         self._constants = _constants(program)
+        self._alike = tuple(_lengths(program))
         self.read_leaves = False
         """Set when an answer came from this program's own constants: it holds for no other region."""
 
@@ -64,11 +66,11 @@ class Questions:
         alike: Iterable[tuple[Any, Any]] = (),
         preset: dict[Any, int] | None = None,
     ) -> Evaluator:
-        return Evaluator(Sizes(self.ranges, profile, preset=preset, alike=alike), exact=exact)
+        return Evaluator(Sizes(self.ranges, profile, preset=preset, alike=(*self._alike, *alike)), exact=exact)
 
     def stretched(self, limit: int) -> Evaluator:
         """An evaluator where bounded symbols take their bound, up to `limit`: tables are met whole."""
-        return Evaluator(Sizes(self.ranges, 1, stretch=limit))
+        return Evaluator(Sizes(self.ranges, 1, stretch=limit, alike=self._alike))
 
     def beyond_literals(self, *nodes: Node) -> Evaluator | None:
         """An evaluator at which the symbolic axes of `nodes` exceed every number their computation mentions.
@@ -91,7 +93,8 @@ class Questions:
             if isinstance(dim, torch.SymInt)
             for symbol in dim.node.expr.free_symbols
         }
-        return Evaluator(Sizes(self.ranges, 0, preset=dict.fromkeys(symbols, largest + 3))) if symbols else None
+        preset = dict.fromkeys(symbols, largest + 3)
+        return Evaluator(Sizes(self.ranges, 0, preset=preset, alike=self._alike)) if symbols else None
 
     def draws(
         self, nodes: Iterable[Node], evaluator: Evaluator, seed: int, *, crop: tuple[int, ...] = (), high: int = 4
@@ -194,7 +197,7 @@ class Questions:
 def _constants(program: ExportedProgram) -> dict[str, torch.Tensor]:
     """Buffers and lifted constants by placeholder name. Parameters are not constants: training changes them."""
     found: dict[str, torch.Tensor] = {}
-    mutated = set(program.graph_signature.buffers_to_mutate.values())
+    mutated = {m.target for m in mutations(program)}
     for spec in program.graph_signature.input_specs:
         if spec.kind not in (InputKind.BUFFER, InputKind.CONSTANT_TENSOR) or spec.target in mutated:
             continue
@@ -204,6 +207,18 @@ def _constants(program: ExportedProgram) -> dict[str, torch.Tensor]:
         if isinstance(value, torch.Tensor):
             found[spec.arg.name] = value
     return found
+
+
+def _lengths(program: ExportedProgram) -> Iterator[tuple[Any, Any]]:
+    """Lengths of values, and of the keys that they have to match.
+
+    torch.export lets every cache have a symbol of its own: scaled_dot_product_attention does not compare the two.
+    """
+    for node in program.graph.nodes:
+        if op_name(node) in ("scaled_dot_product_attention", "attention"):
+            key, value = (node.args[i] if i < len(node.args) else None for i in (1, 2))
+            if isinstance(key, Node) and isinstance(value, Node):
+                yield _any(fake(value).shape[-2]), _any(fake(key).shape[-2])
 
 
 def _attribute(node: Node) -> Any:

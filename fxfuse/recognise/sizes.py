@@ -39,12 +39,13 @@ class Sizes:
         self._profile = profile
         self._stretch = stretch
         self._preset = preset or {}
-        self._alike: dict[Any, tuple[Any, int]] = {}
+        self._alike: dict[Any, tuple[Any, Any]] = {}
         for a, b in alike:
             if isinstance(a, torch.SymInt):
-                number, symbol = a.node.expr.as_coeff_Add()
-                if symbol.is_Symbol:
-                    self._alike[symbol] = b, int(number)
+                other = b.node.expr.free_symbols if isinstance(b, torch.SymInt) else set()
+                terms = [t for t in a.node.expr.as_ordered_terms() if t.is_Symbol and t not in other]
+                if len(terms) == 1 and terms[0] not in (rest := a.node.expr - terms[0]).free_symbols:
+                    self._alike[terms[0]] = b, rest
         self._values: dict[Any, int] = {}
         self._known: dict[Any, Any] = {}
 
@@ -55,17 +56,21 @@ class Sizes:
         expr = size.node.expr
         if (known := self._known.get(expr)) is not None:
             return known
-        for symbol in sorted(expr.free_symbols, key=str):
-            if symbol not in self._values:
-                if symbol in self._alike:
-                    other, number = self._alike[symbol]
-                    self._values[symbol] = self(other) - number
-                else:
-                    self._values[symbol] = self._choose(symbol)
-        value = expr.xreplace({s: self._values[s] for s in expr.free_symbols})
+        value = self._value(expr)
         kind = int if isinstance(size, torch.SymInt) else float if isinstance(size, torch.SymFloat) else bool
         self._known[expr] = kind(value)
         return self._known[expr]
+
+    def _value(self, expr: Any) -> Any:
+        """The number that a sympy expression is."""
+        for symbol in sorted(expr.free_symbols, key=str):
+            if symbol not in self._values:
+                if symbol in self._alike:
+                    other, rest = self._alike[symbol]
+                    self._values[symbol] = self(other) - int(self._value(rest))
+                else:
+                    self._values[symbol] = self._choose(symbol)
+        return expr.xreplace({s: self._values[s] for s in expr.free_symbols})
 
     def shape(self, node: Node) -> tuple[int, ...]:
         return tuple(self(d) for d in node.meta["val"].shape)
