@@ -23,6 +23,7 @@ import torch
 
 from fxfuse.errors import FxfuseError
 from fxfuse.onnx import torchtune
+from fxfuse.onnx.padding import simplify_padding
 from fxfuse.onnx.ragged_cache import make_ragged
 from fxfuse.onnx.ring_cache import make_rings
 from fxfuse.onnx.scaled_query import scale_queries
@@ -97,6 +98,7 @@ def export_decoder(
     export = _of_torchtune if torchtune.is_decoder(model) else _of_transformers
     program = export(model, opset, names, one_token)
     _name_axes(program)
+    simplify_padding(program)
     if ragged:
         make_ragged(program)
     elif cache == "static":

@@ -13,7 +13,7 @@ reference implementation) at sizes beyond every number in what computes them, so
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ _SENTINEL = 1 << 40
 """From here on a number means "all", or is the lowest of a type."""
 _NEVER = -1e4
 """A score with this added has no weight in any type."""
+Sample = Callable[[ir.Value, int, int, int], np.ndarray]
 
 
 def make_ragged(model: ir.Model) -> None:
@@ -118,6 +119,14 @@ def _of_masks(value: ir.Value | None) -> bool:
 
 def _without_padding(graph: ir.Graph, value: ir.Value) -> Iterator[tuple[np.ndarray, int, int]]:
     """The value for S new tokens after P, with S and P: from the start, soon after, and far on."""
+    for found, fed in evaluated(graph, value, unpadded):
+        new, total = fed["input_ids"].shape[1], fed["attention_mask"].shape[1]
+        yield found, new, total - new
+
+
+def evaluated(graph: ir.Graph, value: ir.Value, sample: Sample) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """The value for batches of B rows and S new tokens after P, sizes beyond every number that it is made with; and
+    what the graph was fed then: of each input ``sample(input, B, S, P)``."""
     from onnx.reference import ReferenceEvaluator
 
     given = [v for v in graph.inputs if v.name is not None]
@@ -128,19 +137,23 @@ def _without_padding(graph: ir.Graph, value: ir.Value) -> Iterator[tuple[np.ndar
         raise _refused(f"a mask mentions {largest}, and more than {LONGEST} keys are not looked at")
     run = ReferenceEvaluator(ir.to_proto(ir.Model(part, ir_version=10)))
     for batch, new, past in ((2, 5, 0), (2, 3, 4), (1, 2, 2 * largest + 3)):
-        feeds = {v.name or "": _sample(v, batch, new, past) for v in given}
+        feeds = {v.name or "": sample(v, batch, new, past) for v in given}
         results: Any = run.run(None, feeds)
-        yield np.asarray(results[0]), new, past
+        yield np.asarray(results[0]), feeds
 
 
-def _sample(value: ir.Value, batch: int, new: int, past: int) -> np.ndarray:
+def unpadded(value: ir.Value, batch: int, new: int, past: int) -> np.ndarray:
     """An input of the decoder for a batch without padding."""
     if value.name == "position_ids":
         return np.tile(np.arange(past, past + new), (batch, 1))
     sizes = {"batch_size": batch, "sequence_length": new, "past_sequence_length": past}
     sizes["total_sequence_length"] = past + new
     assert value.shape is not None and value.dtype is not None
-    shape = [dim if isinstance(dim, int) else sizes[str(dim.value)] for dim in value.shape]
+    names = [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape]
+    for dim in names:
+        if isinstance(dim, str) and dim not in sizes:
+            raise _refused(f"{value.name} has a size {dim} that is none of a decoder's")
+    shape = [dim if isinstance(dim, int) else sizes[dim] for dim in names]
     return np.ones(shape, value.dtype.numpy())
 
 
@@ -152,6 +165,11 @@ def _numbers(graph: ir.Graph) -> Iterable[int]:
         if tensor is not None and tensor.size <= 64 and tensor.dtype != ir.DataType.STRING:
             flat = np.abs(tensor.numpy().astype(np.float64).ravel())
             yield from (int(n) for n in flat[np.isfinite(flat)] if n < _SENTINEL)
+    for attribute in (a for n in graph.all_nodes() for a in n.attributes.values()):
+        if attribute.name == "value_int":
+            yield abs(attribute.as_int())
+        elif attribute.name == "value_ints":
+            yield from map(abs, attribute.as_ints())
 
 
 def _lengths(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
