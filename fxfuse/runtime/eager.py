@@ -55,12 +55,12 @@ class EagerSession:
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Row i of the cache becomes what row ``rows[i]`` was."""
-        self._positions.reorder(rows)
+        self._positions.reorder(rows.cpu().numpy())
         self._cache.reorder_cache(rows)
 
     @torch.no_grad()
     def _run(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        attention_mask, position_ids = self._positions.append(mask)
+        attention_mask, position_ids = map(torch.from_numpy, self._positions.append(mask.numpy()))
         device = self.model.device
         output = self.model(
             input_ids=ids.to(device),

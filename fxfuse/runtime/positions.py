@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from fxfuse.errors import FxfuseError
+
+Array = npt.NDArray[np.int64]
 
 
 class Positions:
@@ -24,22 +27,21 @@ class Positions:
         """How many of a row's columns are tokens."""
 
     @property
-    def mask(self) -> torch.Tensor:
-        """int64 [B, P], 1 where the cache holds a token and 0 where it holds padding."""
-        return torch.from_numpy(self._written[:, : self.length])
+    def rows(self) -> int:
+        """B, once something was read."""
+        return len(self._written)
 
-    def append(self, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def append(self, new: Array) -> tuple[Array, Array]:
         """What to feed for new columns with the mask [B, S]: the attention mask [B, P + S] and the positions [B, S].
 
         Raises:
             FxfuseError: another number of rows than before.
         """
-        new = mask.numpy()
         rows, columns = new.shape
         if self.length == 0:
             self._written, self._tokens = np.zeros((rows, columns), np.int64), np.zeros((rows, 1), np.int64)
-        if rows != len(self._written):
-            raise FxfuseError(f"{rows} rows after {len(self._written)}", where="input_ids", hint="reset() begins anew")
+        if rows != self.rows:
+            raise FxfuseError(f"{rows} rows after {self.rows}", where="input_ids", hint="reset() begins anew")
         total = self.length + columns
         if total > self._written.shape[1]:
             self._written = np.concatenate([self._written[:, : self.length], np.zeros((rows, total), np.int64)], 1)
@@ -48,9 +50,9 @@ class Positions:
         tokens = self._tokens + new.cumsum(1)
         self._tokens = tokens[:, -1:]
         # A copy: later columns must not show in what was handed out.
-        return torch.from_numpy(self._written[:, :total].copy()), torch.from_numpy(np.maximum(tokens - 1, 0))
+        return self._written[:, :total].copy(), np.maximum(tokens - 1, 0)
 
-    def of_rows(self, mask: torch.Tensor) -> torch.Tensor:
+    def of_rows(self, mask: Array) -> Array:
         """The positions [B, S] of new columns for a graph without attention_mask, before `append`: each row goes on
         where its own tokens end, over its padding.
 
@@ -60,11 +62,10 @@ class Positions:
         if bool((mask[:, 1:] > mask[:, :-1]).any()):
             raise FxfuseError("a row is padded on the left", where="attention_mask", hint="pad on the right")
         before = self._tokens if self.length else np.zeros((len(mask), 1), np.int64)
-        return torch.from_numpy(before + np.arange(mask.shape[1]))
+        return before + np.arange(mask.shape[1])
 
-    def reorder(self, rows: torch.Tensor) -> None:
-        index = rows.cpu().numpy()
-        self._written, self._tokens = self._written[index], self._tokens[index]
+    def reorder(self, rows: Array) -> None:
+        self._written, self._tokens = self._written[rows], self._tokens[rows]
 
 
 def checked(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,9 +74,7 @@ def checked(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tup
     Raises:
         FxfuseError: shapes that do not fit, or a row of padding alone.
     """
-    if input_ids.ndim != 2 or input_ids.shape[1] == 0:
-        raise FxfuseError(f"the token ids are {list(input_ids.shape)}, not [B, S]", where="input_ids")
-    ids = input_ids.to("cpu", torch.int64)
+    ids = checked_ids(input_ids)
     if attention_mask is None:
         return ids, torch.ones_like(ids)
     mask = attention_mask.to("cpu", torch.int64)
@@ -88,6 +87,17 @@ def checked(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tup
     if not bool(mask.any(-1).all()):
         raise FxfuseError("a row without a token", where="attention_mask")
     return ids, mask
+
+
+def checked_ids(input_ids: torch.Tensor) -> torch.Tensor:
+    """As int64 [B, S].
+
+    Raises:
+        FxfuseError: another shape.
+    """
+    if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+        raise FxfuseError(f"the token ids are {list(input_ids.shape)}, not [B, S]", where="input_ids")
+    return input_ids.to("cpu", torch.int64)
 
 
 def last(mask: torch.Tensor) -> torch.Tensor:

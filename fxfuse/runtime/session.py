@@ -12,7 +12,7 @@ import torch
 from fxfuse.errors import FxfuseError
 from fxfuse.onnx.manifest import Stage, read_manifest
 from fxfuse.parity import require_onnxruntime
-from fxfuse.runtime.positions import Positions, checked, last
+from fxfuse.runtime.positions import Array, Positions, checked, checked_ids, last
 
 DTYPES = {"float32": np.float32, "float16": np.float16}
 
@@ -87,10 +87,11 @@ class Session:
         Raises:
             FxfuseError: shapes that do not fit, or more tokens than a static cache has room for.
         """
-        ids, mask = checked(input_ids, attention_mask)
+        tokens, seen = checked(input_ids, attention_mask)
+        ids, mask = tokens.numpy(), seen.numpy()
         if chunk is not None and chunk < 1:
             raise FxfuseError(f"chunk={chunk}", where="chunk", hint="a number of columns, 1 or more")
-        final, result = last(mask), None
+        final, result = last(seen), None
         width = chunk or ids.shape[1]
         for start in range(0, ids.shape[1], width):
             logits = self._run(self.manifest.prefill, ids[:, start : start + width], mask[:, start : start + width])
@@ -108,8 +109,8 @@ class Session:
         """
         if self.length == 0:
             raise FxfuseError("there is nothing to go on from", where="step", hint="prefill(input_ids) first")
-        ids, mask = checked(tokens[:, None], None)
-        return self._run(self.manifest.decode, ids, mask)[:, -1]
+        ids = checked_ids(tokens[:, None]).numpy()
+        return self._run(self.manifest.decode, ids, np.ones_like(ids))[:, -1]
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Row i of the cache becomes what row ``rows[i]`` was, int64 [B]: a beam search's choice.
@@ -117,10 +118,10 @@ class Session:
         A static cache stays in its buffers when there are as many rows as before.
         """
         index = rows.to("cpu", torch.int64).numpy()
-        batch = len(self._positions.mask)
+        batch = self._positions.rows
         if index.ndim != 1 or len(index) == 0 or not ((index >= 0) & (index < batch)).all():
             raise FxfuseError(f"{rows.tolist()} are not rows of {batch}", where="rows")
-        self._positions.reorder(rows.to("cpu", torch.int64))
+        self._positions.reorder(index)
         for name, value in self._cache.items():
             chosen = value.numpy()[index]
             if self.manifest.cache.form != "growing" and chosen.shape == value.numpy().shape:
@@ -129,7 +130,7 @@ class Session:
                 self._cache[name] = self._ort.OrtValue.ortvalue_from_numpy(chosen)
                 self._bindings.clear()
 
-    def _run(self, stage: Stage, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def _run(self, stage: Stage, ids: Array, mask: Array) -> torch.Tensor:
         """The logits [B, S, V]."""
         if self.max_length is not None and self.length + ids.shape[1] > self.max_length:
             raise FxfuseError(
@@ -150,7 +151,7 @@ class Session:
         session = self._sessions[stage.file]
         binding = self._binding(stage)
         # Kept until the run is over: ONNX Runtime reads them where they are.
-        held = {name: feed[name].contiguous().numpy() for name in stage.inputs if name in feed}
+        held = {name: np.ascontiguousarray(feed[name]) for name in stage.inputs if name in feed}
         for name, array in held.items():
             binding.bind_ortvalue_input(name, self._ort.OrtValue.ortvalue_from_numpy(array))
         binding.bind_output("logits", "cpu")
