@@ -24,8 +24,10 @@ import torch
 from fxfuse.errors import FxfuseError
 from fxfuse.onnx import torchtune
 from fxfuse.onnx.choices import SINKS, Cache, Names, check_choices
+from fxfuse.onnx.padding import simplify_padding
 from fxfuse.onnx.ragged_cache import make_ragged
 from fxfuse.onnx.ring_cache import make_rings
+from fxfuse.onnx.scaled_query import scale_queries
 from fxfuse.onnx.static_cache import Profile, describe, make_static
 from fxfuse.onnx.streaming_cache import make_streaming
 from fxfuse.options import DEFAULT_OPSET
@@ -62,7 +64,8 @@ def export_decoder(
             have rings of its size (`fxfuse.onnx.ring_cache`); "streaming" reads without end, and keeps the first tokens
             and the last (`fxfuse.onnx.streaming_cache`): not what the model computes, but for it to go on; "auto" is
             growing.
-        profile: of a static cache; "cuda" reads the buffers whole, where ONNX Runtime's CPU kernels want a slice.
+        profile: "cpu" writes what ONNX Runtime's CPU kernels run fastest: queries scaled before the attention
+            (`fxfuse.onnx.scaled_query`) and slices of a static cache; "cuda" reads its buffers whole.
         ragged: of a static cache; each row stands at a length of its own (`fxfuse.onnx.ragged_cache`), and there is no
             attention_mask.
         one_token: for S = 1 only, which needs no causal mask.
@@ -88,6 +91,7 @@ def export_decoder(
     export = _of_torchtune if torchtune.is_decoder(model) else _of_transformers
     program = export(model, opset, names, one_token)
     _name_axes(program)
+    simplify_padding(program)
     if ragged:
         make_ragged(program)
     elif cache == "static":
@@ -99,6 +103,8 @@ def export_decoder(
         make_streaming(program, SINKS if sinks is None else sinks, window)
     elif names != "hf":
         describe(program, "growing")
+    if profile == "cpu":
+        scale_queries(program)
     return program
 
 

@@ -155,7 +155,11 @@ def unpadded(value: ir.Value, batch: int, new: int, past: int) -> np.ndarray:
     sizes = {"batch_size": batch, "sequence_length": new, "past_sequence_length": past}
     sizes["total_sequence_length"] = past + new
     assert value.shape is not None and value.dtype is not None
-    shape = [dim if isinstance(dim, int) else sizes[str(dim.value)] for dim in value.shape]
+    names = [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape]
+    for dim in names:
+        if isinstance(dim, str) and dim not in sizes:
+            raise _refused(f"{value.name} has a size {dim} that is none of a decoder's")
+    shape = [dim if isinstance(dim, int) else sizes[dim] for dim in names]
     return np.ones(shape, value.dtype.numpy())
 
 
@@ -167,6 +171,11 @@ def _numbers(graph: ir.Graph) -> Iterable[int]:
         if tensor is not None and tensor.size <= 64 and tensor.dtype != ir.DataType.STRING:
             flat = np.abs(tensor.numpy().astype(np.float64).ravel())
             yield from (int(n) for n in flat[np.isfinite(flat)] if n < _SENTINEL)
+    for attribute in (a for n in graph.all_nodes() for a in n.attributes.values()):
+        if attribute.name == "value_int":
+            yield abs(attribute.as_int())
+        elif attribute.name == "value_ints":
+            yield from map(abs, attribute.as_ints())
 
 
 def _lengths(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:

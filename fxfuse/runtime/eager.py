@@ -59,12 +59,12 @@ class EagerSession:
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Row i of the cache becomes what row ``rows[i]`` was."""
-        index = self._positions.reorder(rows)
+        index = torch.from_numpy(self._positions.reorder(rows))
         self._cache.reorder_cache(index.to(self.model.device))
 
     @torch.no_grad()
     def _run(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        attention_mask, position_ids = self._positions.append(mask)
+        attention_mask, position_ids = map(torch.from_numpy, self._positions.append(mask.numpy()))
         device = self.model.device
         output = self.model(
             input_ids=ids.to(device),

@@ -12,7 +12,7 @@ import torch
 from fxfuse.errors import FxfuseError
 from fxfuse.onnx.manifest import Stage, place_of, read_manifest
 from fxfuse.parity import require_onnxruntime
-from fxfuse.runtime.positions import Positions, RowLengths, check_chunk, checked, last
+from fxfuse.runtime.positions import Array, Positions, RowLengths, check_chunk, checked, checked_ids, last
 
 DTYPES = {"float32": np.float32, "float16": np.float16}
 
@@ -88,9 +88,10 @@ class Session:
         Raises:
             FxfuseError: shapes that do not fit, or more tokens than a static cache has room for.
         """
-        ids, mask = checked(input_ids, attention_mask)
+        tokens, seen = checked(input_ids, attention_mask)
+        ids, mask = tokens.numpy(), seen.numpy()
         check_chunk(chunk)
-        final, result = last(mask), None
+        final, result = last(seen), None
         for stage, start, end in self._calls(ids.shape[1], chunk):
             logits = self._run(stage, ids[:, start:end], mask[:, start:end])
             here = (final >= start) & (final < end)
@@ -107,15 +108,15 @@ class Session:
         """
         if self.length == 0:
             raise FxfuseError("there is nothing to go on from", where="step", hint="prefill(input_ids) first")
-        ids, mask = checked(tokens[:, None], None)
-        return self._run(self.manifest.decode, ids, mask)[:, -1]
+        ids = checked_ids(tokens[:, None]).numpy()
+        return self._run(self.manifest.decode, ids, np.ones_like(ids))[:, -1]
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Row i of the cache becomes what row ``rows[i]`` was, int64 [B]: a beam search's choice.
 
         A static cache stays in its buffers when there are as many rows as before.
         """
-        index = self._positions.reorder(rows).numpy()
+        index = self._positions.reorder(rows)
         for name, value in self._cache.items():
             chosen = value.numpy()[index]
             if self.manifest.cache.form != "growing" and chosen.shape == value.numpy().shape:
@@ -146,7 +147,7 @@ class Session:
             start += width
         return calls
 
-    def _run(self, stage: Stage, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def _run(self, stage: Stage, ids: Array, mask: Array) -> torch.Tensor:
         """The logits [B, S, V]."""
         if self.max_length is not None and self.length + ids.shape[1] > self.max_length:
             raise FxfuseError(
@@ -165,7 +166,7 @@ class Session:
         session = self._sessions[stage.file]
         binding = self._binding(stage)
         # Kept until the run is over: ONNX Runtime reads them where they are.
-        held = {name: feed[name].contiguous().numpy() for name in stage.inputs if name in feed}
+        held = {name: np.ascontiguousarray(feed[name]) for name in stage.inputs if name in feed}
         for name, array in held.items():
             binding.bind_ortvalue_input(name, self._ort.OrtValue.ortvalue_from_numpy(array))
         binding.bind_output("logits", "cpu")
