@@ -19,7 +19,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from fxfuse.errors import FxfuseError
 from fxfuse.onnx.ragged_cache import evaluated, unpadded
-from fxfuse.onnx.static_cache import constant
+from fxfuse.onnx.pieces import constant
 
 _MASK = "attention_mask"
 _HEADS = (0, 2, 1, 3)

@@ -20,7 +20,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from fxfuse.errors import FxfuseError
 from fxfuse.onnx.ragged_cache import evaluated, of_masks
-from fxfuse.onnx.static_cache import Lengths, constant
+from fxfuse.onnx.pieces import constant
+from fxfuse.onnx.static_cache import Lengths
 
 
 def with_token_windows(model: ir.Model) -> ir.Model:
