@@ -52,7 +52,7 @@ class FlexAttention:
                     yield Proposal(node, [region_of(view, call, taken)], best_rank=0)
 
     def recognise(self, region: Region, ask: Questions) -> Found | Reason:
-        return read_with_sinks(region, ask) if len(region.nodes) > 2 else read(region)
+        return read_with_sinks(region, ask) if len(region.nodes) > 2 else read(region, ask)
 
 
 PATTERN = FlexAttention()

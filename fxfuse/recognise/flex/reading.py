@@ -16,11 +16,17 @@ from fxfuse.recognise.answers import Found, Reason
 from fxfuse.recognise.flex.encoding import encode
 from fxfuse.recognise.flex.expression import INDICES, Expr, Unreadable, captured, expression, leaf
 from fxfuse.recognise.flex.forms import Problem, attention_form, decomposed_form
+from fxfuse.recognise.flex.positions import counted
 from fxfuse.recognise.flex.score import WORKING, Opaque, conjuncts, read_score
+from fxfuse.recognise.questions import Questions
 
 ULP = 8.0
 _SCORES = 1 << 20
 """More are not computed to ask what a mod means."""
+_PARTIAL = frozenset(
+    ["log", "log2", "log10", "log1p", "sqrt", "rsqrt", "pow", "asin", "acos", "acosh", "atanh", "logit"]
+)
+"""Not defined for every number: of captured tensors they are asked with the values that these have."""
 _LONGEST = 160
 """Numbers up to here are met by sequences that are longer."""
 
@@ -60,7 +66,7 @@ def _indexed(call: Flex) -> Iterator[tuple[Any, Any]]:
     query, key = fake(call.query).shape, fake(call.key).shape
     lengths = dict(zip(INDICES, (query[0], query[1], query[2], key[2]), strict=True))
     try:
-        score, mask = expressions(call)
+        score, mask = expressions(call, count=False)
     except Unreadable:
         return
     for expr in (e for root in (score, mask) for e in root.walk()):
@@ -74,7 +80,7 @@ def _rows(call: Flex) -> int:
     """The fewest rows of any table that captured integers index."""
     rows = [4]
     try:
-        exprs = [e for root in expressions(call) for e in root.walk() if e.name == "index"]
+        exprs = [e for root in expressions(call, count=False) for e in root.walk() if e.name == "index"]
     except Unreadable:
         return 4
     for expr in exprs:
@@ -103,7 +109,7 @@ def _roots(pairs: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
 def _beyond(call: Flex, lengths: Sequence[Any], batch: Any) -> Iterator[tuple[Any, int]]:
     """Lengths that exceed every number in the mods, if they are not too long to compute with."""
     try:
-        numbers = [n for root in expressions(call) for expr in root.walk() for n in _integers(expr)]
+        numbers = [n for root in expressions(call, count=False) for expr in root.walk() for n in _integers(expr)]
     except Unreadable:
         return
     largest = max([0, *(n for n in numbers if n <= _LONGEST)])
@@ -117,9 +123,9 @@ def _integers(expr: Expr) -> Iterator[int]:
     yield from (abs(n) for n in numbers if isinstance(n, int) and not isinstance(n, bool))
 
 
-def read(region: Region) -> Found | Reason:
+def read(region: Region, ask: Questions) -> Found | Reason:
     """One Attention where the mods allow it, and else the primitives."""
-    problem = problem_of(region)
+    problem = problem_of(region, ask)
     if isinstance(problem, Reason):
         return problem
     position: Any = region.output.args[1]
@@ -138,26 +144,32 @@ def read(region: Region) -> Found | Reason:
         ulp=ULP,
         averaging=True,
         otherwise=_decomposed(problem, output, "it could not be proven"),
+        from_leaves=problem.from_leaves,
     )
 
 
-def problem_of(region: Region) -> Problem | Reason:
+def problem_of(region: Region, ask: Questions) -> Problem | Reason:
     """The call in a region, its mods as expressions."""
     call = next(found for n in region.nodes if (found := flex(n)) is not None)
     try:
         mod, mask = expressions(call)
     except Unreadable as error:
         return Reason(f"flex_attention with a mod that cannot be read: {error}", 3)
-    return Problem(call, region, mod, conjuncts(mask))
+    buffers = (*call.score_buffers, *call.mask_buffers)
+    counts = any(counted(b) is not None for b in buffers)
+    # Of other tensors in their places, which may count or not, nothing is said.
+    ask.read_leaves = ask.read_leaves or bool(buffers)
+    partial = any(e.name in _PARTIAL and e.leaves - {"score", *INDICES} for root in (mod, mask) for e in root.walk())
+    return Problem(call, region, mod, conjuncts(mask), counts or partial)
 
 
 def _decomposed(problem: Problem, output: str, why: str) -> Found:
     form = decomposed_form(problem, output)
-    return Found("Attention", {}, (form,), ulp=ULP, averaging=True, decomposed=why)
+    return Found("Attention", {}, (form,), ulp=ULP, averaging=True, decomposed=why, from_leaves=problem.from_leaves)
 
 
-def expressions(call: Flex) -> tuple[Expr, Expr]:
-    """The score and the mask function.
+def expressions(call: Flex, *, count: bool = True) -> tuple[Expr, Expr]:
+    """The score and the mask function; `count`: of tensors that only count, what they count and not where it is read.
 
     Raises:
         Unreadable: one of them uses what has no meaning on grids.
@@ -165,6 +177,6 @@ def expressions(call: Flex) -> tuple[Expr, Expr]:
     indices = [leaf(name, torch.int64) for name in INDICES]
     score = leaf("score", WORKING)
     return (
-        expression(call.score_mod, [score, *indices, *captured("score", call.score_buffers)]),
-        expression(call.mask_mod, [*indices, *captured("mask", call.mask_buffers)]),
+        expression(call.score_mod, [score, *indices, *captured("score", call.score_buffers, count=count)]),
+        expression(call.mask_mod, [*indices, *captured("mask", call.mask_buffers, count=count)]),
     )
