@@ -14,7 +14,8 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 def source_line(node: Node) -> str | None:
     """``"rms_norm.py:38 in forward: return x * self.scale"``: the innermost frame of the model's own code."""
     frames = _FRAME.findall(node.stack_trace or "")
-    outside = [f for f in frames if f"{os.sep}torch{os.sep}" not in f[0]]
+    # "<eval_with_key>" is code that torch wrote.
+    outside = [f for f in frames if f"{os.sep}torch{os.sep}" not in f[0] and not f[0].startswith("<eval")]
     if not (outside or frames):
         return None
     path, line, function = (outside or frames)[-1]

@@ -17,6 +17,7 @@ from fxfuse.cache.lift import Lifted, lift
 from fxfuse.cache.mutations import mutations
 from fxfuse.errors import FxfuseError
 from fxfuse.fusion import REPORT
+from fxfuse.graph.source import source_line
 from fxfuse.onnx.active import within
 from fxfuse.onnx.boolean import without_boolean_where
 from fxfuse.onnx.capture import capture, check_program, named
@@ -247,7 +248,7 @@ def check_no_flex_attention(fused: ExportedProgram) -> None:
             with suppress(FxfuseError):  # a program that was fused in another process has no report
                 entries = [e for e in fxfuse.report(fused) if e.reason is not None and node.name in e.nodes]
             why = entries[0].reason if entries else "no pattern looked at it"
-            where = (entries[0].source if entries else None) or node.name
+            where = ", ".join(filter(None, (node.name, source_line(node))))
             raise FxfuseError(f"flex_attention cannot be exported: {why}", where=where)
 
 

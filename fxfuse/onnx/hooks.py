@@ -6,8 +6,10 @@
            ├─ _prepare_exported_program_for_export(program)   fuse, before anything is decomposed
            └─ _exported_program_to_onnx_program(prepared)     finish the result: boolean Where, the report
 
-Whatever goes wrong in here, the export goes on as if fxfuse were not there, and one warning says why. But for one
-thing: what the program writes to in place, a buffer or an input, torch.onnx drops without a word. It is refused here.
+Whatever goes wrong in here, the export goes on as if fxfuse were not there, and one warning says why. But for two
+things: what the program writes to in place, a buffer or an input, torch.onnx drops without a word, and is refused here;
+and a call of flex_attention that could not be fused, for which torch.onnx has no operator either, is refused with the
+reason.
 """
 
 from __future__ import annotations
@@ -20,13 +22,15 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch.export import ExportedProgram
 
 import fxfuse
 from fxfuse.cache.lift import check_nothing_dropped
+from fxfuse.errors import FxfuseError
 from fxfuse.flex.capture import flex_capture
 from fxfuse.onnx.active import Active, current, within
-from fxfuse.onnx.exporter import finish
+from fxfuse.onnx.exporter import check_no_flex_attention, finish
 from fxfuse.onnx.missing import missing_translations
 from fxfuse.onnx.values import with_values
 from fxfuse.ops import holds_fused, translation_table
@@ -60,6 +64,10 @@ def export(original: Function) -> Function:
         try:
             with nullcontext() if current() is None else flex_capture():
                 return original(model, *args, **kwargs)
+        except Exception as error:
+            if isinstance(error.__cause__, FxfuseError):  # torch says that step 2 of 3 failed, and prints ours first
+                raise error.__cause__ from None
+            raise
         finally:
             _marked.reset(token)
 
@@ -75,6 +83,8 @@ def prepare(original: Prepare) -> Prepare:
         ready = None if active is None else _ready(exported_program, registry, active)
         if ready is None:
             return original(exported_program, registry=registry, **rest)
+        if not registry.get_decomps(torch.ops.higher_order.flex_attention):
+            check_no_flex_attention(ready.program)
         try:
             prepared = original(ready.program, registry=registry, **rest)
         except Exception as error:

@@ -18,8 +18,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from fxfuse.errors import FxfuseError
-from fxfuse.onnx.ragged_cache import evaluated, unpadded
 from fxfuse.onnx.pieces import constant
+from fxfuse.onnx.ragged_cache import evaluated, unpadded
 
 _MASK = "attention_mask"
 _HEADS = (0, 2, 1, 3)

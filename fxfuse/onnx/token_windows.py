@@ -19,8 +19,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from fxfuse.errors import FxfuseError
-from fxfuse.onnx.ragged_cache import evaluated, of_masks
 from fxfuse.onnx.pieces import constant
+from fxfuse.onnx.ragged_cache import evaluated, of_masks
 from fxfuse.onnx.static_cache import Lengths
 
 

@@ -57,7 +57,7 @@ class FlexAttention:
     def recognise(self, region: Region, ask: Questions) -> Found | Reason:
         if len(region.nodes) > 2:
             return read_with_sinks(region, ask)
-        return read(region, ask.flex_attention, ask.windows)
+        return read(region, ask, ask.flex_attention, ask.windows)
 
 
 PATTERN = FlexAttention()

@@ -77,6 +77,11 @@ def test_transformers(name, padded):
     onnx = fxfuse.onnx.export(Logits(model).eval(), args, dynamic_shapes=(FREE,) * len(args))
     kinds = [n.op_type for n in onnx.model_proto.graph.node]
     assert kinds.count("Attention") == 2 and kinds.count("RotaryEmbedding") == 4
+    # Without a mask transformers masks by positions that it counts itself: nothing is left of them.
+    found = fxfuse.report(onnx).fused("Attention")
+    assert [e.parameters["is_causal"] for e in found] == [1, 1]
+    assert ("boolean mask" in found[-1].parameters) == (padded or name == "Mistral")
+    assert "GatherND" not in kinds or padded
     model.set_attn_implementation("eager")
     for shape in ((3, 7), (1, 19)):
         args = batch(*shape, padded)

@@ -7,7 +7,7 @@ A mod is written for scalars. The same operators on broadcast grids, b as [B, 1,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,12 +16,15 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from fxfuse.graph.view import is_random, op_name
+from fxfuse.recognise.flex.positions import Counted, counted
 
 INDICES = ("b", "h", "q", "kv")
 _SAME = frozenset(
     ["lift_fresh_copy", "detach", "detach_", "alias", "clone", "contiguous", "view", "reshape", "squeeze", "expand"]
 )
 """On scalars these change nothing."""
+_COPIES = frozenset(["lift_fresh_copy", "detach", "detach_"])
+"""What `torch.tensor([…])` in a mod is made of."""
 _ELEMENTWISE = frozenset(["to", "_to_copy", "where", "floor_divide", "type_as"])
 """Elementwise, but not tagged so."""
 _FILLED = {"new_ones": 1, "ones": 1, "ones_like": 1, "new_zeros": 0, "zeros": 0, "zeros_like": 0}
@@ -49,6 +52,8 @@ class Expr:
     shape: tuple[Any, ...] = ()
     leaf: str = ""
     """``"score"``, an index, ``"score 0"`` for a captured value; ``"constant"``, whose value is in `args`."""
+    counted: Counted | None = None
+    """How a captured tensor counts along its dims, where it holds nothing else."""
 
     @cached_property
     def leaves(self) -> frozenset[str]:
@@ -93,6 +98,12 @@ class Expr:
             return self.args[0].item()  # type: ignore[no-any-return]
         return None
 
+    @property
+    def whole_number(self) -> int | bool | None:
+        """`number`, where it is exact in every type."""
+        floating = self.dtype is None or self.dtype.is_floating_point or self.dtype.is_complex
+        return self.number if self.rank == 0 and not floating else None  # type: ignore[return-value]
+
 
 def leaf(name: str, dtype: torch.dtype | None, shape: tuple[Any, ...] = ()) -> Expr:
     return Expr(None, dtype=dtype, rank=len(shape), shape=shape, leaf=name)
@@ -107,13 +118,14 @@ def call(target: Callable[..., Any], *args: Any, dtype: torch.dtype | None) -> E
     return Expr(target, args, dtype=dtype)
 
 
-def captured(kind: str, values: Sequence[Any]) -> list[Expr]:
-    """Leaves for what a mod captured: ``"score 0"``, ``"score 1"``, …"""
+def captured(kind: str, values: Sequence[Any], *, count: bool = True) -> list[Expr]:
+    """Leaves for what a mod captured: ``"score 0"``, ``"score 1"``, …; `count`: with how they count."""
     found = []
     for i, value in enumerate(values):
         fake: Any = value.meta.get("val") if isinstance(value, Node) else value
         if isinstance(fake, torch.Tensor):
-            found.append(leaf(f"{kind} {i}", fake.dtype, tuple(fake.shape)))
+            own = leaf(f"{kind} {i}", fake.dtype, tuple(fake.shape))
+            found.append(replace(own, counted=counted(value)) if count else own)
         else:
             found.append(leaf(f"{kind} {i}", None))
     return found
@@ -157,12 +169,21 @@ def _read(node: Node, env: Mapping[Node, Any]) -> Any:
         if not called:
             raise Unreadable("it calls an autograd.Function")
         table, *indices = args[called[0] + 1 :]
+        place = _place(table, indices)
+        if place is not None:
+            return place
         return Expr(torch.ops.aten.index.Tensor, (table, tuple(indices)), dtype=dtype, rank=rank, shape=shape)
     if full.startswith("approx.tanh"):  # attention-gym's, which is tanh but for a faster instruction on GPUs
         return Expr(torch.ops.aten.tanh.default, args, dtype=dtype, rank=rank)
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         raise Unreadable(f"it calls {full}")
+    if name in ("searchsorted", "bucketize"):
+        return _found(name, args, kwargs, dtype)
+    if name in _COPIES and isinstance(args[0], Expr) and args[0].leaf == "constant":
+        return args[0]
     if rank == 0 and name in _SAME and args and isinstance(args[0], Expr) and args[0].rank == 0:
+        return args[0]
+    if rank == 0 and name in ("to", "_to_copy", "type_as") and dtype is not None and args[0].dtype == dtype:
         return args[0]
     if rank == 0 and (fill := _filled(name, args)) is not None:
         return constant(torch.tensor(fill, dtype=dtype))
@@ -178,7 +199,60 @@ def _read(node: Node, env: Mapping[Node, Any]) -> Any:
     if not known or (schema is not None and schema.is_mutable):
         raise Unreadable(f"it calls {full}")
     target: Any = node.target
+    whole = rank == 0 and dtype is not None and not dtype.is_floating_point and not dtype.is_complex
+    if whole and operands and not is_random(node) and all(x.whole_number is not None for x in operands):
+        return constant(target(*_numbers(args), **_numbers(kwargs)))
     return Expr(target, args, kwargs, dtype=dtype, rank=rank, shape=shape)
+
+
+def _found(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], dtype: torch.dtype | None) -> Expr:
+    """Where a number stands in a sorted row: how many of the row are below it. ONNX has no search."""
+    row, value = args[:2] if name == "searchsorted" else args[1::-1]
+    plain = isinstance(row, Expr) and row.rank == 1 and isinstance(value, Expr) and value.rank == 0
+    if not plain or len(args) > 2 or kwargs.get("sorter") is not None:
+        raise Unreadable(f"it calls {name}")
+    right = kwargs.get("right") or kwargs.get("side") == "right"
+    below = torch.ops.aten.le.Tensor if right else torch.ops.aten.lt.Tensor
+    smaller = Expr(below, (row, value), dtype=torch.bool, rank=1, shape=row.shape)
+    return Expr(torch.ops.aten.sum.dim_IntList, (smaller, [0]), dtype=dtype)
+
+
+def _place(table: Any, indices: Sequence[Any]) -> Expr | None:
+    """What stands at these places of a tensor that only counts; none of them may be counted from its end."""
+    if not isinstance(table, Expr) or table.counted is None or len(indices) != len(table.counted.steps):
+        return None
+    if not all(isinstance(i, Expr) and i.rank == 0 and _natural(i) for i in indices):
+        return None
+    found: Expr | None = None
+    for index, step in zip(indices, table.counted.steps, strict=True):
+        if step:
+            term = index if step == 1 else call(torch.ops.aten.mul.Tensor, index, step, dtype=torch.int64)
+            found = term if found is None else call(torch.ops.aten.add.Tensor, found, term, dtype=torch.int64)
+    start = table.counted.start
+    if found is None:
+        return constant(torch.tensor(start, dtype=table.dtype))
+    return call(torch.ops.aten.add.Tensor, found, start, dtype=torch.int64) if start else found
+
+
+def _natural(index: Expr) -> bool:
+    """An index, and what is added to it, if that is not negative."""
+    if index.leaf in INDICES:
+        return True
+    if index.name == "add" and not index.kwargs and len(index.args) == 2:
+        first, second = index.args
+        return isinstance(first, Expr) and _natural(first) and isinstance(second, int) and second >= 0
+    return False
+
+
+def _numbers(arg: Any) -> Any:
+    """Constants as what they are."""
+    if isinstance(arg, Expr):
+        return arg.args[0]
+    if isinstance(arg, (list, tuple)):
+        return type(arg)(_numbers(a) for a in arg)
+    if isinstance(arg, Mapping):
+        return {key: _numbers(a) for key, a in arg.items()}
+    return arg
 
 
 def _filled(name: str, args: Sequence[Any]) -> Any:

@@ -32,6 +32,8 @@ class Problem:
     score: Expr
     mask: tuple[Expr, ...]
     """All of these hold where a key is kept."""
+    from_leaves: bool = False
+    """Does it hold, or is it defined, for the values only that captured tensors have in this program?"""
 
     @property
     def in_memory_BSHD(self) -> bool:

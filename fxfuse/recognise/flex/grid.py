@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fxfuse.recognise.flex.expression import INDICES, OVER_DIMS, Expr, Unreadable
 
@@ -20,6 +21,14 @@ _LOGICAL: dict[str, Callable[..., Any]] = {
     "bitwise_not": torch.logical_not,
 }
 """On booleans these are the same, and the ones that ONNX has."""
+
+
+_WRITTEN = 64
+"""A constant of more elements is no constant but a table."""
+
+
+def _as_tensor(size: Any) -> torch.Tensor:
+    return torch.scalar_tensor(size, dtype=torch.int64)
 
 
 class Grid:
@@ -47,8 +56,6 @@ class Grid:
             on_grid = expr.leaf in ("score", *INDICES)
             if not isinstance(value, torch.Tensor) or on_grid:
                 return value
-            if expr.leaf == "constant" and value.dim() == 0:
-                value = torch.full((), value.item(), dtype=value.dtype, device=self.env["q"].device)
             return value.reshape((1,) * 4 + tuple(value.shape))
         if expr.name == "index":
             return self._index(expr)
@@ -66,7 +73,13 @@ class Grid:
                 return (kept & chosen) | (~kept & otherwise)
             if expr.name in _LOGICAL and tensors and all(t.dtype == torch.bool for t in tensors):
                 return _LOGICAL[expr.name](*args)
-        return expr.target(*args, **kwargs)
+        target = expr.target
+        overload = getattr(getattr(target, "overloadpacket", None), "Tensor", None)
+        if overload is not None and any(isinstance(a, torch.SymInt) for a in args):
+            # Operators of a number are translated to ONNX for numbers that are known.
+            args = tuple(_as_tensor(a) if isinstance(a, torch.SymInt) else a for a in args)
+            target = overload
+        return target(*args, **kwargs)
 
     def _raw(self, expr: Expr) -> Any:
         """The value of what depends on no position."""
@@ -123,8 +136,16 @@ class Grid:
         return value[(*own, *places)]  # type: ignore[no-any-return]
 
     def _own(self, expr: Expr) -> Any:
-        """A leaf's value as it was captured."""
-        return expr.args[0] if expr.leaf == "constant" else self.env[expr.leaf]
+        """A leaf's value as it was captured; constants are written into the graph."""
+        if expr.leaf != "constant":
+            return self.env[expr.leaf]
+        value, device = expr.args[0], self.env["q"].device
+        if value.numel() > _WRITTEN:
+            raise Unreadable("it holds a table, which is to be captured")
+        with _disable_current_modes():  # read, and not traced
+            held = value.flatten().tolist()
+        numbers = [torch.full((), v, dtype=value.dtype, device=device) for v in held]
+        return numbers[0] if value.dim() == 0 else torch.stack(numbers).reshape(value.shape)
 
     def _upcast(self, value: Any) -> Any:
         if self.exact and isinstance(value, torch.Tensor) and value.dtype.is_floating_point:

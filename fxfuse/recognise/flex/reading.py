@@ -17,12 +17,18 @@ from fxfuse.recognise.flex.choices import FlexCalls, Windows
 from fxfuse.recognise.flex.encoding import encode
 from fxfuse.recognise.flex.expression import INDICES, Expr, Unreadable, captured, expression, leaf
 from fxfuse.recognise.flex.forms import Problem, attention_form, decomposed_form
+from fxfuse.recognise.flex.positions import counted
 from fxfuse.recognise.flex.preview import is_constant, preview_form
 from fxfuse.recognise.flex.score import WORKING, Opaque, conjuncts, read_score
+from fxfuse.recognise.questions import Questions
 
 ULP = 8.0
 _SCORES = 1 << 20
 """More are not computed to ask what a mod means."""
+_PARTIAL = frozenset(
+    ["log", "log2", "log10", "log1p", "sqrt", "rsqrt", "pow", "asin", "acos", "acosh", "atanh", "logit"]
+)
+"""Not defined for every number: of captured tensors they are asked with the values that these have."""
 _LONGEST = 160
 """Numbers up to here are met by sequences that are longer."""
 
@@ -62,7 +68,7 @@ def _indexed(call: Flex) -> Iterator[tuple[Any, Any]]:
     query, key = fake(call.query).shape, fake(call.key).shape
     lengths = dict(zip(INDICES, (query[0], query[1], query[2], key[2]), strict=True))
     try:
-        score, mask = expressions(call)
+        score, mask = expressions(call, count=False)
     except Unreadable:
         return
     for expr in (e for root in (score, mask) for e in root.walk()):
@@ -76,7 +82,7 @@ def _rows(call: Flex) -> int:
     """The fewest rows of any table that captured integers index."""
     rows = [4]
     try:
-        exprs = [e for root in expressions(call) for e in root.walk() if e.name == "index"]
+        exprs = [e for root in expressions(call, count=False) for e in root.walk() if e.name == "index"]
     except Unreadable:
         return 4
     for expr in exprs:
@@ -105,7 +111,7 @@ def _roots(pairs: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
 def _beyond(call: Flex, lengths: Sequence[Any], batch: Any) -> Iterator[tuple[Any, int]]:
     """Lengths that exceed every number in the mods, if they are not too long to compute with."""
     try:
-        numbers = [n for root in expressions(call) for expr in root.walk() for n in _integers(expr)]
+        numbers = [n for root in expressions(call, count=False) for expr in root.walk() for n in _integers(expr)]
     except Unreadable:
         return
     largest = max([0, *(n for n in numbers if n <= _LONGEST)])
@@ -119,9 +125,9 @@ def _integers(expr: Expr) -> Iterator[int]:
     yield from (abs(n) for n in numbers if isinstance(n, int) and not isinstance(n, bool))
 
 
-def read(region: Region, calls: FlexCalls = "standard", windows: Windows = "mask") -> Found | Reason:
+def read(region: Region, ask: Questions, calls: FlexCalls = "standard", windows: Windows = "mask") -> Found | Reason:
     """One Attention where the mods allow it, and else the primitives, or the operator that is asked for."""
-    problem = problem_of(region)
+    problem = problem_of(region, ask)
     if isinstance(problem, Reason):
         return problem
     position: Any = region.output.args[1]
@@ -142,17 +148,23 @@ def read(region: Region, calls: FlexCalls = "standard", windows: Windows = "mask
         ulp=ULP,
         averaging=True,
         otherwise=_kept(problem, calls, "it could not be proven"),
+        from_leaves=problem.from_leaves,
     )
 
 
-def problem_of(region: Region) -> Problem | Reason:
+def problem_of(region: Region, ask: Questions) -> Problem | Reason:
     """The call in a region, its mods as expressions."""
     call = next(found for n in region.nodes if (found := flex(n)) is not None)
     try:
         mod, mask = expressions(call)
     except Unreadable as error:
         return Reason(f"flex_attention with a mod that cannot be read: {error}", 3)
-    return Problem(call, region, mod, conjuncts(mask))
+    buffers = (*call.score_buffers, *call.mask_buffers)
+    counts = any(counted(b) is not None for b in buffers)
+    # Of other tensors in their places, which may count or not, nothing is said.
+    ask.read_leaves = ask.read_leaves or bool(buffers)
+    partial = any(e.name in _PARTIAL and e.leaves - {"score", *INDICES} for root in (mod, mask) for e in root.walk())
+    return Problem(call, region, mod, conjuncts(mask), counts or partial)
 
 
 def _kept(problem: Problem, calls: FlexCalls, why: str) -> Found:
@@ -161,16 +173,24 @@ def _kept(problem: Problem, calls: FlexCalls, why: str) -> Found:
     if calls == "standard" or is_constant(problem):
         return decomposed
     parameters = {"scale": problem.call.scale, "no Attention": why}
-    return Found("FlexAttention", parameters, (preview_form(problem),), ulp=ULP, averaging=True, otherwise=decomposed)
+    return Found(
+        "FlexAttention",
+        parameters,
+        (preview_form(problem),),
+        ulp=ULP,
+        averaging=True,
+        otherwise=decomposed,
+        from_leaves=problem.from_leaves,
+    )
 
 
 def _decomposed(problem: Problem, output: str, why: str) -> Found:
     form = decomposed_form(problem, output)
-    return Found("Attention", {}, (form,), ulp=ULP, averaging=True, decomposed=why)
+    return Found("Attention", {}, (form,), ulp=ULP, averaging=True, decomposed=why, from_leaves=problem.from_leaves)
 
 
-def expressions(call: Flex) -> tuple[Expr, Expr]:
-    """The score and the mask function.
+def expressions(call: Flex, *, count: bool = True) -> tuple[Expr, Expr]:
+    """The score and the mask function; `count`: of tensors that only count, what they count and not where it is read.
 
     Raises:
         Unreadable: one of them uses what has no meaning on grids.
@@ -178,6 +198,6 @@ def expressions(call: Flex) -> tuple[Expr, Expr]:
     indices = [leaf(name, torch.int64) for name in INDICES]
     score = leaf("score", WORKING)
     return (
-        expression(call.score_mod, [score, *indices, *captured("score", call.score_buffers)]),
-        expression(call.mask_mod, [*indices, *captured("mask", call.mask_buffers)]),
+        expression(call.score_mod, [score, *indices, *captured("score", call.score_buffers, count=count)]),
+        expression(call.mask_mod, [*indices, *captured("mask", call.mask_buffers, count=count)]),
     )

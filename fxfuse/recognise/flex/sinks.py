@@ -185,7 +185,7 @@ def _padded(t: Tensor, dims: int) -> Tensor:
 
 def read_with_sinks(region: Region, ask: Questions) -> Found | Reason:
     """One Attention with one more key, where the mods and the sinks allow it."""
-    problem = problem_of(region)
+    problem = problem_of(region, ask)
     if isinstance(problem, Reason):
         return problem
     score = read_score(problem.score)
@@ -198,4 +198,11 @@ def read_with_sinks(region: Region, ask: Questions) -> Found | Reason:
     encoding = encoding.with_mask
     what = f"{sinks.number:g}" if sinks.position is None else sinks.over
     form = attention_form(problem, encoding, sinks.column)
-    return Found("Attention", {**encoding.parts, "sinks": what}, (form,), ulp=ULP, averaging=True)
+    return Found(
+        "Attention",
+        {**encoding.parts, "sinks": what},
+        (form,),
+        ulp=ULP,
+        averaging=True,
+        from_leaves=problem.from_leaves,
+    )
