@@ -40,7 +40,9 @@ def genai_config(manifest: Manifest) -> dict[str, Any]:
     pad = model.pad if model.pad is not None else next(iter(model.eos), None)
     if pad is None:
         raise FxfuseError(
-            "neither a padding nor an end-of-text token", where="--package genai", hint="set one in the model's config"
+            "neither a padding nor an end-of-text token",
+            where="--package genai",
+            hint="set one in the model's config; for torchtune's, in a config.json beside the --checkpoint",
         )
     layer = cache.layers[0]
     decoder: dict[str, Any] = {
