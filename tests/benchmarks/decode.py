@@ -1,4 +1,4 @@
-"""What a decoding step costs: ``python -m tests.benchmarks.decode [--shape smollm2-135m]``.
+"""What a decoding step costs: ``python -m tests.benchmarks.decode [--shape smollm2-135m --layers 4]``.
 
 A Llama with grouped heads and random weights in three ways, on ONNX Runtime's CPU provider with one thread:
 
@@ -192,6 +192,7 @@ def resident() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=[*SHAPES], default="small")
+    parser.add_argument("--layers", type=int, help="so many of the shape's, and as large a share of its vocabulary")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
@@ -200,6 +201,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     shape, batch = SHAPES[arguments.shape], arguments.batch
+    if arguments.layers:
+        words = shape["vocab_size"] * arguments.layers // shape["num_hidden_layers"]
+        shape = {**shape, "num_hidden_layers": arguments.layers, "vocab_size": words}
     llama = model(shape)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
