@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ PADDED = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
 
 def build(name: str) -> Any:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+    return AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])).eval()
 
 
 def positions(mask: torch.Tensor) -> torch.Tensor:
