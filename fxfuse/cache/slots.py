@@ -31,7 +31,7 @@ def count_slots(program: ExportedProgram) -> None:
             new = new.args[1]
         with program.graph.inserting_before(node):
             add = _adder(program.graph)
-            length = fake(new).shape[axis]
+            length: Any = fake(new).shape[axis]
             count = add(torch.ops.aten.sym_size.int, new, axis) if isinstance(length, torch.SymInt) else length
             steps = add(torch.ops.aten.arange.default, count, device=fake(start).device)
             first = add(torch.ops.aten.reshape.default, start, [1])
