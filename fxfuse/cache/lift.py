@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 
 from fxfuse.cache.counters import count_from_first
 from fxfuse.cache.mutations import STATE, WRITES, Mutation, in_place, mutations
+from fxfuse.cache.slots import count_slots
 from fxfuse.errors import FxfuseError
 from fxfuse.graph.program import copy_program
 from fxfuse.graph.source import source_line
@@ -198,7 +199,9 @@ def _as_inputs(functional: ExportedProgram, lines: dict[str, str | None]) -> Lif
         verifiers=result.verifiers,
     )
     program.graph_module.meta.update(functional.graph_module.meta)
-    for state, value in zip(states, returned[-len(states) :], strict=True):
+    count_slots(program)
+    final: Any = program.graph.output_node().args[0]
+    for state, value in zip(states, final[-len(states) :], strict=True):
         if state.initial is not None:
             count_from_first(program, nodes[state.placeholder], state.initial, value)
     return Lifted(program, tuple(states))

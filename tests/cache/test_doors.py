@@ -9,6 +9,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -20,6 +21,8 @@ import fxfuse.onnx
 from fxfuse.cache import lift
 from fxfuse.cli import main
 from fxfuse.errors import FxfuseError
+from fxfuse.report.record import schema
+from tests.cache.test_lift import Cache
 
 Write = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -174,6 +177,26 @@ def test_the_command_line_lifts_and_says_so(kind: str, tmp_path: Path, capsys: p
     assert "test_doors.py" in state["source"] and f"present.{name}" in printed.out
     assert state["initial"] == (0 if kind == "counter" else None)
     follow(out / "model.onnx", kind)
+
+
+def build_cache() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    return Cache("index_copy_").eval(), (torch.randn(1, 2, 16), torch.tensor([0, 1]))
+
+
+def test_the_command_line_names_caches_by_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "report.json"
+    code = main(["export", f"{__name__}:build_cache", "--out", str(tmp_path / "out"), "--report", str(page)])
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    record = json.loads(page.read_text())
+    jsonschema.validate(record, schema())
+    names = {state["input"]: (state["output"], state["target"], state["initial"]) for state in record["states"]}
+    assert names == {
+        "past_key_values.0.key": ("present.0.key", "k", 0),
+        "past_key_values.0.value": ("present.0.value", "v", 0),
+    }
+    assert record["parity"] and all(check["result"]["passed"] for check in record["parity"])
+    assert "k is state: input past_key_values.0.key" in printed.out
 
 
 @pytest.mark.parametrize("kind", FEW)

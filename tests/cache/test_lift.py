@@ -161,3 +161,25 @@ def test_the_plugin_drops_nothing(module: nn.Module) -> None:
         torch.onnx.export(module.eval(), (x,), dynamo=True, opset_version=24, verbose=False)
     chain = [caught.value, caught.value.__cause__]
     assert any(isinstance(error, FxfuseError) for error in chain)
+
+
+class Reveals(nn.Module):
+    """Causal in the first call only: the mask is a buffer that is written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.ones(5, 5, dtype=torch.bool).tril())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.scaled_dot_product_attention(x, x, x, self.mask)
+        self.mask.fill_(True)
+        return y
+
+
+def test_what_is_written_to_is_no_constant() -> None:
+    x = torch.randn(1, 2, 5, 8)
+    fused = fxfuse.fuse(torch.export.export(Reveals(), (x,)))
+    assert fxfuse.report(fused).counts == {"Attention": 1}
+    module, model = fused.module(), Reveals()
+    for _ in range(2):
+        torch.testing.assert_close(module(x), model(x))
