@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from operator import attrgetter
 from typing import Any, Literal, get_args
@@ -13,6 +14,7 @@ from torch.fx import Node
 
 from fxfuse.cache.mutations import mutations
 from fxfuse.errors import FxfuseError
+from fxfuse.graph.flex import flex
 from fxfuse.graph.region import Region
 from fxfuse.graph.unread import vmaps_closed, with_brackets
 from fxfuse.graph.view import fake, op_name, static, tensor
@@ -125,19 +127,19 @@ class Questions:
         """Random sources, and others drawn freely or computed from the program's leaves."""
         sources = self.draws(region.sources, evaluator, seed, crop=region.crop)
         others = (
-            self.leaf_values(region.others, evaluator, seed + 1, cover=seed % 2 == 0)
+            self.leaf_values(region.others, evaluator, seed + 1, cover=seed % 2 == 0, below=_below(region))
             if from_leaves
             else self.draws(region.others, evaluator, seed + 1, high=region.below)
         )
         return sources + others
 
     def leaf_values(
-        self, nodes: Iterable[Node], evaluator: Evaluator, seed: int, *, cover: bool = False
+        self, nodes: Iterable[Node], evaluator: Evaluator, seed: int, *, cover: bool = False, below: int | None = None
     ) -> list[torch.Tensor]:
         """Values of `nodes` computed from the program's own constants and from random inputs.
 
-        Integer inputs (positions, ids) are drawn below the length of every table they index; `cover` counts
-        through them instead, so that a long enough sequence meets every row.
+        Integer inputs (positions, ids) are drawn below the length of every table they index, and `below`; `cover`
+        counts through them instead, so that a long enough sequence meets every row.
 
         Raises:
             CannotEvaluate: a leaf has no data (meta), or too much would have to be computed.
@@ -146,7 +148,7 @@ class Questions:
         wanted = list(nodes)
         ancestors = _ancestors(wanted)
         gen = generator(seed)
-        high = _table_rows(ancestors)
+        high = min(_table_rows(ancestors), below or sys.maxsize)
         env: dict[Node, torch.Tensor] = {}
         for node in ancestors:
             if node.op != "placeholder" or tensor(node) is None:
@@ -263,6 +265,11 @@ def _integers(arg: Any) -> Iterable[int]:
 
 def _is_size(node: Node) -> bool:
     return isinstance(node.meta.get("val"), (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def _below(region: Region) -> int | None:
+    """Integers that the mods of a flex_attention index tables with, which the graph does not show."""
+    return region.below if any(flex(n) for n in region.nodes) else None
 
 
 def _table_rows(nodes: Iterable[Node]) -> int:

@@ -65,7 +65,9 @@ def in_a_plane(m):
 
 ONE_NODE = {
     "table by difference": score(by_difference),
-    "from the end of a table": score(lambda m: lambda s, b, h, q, kv: s + m.buckets[h, -1 - (q - kv).abs().clamp(max=9)]),
+    "from the end of a table": score(
+        lambda m: lambda s, b, h, q, kv: s + m.buckets[h, -1 - (q - kv).abs().clamp(max=9)]
+    ),
     "bytes that wrap": mask(of_bytes),
     "small integers": score(of_small_integers),
     "bits": mask(of_bits),
@@ -81,7 +83,8 @@ ONE_NODE = {
     "exclusive or, negated": mask(lambda m: lambda b, h, q, kv: ~((q < kv) ^ m.is_global[kv]) | (q == kv)),
     "torch.logical": mask(
         lambda m: lambda b, h, q, kv: torch.logical_or(
-            torch.logical_and(q >= kv, torch.logical_not(m.is_global[kv])), torch.logical_xor(m.bidirectional[b], kv == 0)
+            torch.logical_and(q >= kv, torch.logical_not(m.is_global[kv])),
+            torch.logical_xor(m.bidirectional[b], kv == 0),
         )
     ),
     "a mask for each sequence": mask(
@@ -108,7 +111,9 @@ ONE_NODE = {
     ),
     "divisions": mask(
         lambda m: lambda b, h, q, kv: (
-            (torch.div(q - kv, 4, rounding_mode="trunc") <= 0) | ((kv - q) // 4 <= -3) | (torch.floor(q / 4).int() == kv)
+            (torch.div(q - kv, 4, rounding_mode="trunc") <= 0)
+            | ((kv - q) // 4 <= -3)
+            | (torch.floor(q / 4).int() == kv)
         )
     ),
     "shifts": mask(lambda m: lambda b, h, q, kv: (q >> 2) >= (kv >> 2)),

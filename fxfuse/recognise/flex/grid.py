@@ -74,11 +74,10 @@ class Grid:
             if expr.name in _LOGICAL and tensors and all(t.dtype == torch.bool for t in tensors):
                 return _LOGICAL[expr.name](*args)
         target = expr.target
-        overload = getattr(getattr(target, "overloadpacket", None), "Tensor", None)
-        if overload is not None and any(isinstance(a, torch.SymInt) for a in args):
+        if getattr(target, "_overloadname", "") == "Scalar" and any(isinstance(a, torch.SymInt) for a in args):
             # Operators of a number are translated to ONNX for numbers that are known.
             args = tuple(_as_tensor(a) if isinstance(a, torch.SymInt) else a for a in args)
-            target = overload
+            target = target.overloadpacket.Tensor  # type: ignore[attr-defined]
         return target(*args, **kwargs)
 
     def _raw(self, expr: Expr) -> Any:

@@ -127,40 +127,42 @@ def _integers(expr: Expr) -> Iterator[int]:
 
 def read(region: Region, ask: Questions, calls: FlexCalls = "standard", windows: Windows = "mask") -> Found | Reason:
     """One Attention where the mods allow it, and else the primitives, or the operator that is asked for."""
-    problem = problem_of(region, ask)
+    problem, plain = problem_of(region, ask), problem_of(region, ask, count=False)
     if isinstance(problem, Reason):
         return problem
+    if isinstance(plain, Reason):
+        return plain
     position: Any = region.output.args[1]
     output = OUTPUTS[position]
     if output != "output":
         why = f"{output} is no output of Attention: it is computed beside it"
-        return _decomposed(problem, output, why)
+        return _decomposed(plain, output, why)
     score = read_score(problem.score)
     encoding = score if isinstance(score, Opaque) else encode(score, problem.mask, problem.call.scale, windows)
     if isinstance(encoding, Opaque):
-        return _kept(problem, calls, encoding.reason)
+        return _kept(plain, calls, encoding.reason)
     if calls == "preview_only":
-        return _kept(problem, calls, "FlexAttention alone is asked for")
+        return _kept(plain, calls, "FlexAttention alone is asked for")
     return Found(
         "Attention",
         encoding.parts,
         (attention_form(problem, encoding),),
         ulp=ULP,
         averaging=True,
-        otherwise=_kept(problem, calls, "it could not be proven"),
+        otherwise=_kept(plain, calls, "it could not be proven"),
         from_leaves=problem.from_leaves,
     )
 
 
-def problem_of(region: Region, ask: Questions) -> Problem | Reason:
-    """The call in a region, its mods as expressions."""
+def problem_of(region: Region, ask: Questions, *, count: bool = True) -> Problem | Reason:
+    """The call in a region, its mods as expressions; see `expressions`."""
     call = next(found for n in region.nodes if (found := flex(n)) is not None)
     try:
-        mod, mask = expressions(call)
+        mod, mask = expressions(call, count=count)
     except Unreadable as error:
         return Reason(f"flex_attention with a mod that cannot be read: {error}", 3)
     buffers = (*call.score_buffers, *call.mask_buffers)
-    counts = any(counted(b) is not None for b in buffers)
+    counts = count and any(counted(b) is not None for b in buffers)
     # Of other tensors in their places, which may count or not, nothing is said.
     ask.read_leaves = ask.read_leaves or bool(buffers)
     partial = any(e.name in _PARTIAL and e.leaves - {"score", *INDICES} for root in (mod, mask) for e in root.walk())
