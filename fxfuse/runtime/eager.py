@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fxfuse.errors import FxfuseError
-from fxfuse.runtime.positions import Positions, check_chunk, checked, last
+from fxfuse.runtime.positions import Positions, checked, last
 
 
 class EagerSession:
@@ -44,7 +44,8 @@ class EagerSession:
     ) -> torch.Tensor:
         """The logits [B, V] after each row's last token; see `Session.prefill`."""
         ids, mask = checked(input_ids, attention_mask)
-        check_chunk(chunk)
+        if chunk is not None and chunk < 1:
+            raise FxfuseError(f"chunk={chunk}", where="chunk", hint="a number of columns, 1 or more")
         final = last(mask)
         width = chunk or ids.shape[1]
         parts = [slice(start, start + width) for start in range(0, ids.shape[1], width)]
@@ -59,8 +60,11 @@ class EagerSession:
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Row i of the cache becomes what row ``rows[i]`` was."""
-        index = self._positions.reorder(rows)
-        self._cache.reorder_cache(index.to(self.model.device))
+        batch = 0 if self._cache is None else len(self._positions.mask)
+        if rows.ndim != 1 or len(rows) == 0 or not bool(((rows >= 0) & (rows < batch)).all()):
+            raise FxfuseError(f"{rows.tolist()} are not rows of {batch}", where="rows")
+        self._positions.reorder(rows)
+        self._cache.reorder_cache(rows)
 
     @torch.no_grad()
     def _run(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

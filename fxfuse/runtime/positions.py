@@ -50,17 +50,8 @@ class Positions:
         before = self.mask.sum(-1, keepdim=True) if self.length else torch.zeros(len(mask), 1, dtype=torch.int64)
         return before + torch.arange(mask.shape[1])
 
-    def reorder(self, rows: torch.Tensor) -> torch.Tensor:
-        """Row i becomes what row ``rows[i]`` was; the rows as int64 [B].
-
-        Raises:
-            FxfuseError: there are no such rows.
-        """
-        index = rows.to("cpu", torch.int64)
-        if index.ndim != 1 or len(index) == 0 or not bool(((index >= 0) & (index < len(self.mask))).all()):
-            raise FxfuseError(f"{rows.tolist()} are not rows of {len(self.mask)}", where="rows")
-        self.mask = self.mask[index]
-        return index
+    def reorder(self, rows: torch.Tensor) -> None:
+        self.mask = self.mask[rows]
 
 
 def checked(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,12 +73,6 @@ def checked(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tup
     if not bool(mask.any(-1).all()):
         raise FxfuseError("a row without a token", where="attention_mask")
     return ids, mask
-
-
-def check_chunk(chunk: int | None) -> None:
-    """Raises FxfuseError unless it is a number of columns, or None."""
-    if chunk is not None and chunk < 1:
-        raise FxfuseError(f"chunk={chunk}", where="chunk", hint="a number of columns, 1 or more")
 
 
 def last(mask: torch.Tensor) -> torch.Tensor:

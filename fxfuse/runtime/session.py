@@ -12,7 +12,7 @@ import torch
 from fxfuse.errors import FxfuseError
 from fxfuse.onnx.manifest import Stage, place_of, read_manifest
 from fxfuse.parity import require_onnxruntime
-from fxfuse.runtime.positions import Positions, check_chunk, checked, last
+from fxfuse.runtime.positions import Positions, checked, last
 
 DTYPES = {"float32": np.float32, "float16": np.float16}
 
@@ -88,7 +88,8 @@ class Session:
             FxfuseError: shapes that do not fit, or more tokens than a static cache has room for.
         """
         ids, mask = checked(input_ids, attention_mask)
-        check_chunk(chunk)
+        if chunk is not None and chunk < 1:
+            raise FxfuseError(f"chunk={chunk}", where="chunk", hint="a number of columns, 1 or more")
         final, result = last(mask), None
         width = chunk or ids.shape[1]
         for start in range(0, ids.shape[1], width):
@@ -115,7 +116,11 @@ class Session:
 
         A static cache stays in its buffers when there are as many rows as before.
         """
-        index = self._positions.reorder(rows).numpy()
+        index = rows.to("cpu", torch.int64).numpy()
+        batch = len(self._positions.mask)
+        if index.ndim != 1 or len(index) == 0 or not ((index >= 0) & (index < batch)).all():
+            raise FxfuseError(f"{rows.tolist()} are not rows of {batch}", where="rows")
+        self._positions.reorder(rows.to("cpu", torch.int64))
         for name, value in self._cache.items():
             chosen = value.numpy()[index]
             if self.manifest.cache.form != "growing" and chosen.shape == value.numpy().shape:
