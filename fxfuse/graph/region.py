@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from fxfuse.graph.view import ASSERTIONS, LAYOUT, GraphView, is_pure, op_name, size_text, tensor
+from fxfuse.graph.view import ASSERTIONS, LAYOUT, GraphView, is_pure, is_size, op_name, size_text, tensor
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def between(
         if node in depends:
             stack.pop()
             continue
-        if view.order[node] < first or node.op != "call_function" or _is_size(node):
+        if view.order[node] < first or node.op != "call_function" or is_size(node):
             depends[node] = False
             stack.pop()
             continue
@@ -189,7 +189,3 @@ def spelled_out(reference: Node) -> str:
     for node in found.graph.nodes:
         parts.append(spelled_out(node) if node.op == "get_attr" else f"{node.target}{node.args}{dict(node.kwargs)}")
     return "{" + ";".join(parts) + "}"
-
-
-def _is_size(node: Node) -> bool:
-    return isinstance(node.meta.get("val"), (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool))

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from fxfuse.graph.wrapped import Wrapped, wrapped
+
 LAYOUT = frozenset(
     [
         "view",
@@ -78,6 +80,8 @@ LAYOUT = frozenset(
 CAST = frozenset(["to", "_to_copy", "type_as", "float", "half", "bfloat16", "double"])
 NO_OP = frozenset(["dropout", "feature_dropout", "native_dropout", "alpha_dropout", "identity"])
 """Random in training, the identity in evaluation: allowed only as the identity."""
+ALIASES = frozenset(["getitem", "reshape", "flatten", "contiguous", "to", "type_as"]) | NO_OP
+"""What may be a view though its schema does not say so."""
 ARITHMETIC = frozenset(
     [
         "mul",
@@ -144,6 +148,11 @@ def fake(node: Node) -> torch.Tensor:
     value = tensor(node)
     assert value is not None, f"{node.name} is not a tensor"
     return value
+
+
+def is_size(node: Node) -> bool:
+    """Is it a number, and no tensor?"""
+    return isinstance(node.meta.get("val"), (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
 def is_float(node: Node) -> bool:
@@ -275,23 +284,25 @@ def storage_roots(node: Node) -> set[Node]:
         if current in roots:
             continue
         roots.add(current)
-        if _may_alias(current) and isinstance(current.args[0], Node):
-            stack.append(current.args[0])
+        stack.extend(bases(current))
     return roots
 
 
-def _may_alias(node: Node) -> bool:
-    if node.op != "call_function" or not node.args:
-        return False
-    name = op_name(node)
-    if name in {"getitem", "reshape", "flatten", "contiguous", "to", "type_as"} or name in NO_OP:
-        return True
+def bases(node: Node) -> list[Node]:
+    """The nodes whose storage its value may be a view of, or that it may be itself."""
+    if (inside := wrapped(node)) is not None:
+        return [o for o in inside.operands if isinstance(o, Node)]
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
+        return []
     schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(r.alias_info is not None for r in schema.returns)
+    aliases = schema is not None and any(r.alias_info is not None for r in schema.returns)
+    return [node.args[0]] if aliases or op_name(node) in ALIASES else []
 
 
 def mutated(node: Node) -> set[Node]:
     """The storages that this node writes to in place."""
+    if (inside := wrapped(node)) is not None:
+        return _mutated_inside(inside)
     schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None
     if schema is None or not schema.is_mutable:
         return set()
@@ -303,3 +314,11 @@ def mutated(node: Node) -> set[Node]:
                 if isinstance(target, Node):
                     found |= storage_roots(target)
     return found
+
+
+def _mutated_inside(inside: Wrapped) -> set[Node]:
+    """Of a subgraph, the storages of operands that it writes to."""
+    given = [n for n in inside.nodes if n.op == "placeholder"]
+    written = {root for n in inside.nodes for root in mutated(n)}
+    operands = [o for n, o in zip(given, inside.operands, strict=True) if n in written and isinstance(o, Node)]
+    return {root for operand in operands for root in storage_roots(operand)}

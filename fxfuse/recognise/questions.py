@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from operator import attrgetter
 from typing import Any, Literal, get_args
 
@@ -17,8 +17,9 @@ from fxfuse.errors import FxfuseError
 from fxfuse.graph.flex import flex
 from fxfuse.graph.region import Region
 from fxfuse.graph.unread import vmaps_closed, with_brackets
-from fxfuse.graph.view import fake, op_name, static, tensor
+from fxfuse.graph.view import fake, is_random, mutated, op_name, static, tensor
 from fxfuse.graph.wrapped import flattened
+from fxfuse.graph.writes import Unclear, shares_storage, with_writes
 from fxfuse.recognise.evaluate import CannotEvaluate, Evaluator, draw, generator
 from fxfuse.recognise.flex.choices import FlexCalls, Windows
 from fxfuse.recognise.sizes import Sizes, ranges_of
@@ -157,7 +158,8 @@ class Questions:
             if constant is not None:
                 if constant.is_meta:
                     raise CannotEvaluate(f"the constant {node.name} has no data (meta device)")
-                env[node] = constant.detach().cpu().to(evaluator.dtype(constant.dtype))
+                copy = any(mutated(n) for n in ancestors)  # nothing is written to the caller's
+                env[node] = constant.detach().to("cpu", evaluator.dtype(constant.dtype), copy=copy)
             elif cover and not fake(node).dtype.is_floating_point and fake(node).dtype != torch.bool:
                 shape = evaluator.sizes.shape(node)
                 count = torch.Size(shape).numel()
@@ -167,6 +169,7 @@ class Questions:
         env.update({n: _attribute(n) for n in ancestors if n.op == "get_attr"})
         with vmaps_closed():
             values = evaluator.run([n for n in with_brackets(ancestors) if n.op == "call_function"], env)
+        _check_views(ancestors, values)
         return [values[n] for n in wanted]
 
     def one_number(self, node: Node, evaluator: Evaluator) -> torch.Tensor | None:
@@ -193,7 +196,10 @@ class Questions:
             ancestors = _ancestors([node])
         except CannotEvaluate:
             return True
-        return any(n.op == "placeholder" and tensor(n) is not None and n.name not in self._constants for n in ancestors)
+        return any(
+            is_random(n) or (n.op == "placeholder" and tensor(n) is not None and n.name not in self._constants)
+            for n in ancestors
+        )
 
 
 def _constants(program: ExportedProgram) -> dict[str, torch.Tensor]:
@@ -223,29 +229,37 @@ def _lengths(program: ExportedProgram) -> Iterator[tuple[Any, Any]]:
                 yield _any(fake(value).shape[-2]), _any(fake(key).shape[-2])
 
 
+def _check_views(nodes: list[Node], values: Mapping[Node, Any]) -> None:
+    """
+    Raises:
+        CannotEvaluate: something was written to a copy here that is a view in the program.
+    """
+    if not any(mutated(n) for n in nodes):
+        return
+    for node in nodes:
+        base = values.get(node.args[0]) if shares_storage(node) else None  # type: ignore[arg-type]
+        if (
+            isinstance(base, torch.Tensor)
+            and base.untyped_storage().data_ptr() != values[node].untyped_storage().data_ptr()
+        ):
+            raise CannotEvaluate(f"{node.name} is a copy at the probed sizes, and no view")
+
+
 def _attribute(node: Node) -> Any:
     """The constant that a node refers to."""
     return attrgetter(str(node.target))(node.graph.owning_module)
 
 
 def _ancestors(nodes: Iterable[Node]) -> list[Node]:
-    """Everything that the tensors are computed from, in graph order; sizes stay symbols."""
-    seen: set[Node] = set()
-    order: list[Node] = []
-    stack: list[tuple[Node, bool]] = [(n, False) for n in nodes]
-    while stack:
-        node, ready = stack.pop()
-        if ready:
-            order.append(node)
-            continue
-        if node in seen:
-            continue
-        seen.add(node)
-        if len(seen) > _LIMIT:
-            raise CannotEvaluate("too much of the program would have to be computed")
-        stack.append((node, True))
-        stack.extend((i, False) for i in node.all_input_nodes if not _is_size(i))
-    return order
+    """Everything that the tensors are computed from, writes in place included, in graph order.
+
+    Raises:
+        CannotEvaluate: too much, or it cannot be told.
+    """
+    try:
+        return with_writes(nodes, _LIMIT)
+    except Unclear as error:
+        raise CannotEvaluate(str(error)) from error
 
 
 def _any(value: Any) -> Any:
@@ -261,10 +275,6 @@ def _integers(arg: Any) -> Iterable[int]:
     elif isinstance(arg, (list, tuple)):
         for value in arg:
             yield from _integers(value)
-
-
-def _is_size(node: Node) -> bool:
-    return isinstance(node.meta.get("val"), (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
 def _below(region: Region) -> int | None:
