@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fxfuse.graph.layout import cancel_layouts, real_before_layout
 from fxfuse.graph.region import Region
 from fxfuse.graph.unread import remove_unread
-from fxfuse.graph.view import ASSERTIONS, fake, is_pure, mutated, op_name, storage_roots
+from fxfuse.graph.view import ASSERTIONS, fake, is_pure, mutated, op_name, touches
 
 KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "custom")
 INSERTED = "fxfuse_inserted"
@@ -137,13 +137,13 @@ class Splicer:
     def _share(self) -> None:
         """One cos slice, one mask for all layers: equal insertions become the first of them.
 
-        Those that read what is written to in place are not equal, though they look it.
+        Those that read what is written to in place, or are written to, are not equal, though they look it.
         """
         written = {root for node in self.graph.nodes for root in mutated(node)}
         order = {n: i for i, n in enumerate(self.graph.nodes)}
         first: dict[Any, Node] = {}
         for node in sorted(self._inserted, key=order.__getitem__):
-            if not is_pure(node) or (written and any(storage_roots(i) & written for i in node.all_input_nodes)):
+            if not is_pure(node) or touches(node, written):
                 continue
             key = (node.target, repr(node.args), repr(node.kwargs))
             original = first.setdefault(key, node)

@@ -265,7 +265,7 @@ class GraphView:
 
         for node in self.nodes:
             result[node] = node
-            if not is_pure(node) or (written and storage_roots(node) & written):
+            if not is_pure(node) or touches(node, written):
                 continue
             key = (node.target, number(node.args), tuple((k, number(v)) for k, v in sorted(node.kwargs.items())))
             result[node] = first.setdefault(key, node)
@@ -286,6 +286,11 @@ def storage_roots(node: Node) -> set[Node]:
         roots.add(current)
         stack.extend(bases(current))
     return roots
+
+
+def touches(node: Node, written: set[Node]) -> bool:
+    """Does it read one of these storages, or may its value be in one?"""
+    return bool(written) and any(storage_roots(n) & written for n in (node, *node.all_input_nodes))
 
 
 def bases(node: Node) -> list[Node]:

@@ -86,7 +86,7 @@ class Questions:
             if ancestor.name in self._constants:
                 numbers.extend(self._constants[ancestor.name].shape)
                 flat = self._constants[ancestor.name]
-                if flat.numel() == 1 and not flat.is_meta:
+                if flat.numel() == 1 and not flat.is_meta and bool(flat.isfinite()):
                     numbers.append(int(flat))
             largest = max([largest, *(abs(n) for n in numbers if abs(n) < 2**31 - 1)])
         symbols = {

@@ -53,6 +53,13 @@ def through_a_view_without_gradients(length: int) -> Tensor:
     return mask
 
 
+def row_by_row(length: int) -> Tensor:
+    mask = torch.zeros(length, length)
+    for row in range(3):
+        mask[row, row + 1 :] = float("-inf")
+    return mask
+
+
 class Masked(nn.Module):
     def __init__(self, mask) -> None:
         super().__init__()
@@ -73,6 +80,24 @@ class BeforeAndAfter(nn.Module):
         before = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         mask[:, :2] = 0
         return before + F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+class WrittenResult(nn.Module):
+    """Two equal norms, one of which is written to; squares of the same tensor before and after it changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(16))
+
+    def norm(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, y = self.norm(x), self.norm(x), x.clone()
+        a[0] = 1
+        before = y.pow(2).mean(-1, keepdim=True)
+        y.add_(1)
+        return a + b + self.norm(y) + before
 
 
 class Signs(nn.Module):
@@ -122,6 +147,7 @@ def fused_equals_eager(model: nn.Module, args: tuple[Tensor, ...], dynamic: bool
         (first_row_sees_all, False),
         (prefix, False),
         (of_a_copy, False),
+        (row_by_row, False),
         (without_gradients, False),
         (through_a_view_without_gradients, False),
     ],
@@ -136,6 +162,11 @@ def test_a_mask_is_what_was_written_into_it(mask, is_causal: bool, dynamic: bool
 def test_two_that_look_equal_are_not_with_a_write_between(dynamic: bool) -> None:
     qkv = tuple(torch.randn(2, 3, 9, 16) for _ in range(3))
     assert len(fused_equals_eager(BeforeAndAfter(), qkv, dynamic)) == 2
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_two_that_look_equal_are_not_if_one_is_written_to(dynamic: bool) -> None:
+    assert len(fused_equals_eager(WrittenResult(), (torch.randn(4, 5, 16),), dynamic)) == 3
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
