@@ -69,7 +69,7 @@ def _window(graph: ir.Graph, mask: ir.Value) -> tuple[int, float] | None:
             if found.dtype != bool:
                 if np.any(found[seen] != 0):
                     return None  # a bias
-                lowest = max(lowest, float(found[~seen].max()))
+                lowest = max(lowest, float(found[~seen].max(initial=-np.inf)))
     except FxfuseError:  # it mentions numbers that are too large to go beyond
         return None
     return size, lowest

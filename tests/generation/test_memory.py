@@ -22,6 +22,7 @@ def grown(form: str) -> int:
     return found[-1] - found[0]
 
 
+@pytest.mark.slow
 def test_a_step_in_place_takes_no_more_than_the_one_before() -> None:
     assert grown("whole") <= STEPS * TOKEN / 8
 

@@ -140,6 +140,7 @@ def fixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 12, 15])
 def test_a_prompt_longer_than_what_a_graph_takes(length: int, fixed: Path, eager: EagerSession) -> None:
     ids = torch.arange(5, 5 + 2 * length).reshape(2, length)
@@ -153,6 +154,7 @@ def test_a_prompt_longer_than_what_a_graph_takes(length: int, fixed: Path, eager
         torch.testing.assert_close(session.step(more), eager.step(more), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_tokens_that_no_graph_takes(fixed: Path) -> None:
     session = Session(fixed / "prefill.onnx", threads=1)
     with pytest.raises(FxfuseError, match="of 6 tokens 2 are left over: a call takes 4"):

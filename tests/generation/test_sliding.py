@@ -44,6 +44,7 @@ def test_the_same_tokens_beyond_the_window(folder: Path) -> None:
     assert before.keys() == session.pointers.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, tiny.WINDOW - 1, tiny.WINDOW, tiny.WINDOW + 1, 3 * tiny.WINDOW])
 def test_a_pair_from_the_command_line(length: int, pair: Path) -> None:
     """What the model itself says of its whole text, of which each sliding layer sees W: the prompt in chunks too."""
@@ -55,6 +56,7 @@ def test_a_pair_from_the_command_line(length: int, pair: Path) -> None:
         assert generate(session, [prompt], max_new_tokens=NEW, chunk=chunk) == [expected]
 
 
+@pytest.mark.slow
 def test_the_pairs_rings_stay_where_they_are(pair: Path) -> None:
     session = Session(pair, max_length=96, threads=1)
     session.prefill(torch.arange(2, 52)[None])

@@ -17,7 +17,7 @@ from .rms_norm import RMSNorm
 from .rotary_embedding import Rotary
 
 SHARE = 0.95
-SOME = [(RMSNorm, 60), (Rotary, 50), (Attention, 50)]
+SOME = [(RMSNorm, 40), (Rotary, 30), (Attention, 30)]
 ALL = [(RMSNorm, 240), (Rotary, 400), (Attention, 320)]
 
 

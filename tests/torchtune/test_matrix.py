@@ -29,16 +29,17 @@ FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 DTYPES = {"float32": FLOAT, "float16": HALF, "bfloat16": BRAIN}
 
 ALL_VARIANTS = ("llama3", "gemma2", "phi3", "llama3_2_vision_decoder_one_table")
-"""Families whose every variant runs by default, in float32; the other variants, and those in half, are slow."""
+"""Families whose every variant runs by default, in float32; the others' only variant then is the plain one."""
 CAST = ("llama3", "gemma2", "phi3")
-"""Families that are also tested after `.to(dtype)`, which takes the caches along."""
+"""Families that run by default in half, too, and also after `.to(dtype)`, which takes the caches along."""
 
 
 def matrix() -> Iterator[Any]:
     for case in CASES:
         for variant in case.variants:
             for name, dtype in DTYPES.items():
-                default = variant == "plain" or (case.name in ALL_VARIANTS and dtype is FLOAT)
+                default = (variant == "plain" or case.name in ALL_VARIANTS) and dtype is FLOAT
+                default |= variant == "plain" and case.name in CAST
                 marks = () if default else pytest.mark.slow
                 yield pytest.param(case, variant, dtype, False, id=f"{case}-{variant}-{name}", marks=marks)
                 if case.name in CAST and variant == "plain" and dtype is not FLOAT:
