@@ -104,9 +104,10 @@ def _counts(writer: Node, asked: list[Node], included: Iterable[Node]) -> bool:
 
 
 def _is_read_after(node: Node, writer: Node) -> bool:
-    """
+    """Is it read after the writer, and not before? Never read is False.
+
     Raises:
-        Unclear: and before.
+        Unclear: before and after.
     """
     after = {reader > writer for reader in _readers(node) if reader is not writer}
     if len(after) > 1:

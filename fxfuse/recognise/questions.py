@@ -230,7 +230,8 @@ def _lengths(program: ExportedProgram) -> Iterator[tuple[Any, Any]]:
 
 
 def _check_views(nodes: list[Node], values: Mapping[Node, Any]) -> None:
-    """
+    """What was written to a view reached its base.
+
     Raises:
         CannotEvaluate: something was written to a copy here that is a view in the program.
     """
