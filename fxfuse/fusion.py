@@ -8,7 +8,7 @@ print(fxfuse.report(fused))
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -28,13 +28,14 @@ from fxfuse.graph.splice import Guarded, Splicer, trace
 from fxfuse.graph.view import GraphView
 from fxfuse.graph.wrapped import inline_layers
 from fxfuse.ops.registry import check_opset
-from fxfuse.recognise.answers import NEAR, Form, Found, Input, Pattern, Proposal, Reason
+from fxfuse.proof.evaluate import CannotEvaluate
+from fxfuse.proof.evidence import Evidence
+from fxfuse.proof.prove import Refused, prove
+from fxfuse.recognise.answers import NEAR, Found, Input, Pattern, Proposal, Reason
 from fxfuse.recognise.catalogue import catalogue
-from fxfuse.recognise.evaluate import CannotEvaluate
 from fxfuse.recognise.flex.choices import FlexCalls, Windows, check_flex_attention, check_windows
 from fxfuse.recognise.flex.reconstruct import reconstruct
-from fxfuse.recognise.proof import Refused, prove
-from fxfuse.recognise.questions import BlockMasks, Questions, check_block_masks
+from fxfuse.recognise.questions import BlockMasks, OutOfTime, Questions, check_block_masks
 from fxfuse.report.layer import calls, mark, one_layer
 from fxfuse.report.model import Entry, Report
 
@@ -52,6 +53,9 @@ def fuse(
     block_mask: BlockMasks = "check",
     flex_attention: FlexCalls = "standard",
     windows: Windows = "mask",
+    frozen: bool = False,
+    accept: Sequence[str] = (),
+    budget: float = 60.0,
 ) -> ExportedProgram:
     """Collapse every region that computes a known operator into one op that maps to one ONNX node.
 
@@ -69,6 +73,11 @@ def fuse(
             `score_mod`; ``"preview_only"``: instead of Attention too. No runtime has that operator yet.
         windows: what ``q - kv <= n`` in a mod becomes. ``"mask"``: a part of the Attention's mask. ``"attributes"``:
             `left_window_size` and `right_window_size`, which need opset 25 and a runtime that has it.
+        frozen: do persistent buffers keep what they hold? Every export to ONNX says so, for the file holds their
+            values. Otherwise `load_state_dict` may change them, and nothing is concluded from what they hold.
+        accept: refusals to overrule, by the names that the report gives them (``"clamp@model.py:12"``): the break is
+            taken for what it is between its bounds. The report goes on saying what was accepted.
+        budget: seconds after which the search for more ends; the report says so. What is fused by then stays.
 
     Returns:
         A new program. Nodes outside the fused regions are as they were, but for layers that run under `no_grad`: they
@@ -87,11 +96,17 @@ def fuse(
     started = time.perf_counter()
     result = copy_program(program)
     report = Report(opset, nodes_before=_calls(result.graph))
-    run = _Run(result, report, verify == "on", block_mask, flex_attention, windows)
+    until = started + budget
+    names = frozenset(accept)
+
+    def questions() -> Questions:
+        return Questions(result, block_mask, flex_attention, windows, frozen=frozen, accept=names, until=until)
+
+    run = _Run(result, report, verify == "on", questions)
     inline_layers(result)
     separate_outputs(list(result.graph.nodes))
     if block_mask == "reconstruct":
-        reconstruct(result, Questions(result))
+        reconstruct(result, questions())
     before = calls(result.graph)
     writes = functionalise(result.graph)
     # As torch.onnx captures and decomposes: its symbols may be 1, and a question whether they are would be a guard.
@@ -131,7 +146,15 @@ def report(program: object) -> Report:
 class _Match:
     region: Region
     found: Found
-    body: Graph
+    body: _Traced
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """A proven replacement."""
+
+    graph: Graph
+    evidence: Evidence | None
 
 
 @dataclass
@@ -141,24 +164,29 @@ class _Run:
     program: ExportedProgram
     report: Report
     verified: bool
-    block_mask: BlockMasks
-    flex_attention: FlexCalls
-    windows: Windows
-    answers: dict[tuple[str, str], Found | Reason] = field(default_factory=dict)
-    proofs: dict[tuple[str, str], Graph | str] = field(default_factory=dict)
+    questions: Callable[[], Questions]
+    answers: dict[tuple[int, str], Found | Reason] = field(default_factory=dict)
+    proofs: dict[tuple[int, str, str], _Traced | str] = field(default_factory=dict)
+    own: set[int] = field(default_factory=set)
+    """Answers that hold for what this program's constants and positions are."""
 
     def apply(self, pattern: Pattern) -> None:
         """Match the whole graph against one pattern, then rewrite it."""
         view = GraphView(self.program.graph)
-        ask = Questions(self.program, self.block_mask, self.flex_attention, self.windows)
+        ask = self.questions()
         matches: list[_Match] = []
         taken: set[Node] = set()
-        for proposal in self._guarded(pattern, self._timed("propose", pattern.propose(view, ask))):
-            if proposal.anchor not in taken:
-                match = self._decide(pattern, proposal, ask, taken)
-                if match is not None:
-                    matches.append(match)
-                    taken.update(match.region.computed)
+        try:
+            for proposal in self._guarded(pattern, self._timed("propose", pattern.propose(view, ask))):
+                ask.check_time()
+                if proposal.anchor not in taken:
+                    match = self._decide(pattern, proposal, ask, taken)
+                    if match is not None:
+                        matches.append(match)
+                        taken.update(match.region.computed)
+        except OutOfTime:
+            why = "the search ended here: its time was over (fuse(budget=…) gives it more)"
+            self._note(pattern, "near miss", (), None, reason=why)
         with self._clock("rewrite"):
             self._rewrite(matches)
 
@@ -176,7 +204,7 @@ class _Run:
                 found.append((region, answer))
                 if region.closed and proposal.best_rank is not None and answer.rank >= proposal.best_rank:
                     body = self._prove(pattern, region, answer, ask)
-                    if isinstance(body, Graph):
+                    if isinstance(body, _Traced):
                         return _Match(region, answer, body)
             elif nearest is None or answer.closeness > nearest[0].closeness:
                 nearest = (answer, region.nodes)
@@ -186,7 +214,7 @@ class _Run:
             while isinstance(body, str) and answer.otherwise is not None:
                 answer = answer.otherwise.after(f"as {answer.operator} it {body}")
                 body = self._prove(pattern, region, answer, ask)
-            if isinstance(body, Graph):
+            if isinstance(body, _Traced):
                 return _Match(region, answer, body)
             refusal = refusal or (body, region, answer)
         if refusal is not None:
@@ -205,36 +233,56 @@ class _Run:
 
     def _recognise(self, pattern: Pattern, region: Region, ask: Questions) -> Found | Reason:
         with self._clock("recognise"):
-            for key in (_key(pattern, region), _own_key(pattern, region)):
-                if key in self.answers:
+            for key in (_key(pattern, region), _own_key(pattern, region, ask) if self.own else None):
+                if key is not None and key in self.answers:
                     return self.answers[key]
             ask.read_leaves = False
             try:
                 answer = pattern.recognise(region, ask)
             except CannotEvaluate as error:
                 answer = Reason(str(error))
+            except OutOfTime:
+                raise
             except Exception as error:  # a pattern (a user's, say) that fails must not take the export down
                 answer = Reason(f"could not be asked: {type(error).__name__}: {error}", NEAR)
-            key = _own_key(pattern, region) if ask.read_leaves else _key(pattern, region)
+            if ask.read_leaves:
+                key = _own_key(pattern, region, ask)
+                self.own.add(id(answer))
+            else:
+                key = _key(pattern, region)
             self.answers[key] = answer
             return answer
 
-    def _prove(self, pattern: Pattern, region: Region, found: Found, ask: Questions) -> Graph | str:
+    def _prove(self, pattern: Pattern, region: Region, found: Found, ask: Questions) -> _Traced | str:
         with self._clock("prove"):
-            key = _own_key(pattern, region) if found.from_leaves else _key(pattern, region)
-            key = (f"{key[0]}, {'decomposed' if found.decomposed is not None else found.operator}", key[1])
-            if key not in self.proofs:
-                try:
-                    form: Form = prove(region, found, ask) if self.verified else found.forms[0]
-                    self.proofs[key] = trace(form, region.inputs)
-                except (Refused, Guarded) as why:
-                    self.proofs[key] = str(why)
-            return self.proofs[key]
+            what = "decomposed" if found.decomposed is not None else found.operator
+            general = (*_key(pattern, region), what)
+            if general in self.proofs and not found.from_leaves and id(found) not in self.own:
+                return self.proofs[general]
+            own = (*_own_key(pattern, region, ask), what)
+            if own in self.proofs:
+                return self.proofs[own]
+            ask.read_leaves = found.from_leaves or id(found) in self.own
+            result: _Traced | str
+            try:
+                proof = prove(region, found, ask) if self.verified else None
+                form = found.forms[0] if proof is None else proof.form
+                result = _Traced(trace(form, region.inputs), None if proof is None else proof.evidence)
+            except (Refused, Guarded) as why:
+                result = str(why)
+            except CannotEvaluate as why:
+                result = f"could not be compared: {why}"
+            except OutOfTime:
+                raise
+            except Exception as error:  # whatever a pattern or its replacement does, the export goes on
+                result = f"could not be compared: {type(error).__name__}: {error}"
+            self.proofs[own if ask.read_leaves else general] = result
+            return result
 
     def _rewrite(self, matches: Iterable[_Match]) -> None:
         splicer = Splicer(self.program)
         for match in matches:
-            node = splicer.replace(match.region, match.body)
+            node = splicer.replace(match.region, match.body.graph)
             mark(node, len(self.report.entries), match.region.output)
             self.report.entries.append(
                 Entry(
@@ -246,6 +294,7 @@ class _Run:
                     parameters=_named(match.found.parameters, match.region),
                     source=source_line(match.region.output),
                     module=module_path(match.region.output),
+                    evidence=match.body.evidence,
                 )
             )
         splicer.finish()
@@ -301,13 +350,13 @@ class _Run:
             yield item
 
 
-def _key(pattern: Pattern, region: Region) -> tuple[str, str]:
-    return pattern.name, region.key
+def _key(pattern: Pattern, region: Region) -> tuple[int, str]:
+    return id(pattern), region.key
 
 
-def _own_key(pattern: Pattern, region: Region) -> tuple[str, str]:
-    """For answers that hold for the values which these very inputs take in the program."""
-    return pattern.name, region.key + "|" + ",".join(n.name for n in region.others)
+def _own_key(pattern: Pattern, region: Region, ask: Questions) -> tuple[int, str]:
+    """For answers that hold for the values which these very inputs take in the program, or others computed alike."""
+    return id(pattern), region.key + "|" + ",".join(ask.content(n) for n in region.others)
 
 
 def _named(parameters: dict[str, Any], region: Region) -> dict[str, Any]:

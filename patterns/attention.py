@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from fxfuse.graph.region import Region
 from fxfuse.graph.view import GraphView, op_name
 from fxfuse.recognise.answers import Found, Input, Proposal, Reason
-from fxfuse.recognise.attention_forms import attention_form, is_causal_here
+from fxfuse.recognise.attention_forms import attention_forms, is_causal_here
 from fxfuse.recognise.attention_parts import ANCHORS, SDPA, Parts, anchor_of, find_parts, regions
 from fxfuse.recognise.heads import measure_heads
 from fxfuse.recognise.questions import Questions
@@ -57,7 +57,7 @@ class Attention:
         scores = measure_scores(region, parts, evaluator, ask)
         if isinstance(scores, Reason):
             return scores
-        lower = is_causal_here(region, scores, heads, ask)
+        lower, claim = is_causal_here(region, scores, heads, ask)
         masks = () if lower else scores.masks
         causal = lower or scores.causal
         parameters = {
@@ -71,9 +71,15 @@ class Attention:
         }
         if scores.sinks is not None:
             parameters["sinks"] = Input(3 + scores.sinks.index)
-        form = attention_form(region, heads, scores, causal=causal, masks=masks)
         return Found(
-            self.operator, parameters, (form,), ulp=4.0, averaging=True, from_leaves=lower or scores.from_leaves
+            self.operator,
+            parameters,
+            attention_forms(region, heads, scores, causal=causal, masks=masks),
+            ulp=4.0,
+            averaging=True,
+            from_leaves=lower or scores.from_leaves,
+            masks=tuple(m.index for m in masks),
+            claims=(claim,) if claim else (),
         )
 
 

@@ -15,6 +15,8 @@ by an input, may be any; they stay what they are. In-place writes are found once
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from torch.fx import Node
 
 from fxfuse.graph.region import Region, between
 from fxfuse.graph.view import CAST, LAYOUT, GraphView, argument, fake, op_name, tensor
+from fxfuse.proof.sizes import Sizes
 from fxfuse.recognise.answers import Form, Found, Proposal, Reason
 from fxfuse.recognise.questions import Questions
 
@@ -51,6 +54,8 @@ class CacheWrite:
                     yield Proposal(node, (), missed=why)
                     continue
                 region = between(view, node, [past, new, start], lambda _: True)
+            if region is not None:
+                region = replace(region, below=partial(_starts, past, new))
             yield Proposal(node, () if region is None else (region,), best_rank=0)
 
     def recognise(self, region: Region, ask: Questions) -> Found | Reason:
@@ -63,6 +68,14 @@ class CacheWrite:
             return Reason("a cache write, but along the first axis, the batch", 2)
         parameters = {"axis": axis, "slots": [str(size) for size in region.view.shape(past)][axis]}
         return Found(self.operator, parameters, (_form(axis, slots if len(region.sources) == 2 else None),))
+
+
+def _starts(past: Node, new: Node, sizes: Sizes) -> int:
+    """How many slots there are to begin at, for what is written to fit."""
+    rank = fake(past).dim()
+    held, written = sizes.shape(past), sizes.shape(new)
+    written = (*held[: rank - len(written)], *written)
+    return max(1, min(h - w + 1 for h, w in zip(held, written, strict=True) if h != w) if held != written else 1)
 
 
 def _form(axis: int, first: Any) -> Form:

@@ -75,7 +75,8 @@ class KVCache:
                 return Reason("attention over a cache, but how many heads there are is not known", 2)
             attributes |= {"q_num_heads": q_heads, "kv_num_heads": heads}
         form = _form(fake(node).dim(), attributes, place)
-        return Found(self.operator, parameters, (form,), ulp=4.0, averaging=True)
+        hidden = () if place is None else (place,)
+        return Found(self.operator, parameters, (form,), ulp=4.0, averaging=True, masks=hidden)
 
 
 def _number(size: Any) -> int | None:

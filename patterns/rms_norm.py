@@ -18,8 +18,8 @@ from torch.fx import Node
 
 from fxfuse.graph.region import Region, between
 from fxfuse.graph.view import ARITHMETIC, CAST, LAYOUT, ROOTS, GraphView, argument, fake, is_float, op_name, static
+from fxfuse.proof.evaluate import draw, generator
 from fxfuse.recognise.answers import Form, Found, Input, Proposal, Reason
-from fxfuse.recognise.evaluate import draw, generator
 from fxfuse.recognise.literals import snap
 from fxfuse.recognise.normalisation import NormFunction, Scale, cast, measure_epsilon, near_miss, scale_source
 from fxfuse.recognise.questions import Questions
@@ -91,7 +91,7 @@ class RMSNorm:
         epsilon = measure_epsilon(f, x, scales[-1])
         if isinstance(epsilon, Reason):
             return epsilon
-        epsilon = snap(epsilon, region)
+        epsilon = snap(epsilon, region, tolerance=1e-6, known=f.numbers)
         known = scale.offset if scale.position is None else Input(scale.position)
         parameters = {"epsilon": epsilon, "scale": known}
         forms = _forms(region, scale, epsilon)

@@ -88,6 +88,7 @@ class RotaryEmbedding:
             rotary_forms(region, rotation, caches),
             rank=_rank(region, rotation),
             from_leaves=rotation.from_leaves,
+            claims=(rotation.claim,) if rotation.claim else (),
         )
 
 

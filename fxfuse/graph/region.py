@@ -30,8 +30,8 @@ class Region:
     """Symbolic sizes that can only be what the other size of the pair is: without it the region cannot run."""
     crop: tuple[int, ...] = ()
     """Sources need be no larger than this, by axis, to ask what the region computes: it treats positions alike."""
-    below: int = 4
-    """Integers are drawn below this: what the region indexes has so many rows at least."""
+    below: int | Callable[[Any], int] = 4
+    """Integers are drawn below this, or below what this says for some `Sizes`: what they index has so many rows."""
     beyond: tuple[tuple[Any, int], ...] = ()
     """Symbols and sizes for them at which every number that the region mentions matters: a window, a prefix."""
     beside: tuple[Node, ...] = ()

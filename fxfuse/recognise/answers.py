@@ -47,6 +47,12 @@ class Found:
     from_leaves: bool = False
     """It holds for the values that `Region.others` take in this program (both halves of cos equal, a mask that is
     causal), not for arbitrary ones: the proof computes them from the program's inputs and constants."""
+    masks: tuple[int, ...] = ()
+    """Which of `Region.others` hide keys: they may hold -inf and the type's minimum anywhere, whole rows included."""
+    claims: tuple[str, ...] = ()
+    """What was read of positions and sizes, and how it was decided: for the report."""
+    meaning: Callable[..., torch.Tensor] | None = None
+    """The user's example with its arguments in the order of the inputs: its breaks are met too."""
     decomposed: str | None = None
     """The forms are primitives, not one operator; this says why they are not."""
     otherwise: Found | None = None

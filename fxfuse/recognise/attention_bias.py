@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
 from fxfuse.recognise.masks import Mask
+
+
+@dataclass(frozen=True)
+class Fill:
+    """How a fill is said by adding."""
+
+    part: float = 0.5
+    """Which part of the type's minimum hides a key."""
+    over: bool = False
+    """In the place of what other masks add, instead of on top of it."""
 
 
 def bias(
@@ -17,6 +28,7 @@ def bias(
     dtype: torch.dtype,
     *,
     lower: torch.Tensor | None = None,
+    fill: Fill | None = None,
 ) -> torch.Tensor | None:
     """The masks as one, boolean or of the query's dtype, broadcastable to ``[B, H, Sq, T]``, its last two axes full.
 
@@ -25,10 +37,24 @@ def bias(
         lengths: Sq and T.
         dtype: the query's.
         lower: one more mask, boolean ``[Sq, T]``.
+        fill: how keys are hidden where the model fills with a number.
     """
+    fill = fill or Fill()
     result: torch.Tensor | None = None
     for mask in masks:
-        result = _combine(result, _read(mask, others[mask.index], heads, dtype))
+        if not mask.finite:
+            result = _combine(result, _read(mask, others[mask.index], heads, dtype))
+    filled: torch.Tensor | None = None  # what is filled twice is filled once
+    for mask in masks:
+        if mask.finite:
+            filled = _combine(filled, _read(mask, others[mask.index], heads, dtype))
+    if filled is not None:
+        # Rows with no key: the fill is lost against itself, and the row averages, as the model's does.
+        number = torch.finfo(dtype).min * fill.part
+        floating = result is not None and result.dtype != torch.bool
+        under = result if fill.over and floating else torch.zeros_like(filled, dtype=dtype)
+        hidden = torch.where(filled, under, number)  # type: ignore[arg-type]
+        result = hidden if fill.over and floating else _combine(result, hidden)
     if result is not None and result.dtype not in (torch.bool, dtype):
         narrow = torch.finfo(result.dtype).bits > torch.finfo(dtype).bits or dtype == torch.float16
         # A finite minimum of the wider type would become -inf, and a row masked whole would be nan.
@@ -72,11 +98,7 @@ def _read(mask: Mask, value: torch.Tensor, heads: int, dtype: torch.dtype) -> to
     value = _to_four_axes(value, mask.rank, heads)
     if value.dtype != torch.bool:
         return value if mask.factor == 1 else value * mask.factor
-    value = value if mask.keeps else ~value
-    if mask.finite:
-        # Rows with no key: the fill is lost against itself, and the row averages, as the model's does.
-        return torch.zeros_like(value, dtype=dtype).masked_fill(~value, torch.finfo(dtype).min / 2)
-    return value
+    return value if mask.keeps else ~value
 
 
 def _combine(one: torch.Tensor | None, two: torch.Tensor) -> torch.Tensor:

@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from typing import Any
 
 import torch
 
 from fxfuse.graph.region import Region
 from fxfuse.graph.view import fake
+from fxfuse.proof.claims import causal, said_of_causal
+from fxfuse.proof.decide import Holds
 from fxfuse.recognise.answers import Form
-from fxfuse.recognise.attention_bias import bias, with_sinks
-from fxfuse.recognise.evaluate import MAX_ELEMENTS, CannotEvaluate
+from fxfuse.recognise.attention_bias import Fill, bias, with_sinks
 from fxfuse.recognise.heads import Axes, Heads, statically_square
-from fxfuse.recognise.masks import HARD, Mask
+from fxfuse.recognise.masks import Mask
 from fxfuse.recognise.questions import Questions
 from fxfuse.recognise.scores import Scores
 
 
-def attention_form(region: Region, heads: Heads, scores: Scores, *, causal: bool, masks: tuple[Mask, ...]) -> Form:
-    """One `fxfuse::attention`: 3-D where no tensor has its heads transposed already, else 4-D."""
+def attention_forms(
+    region: Region, heads: Heads, scores: Scores, *, causal: bool, masks: tuple[Mask, ...]
+) -> tuple[Form, ...]:
+    """One `fxfuse::attention`: 3-D where no tensor has its heads transposed already, else 4-D.
+
+    How keys that are filled with a number meet another mask shows only in rows that see no key: the proof takes the way
+    that says what the model says there.
+    """
+    ways = [Fill()]
+    if any(m.finite for m in masks) and not all(m.finite for m in masks):
+        ways = [Fill(), Fill(over=True), Fill(1.0), Fill(1.0, over=True)]
+    return tuple(_form(region, heads, scores, causal=causal, masks=masks, fill=fill) for fill in ways)
+
+
+def _form(region: Region, heads: Heads, scores: Scores, *, causal: bool, masks: tuple[Mask, ...], fill: Fill) -> Form:
     flat = "BHSD" not in (heads.q, heads.k, heads.v)
     scale = scores.scale * heads.scale
     attributes: dict[str, float | int] = {}
@@ -43,7 +57,7 @@ def attention_form(region: Region, heads: Heads, scores: Scores, *, causal: bool
         triangle = (
             torch.ones(lengths, dtype=torch.bool, device=q.device).tril() if causal and not by_attribute else None
         )
-        mask = bias(masks, others, heads.q_heads, lengths, q.dtype, lower=triangle)
+        mask = bias(masks, others, heads.q_heads, lengths, q.dtype, lower=triangle, fill=fill)
         if (sinks := scores.sinks) is not None:
             mask = with_sinks(mask, sinks, others[sinks.index], heads.q_heads, lengths, q.dtype)
             k, v = (torch.nn.functional.pad(t, _one_more(axes)) for t, axes in ((k, heads.k), (v, heads.v)))
@@ -62,35 +76,28 @@ def attention_form(region: Region, heads: Heads, scores: Scores, *, causal: bool
     return attention
 
 
-def is_causal_here(region: Region, scores: Scores, heads: Heads, ask: Questions) -> bool:
+def is_causal_here(region: Region, scores: Scores, heads: Heads, ask: Questions) -> tuple[bool, str]:
     """Are the masks together the causal one for every size the program admits? Then they need not be built.
 
-    Met at sizes beyond every number in their computation, so that a window does not pass for a causal mask.
+    Also: how that was decided, or what it is that makes them none.
     """
     nodes = [region.others[m.index] for m in scores.masks]
     if not nodes or not statically_square(region, heads) or any(map(ask.depends_on_input, nodes)):
-        return False
-    masks = tuple(replace(m, index=i) for i, m in enumerate(scores.masks))
-    try:
-        beyond = ask.beyond_literals(*nodes)
-        for evaluator in (ask.evaluator(0), ask.evaluator(1), *([beyond] if beyond is not None else [])):
-            if any(torch.Size(evaluator.sizes.shape(n)).numel() > MAX_ELEMENTS // 2 for n in nodes):
-                return False
-            values = tuple(ask.leaf_values(nodes, evaluator, 0))
-            length = evaluator.sizes.shape(region.sources[0])[2 if heads.q == "BHSD" else 1]
-            value = bias(masks, values, heads.q_heads, (length, length), torch.float64)
-            if value is None or not _is_lower(value):
-                return False
-    except CannotEvaluate:
-        return False
-    return True
-
-
-def _is_lower(value: torch.Tensor) -> bool:
-    lower = torch.ones(value.shape[-2:], dtype=torch.bool).tril()
-    if value.dtype == torch.bool:
-        return bool((value == lower).all())
-    return bool(((value <= HARD) == ~lower).all()) and bool((value.masked_fill(~lower, 0) == 0).all())
+        return False, ""
+    length: Any = fake(region.sources[0]).shape[2 if heads.q == "BHSD" else 1]
+    reader = ask.reader
+    row, column = reader.place("query", length), reader.place("key", length)
+    masks = []
+    for mask, node in zip(scores.masks, nodes, strict=True):
+        index = list(reader.index(node, f"{node.name} axis "))
+        for place, axis in ((column, -1), (row, -2)):
+            if len(index) >= -axis and index[axis].number is None:
+                index[axis] = place
+        masks.append((node, tuple(index), mask.keeps if fake(node).dtype == torch.bool else mask.factor))
+    verdict = causal(reader, masks, row, column, (length, length))
+    if isinstance(verdict, Holds):
+        return True, f"causal at every length ({verdict.how})"
+    return False, said_of_causal(verdict, row, column, reader.size(length))
 
 
 def _one_more(axes: Axes) -> tuple[int, ...]:

@@ -10,10 +10,10 @@ from torch.fx import Node
 
 from fxfuse.graph.region import Region, between, real_users
 from fxfuse.graph.view import ARITHMETIC, CAST, LAYOUT, NO_OP, GraphView, argument, fake, is_random, op_name, tensor
+from fxfuse.proof.sizes import Sizes
 from fxfuse.recognise.answers import Reason
 from fxfuse.recognise.contraction import Product, product, swapped
 from fxfuse.recognise.questions import Questions
-from fxfuse.recognise.sizes import Sizes
 from fxfuse.recognise.walk import chain_back, chain_forward
 
 SOFTMAX = frozenset({"softmax", "_softmax"})
@@ -45,7 +45,12 @@ _ELEMENTWISE = frozenset(
         "bitwise_not",
     ]
 )
-_WRITTEN_OUT = ARITHMETIC | CAST | NO_OP | {"exp", "sum", "amax", "max", "log_softmax", "logsumexp", "softmax", "log"}
+_WRITTEN_OUT = (
+    ARITHMETIC
+    | CAST
+    | NO_OP
+    | {"exp", "sum", "amax", "max", "log_softmax", "logsumexp", "softmax", "log", "nan_to_num"}
+)
 """What a softmax may be written out with, and what may lie between the weights and their product."""
 _TRANSPOSES = frozenset({"transpose", "permute", "mT", "t", "swapaxes", "swapdims", "movedim", "moveaxis", "adjoint"})
 _SCALED = frozenset({"mul", "div", "neg", "true_divide", "multiply"})

@@ -23,6 +23,7 @@ from torch.fx import Node
 from fxfuse.errors import FxfuseError
 from fxfuse.graph.region import Region, between
 from fxfuse.graph.view import GraphView, is_float, is_pure, op_name, tensor
+from fxfuse.proof.evaluate import CannotEvaluate
 from fxfuse.recognise.answers import Form, Found, Input, Proposal, Reason
 from fxfuse.recognise.catalogue import register
 from fxfuse.recognise.literals import literals
@@ -75,43 +76,71 @@ class Example:
                 yield Proposal(node, _regions(view, node, len(self.tensors)))
 
     def recognise(self, region: Region, ask: Questions) -> Found | Reason:
-        evaluator = ask.evaluator(0)
-        inputs = ask.draws(region.inputs, evaluator, seed=1)
-        expected = evaluator.region(region, inputs)
+        draws = list(self._draws(region, ask))
         best = float("inf")
+        raised: Exception | None = None
         for order, scalars in islice(self._bindings(region), _MAX_BINDINGS):
-            try:
-                with torch.no_grad():
-                    actual = self.function(*(inputs[i] for i in order), **scalars)
-            except Exception:
-                continue
-            if not isinstance(actual, torch.Tensor) or actual.shape != expected.shape:
-                continue
-            error = ((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
-            if error < 1e-9:
+            error = 0.0
+            for inputs, expected in draws:
+                try:
+                    with torch.no_grad():
+                        actual = self.function(*(inputs[i] for i in order), **scalars)
+                except Exception as problem:  # of tensors in the wrong order, say
+                    raised = problem
+                    break
+                if not isinstance(actual, torch.Tensor) or actual.shape != expected.shape:
+                    break
+                error = max(error, _apart(expected, actual))
+                if error >= 1e-9:
+                    best = min(best, error)
+                    break
+            else:
                 parameters: dict[str, Any] = {n: Input(i) for n, i in zip(self.tensors, order, strict=True)}
-                return Found(self.operator, {**parameters, **scalars}, (self._form(order, scalars),), ulp=self.ulp)
-            best = min(best, error)
+                form = self._form(self.replacement, order, scalars)
+                meaning = self._form(self.function, order, scalars)
+                return Found(self.operator, {**parameters, **scalars}, (form,), ulp=self.ulp, meaning=meaning)
         if best < 0.3:
             return Reason(f"computes nearly the same as {self.name}: values differ by {best:.2g} of their size", 2)
+        if raised is not None:
+            ask.settled.setdefault(("raised", self.name), f"{type(raised).__name__}: {raised}")
         return Reason("computes something else")
+
+    def _draws(self, region: Region, ask: Questions) -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
+        """Inputs of the region at several magnitudes, and what it gives for them."""
+        evaluator = ask.evaluator(0)
+        for number, scale in enumerate((1.0, 1e-3, 1e-6, 1e3)):
+            for whole in (True, False):
+                inputs = ask.inputs(region, evaluator, 1 + 2 * number, from_leaves=False, whole=whole)
+                inputs = [t * scale if t.is_floating_point() else t for t in inputs]
+                try:
+                    yield inputs, evaluator.region(region, inputs)
+                    break
+                except CannotEvaluate:
+                    if not whole:
+                        raise
 
     def _bindings(self, region: Region) -> Iterator[tuple[tuple[int, ...], dict[str, float]]]:
         numbers = sorted(literals(region))
         choices = [
-            [default, *(type(default)(v) for v in numbers if type(default)(v) != default)]
+            [*(type(default)(v) for v in numbers if type(default)(v) != default), default]
             for default in self.scalars.values()
         ]
         for values in product(*choices):
             for order in permutations(range(len(self.tensors))):
                 yield order, dict(zip(self.scalars, values, strict=True))
 
-    def _form(self, order: tuple[int, ...], scalars: dict[str, float]) -> Form:
+    def _form(self, function: Callable[..., Any], order: tuple[int, ...], scalars: dict[str, float]) -> Form:
         def replaced(*inputs: torch.Tensor) -> torch.Tensor:
-            result: torch.Tensor = self.replacement(*(inputs[i] for i in order), **scalars)
+            result: torch.Tensor = function(*(inputs[i] for i in order), **scalars)
             return result
 
         return replaced
+
+
+def _apart(expected: torch.Tensor, actual: torch.Tensor) -> float:
+    """How far apart they are, relative to the largest; what is exact to say is said by the proof."""
+    size = expected.double().abs().max().clamp(min=1e-300)
+    return float((actual.double() - expected.double()).abs().max() / size)
 
 
 def pattern(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from fxfuse.graph.region import Region
 from fxfuse.recognise.answers import Reason
-from fxfuse.recognise.rotation import Rotation
+
+if TYPE_CHECKING:
+    from fxfuse.recognise.rotation import Rotation
 
 Part = Literal["whole", "real", "imag"]
 
@@ -87,16 +89,17 @@ class Caches:
 
 def read_caches(region: Region, rotation: Rotation) -> Caches | Reason:
     """cos and sin as views of the region's other inputs."""
-    cos = _find(rotation.cos, rotation.inputs, "cos")
+    cos = find_cache(rotation.cos, rotation.inputs, "cos")
     if isinstance(cos, Reason):
         return cos
-    sin = _find(rotation.sin, rotation.inputs, "sin")
+    sin = find_cache(rotation.sin, rotation.inputs, "sin")
     if isinstance(sin, Reason):
         return sin
     return Caches(cos, sin)
 
 
-def _find(values: torch.Tensor, inputs: list[torch.Tensor], what: str) -> Cache | Reason:
+def find_cache(values: torch.Tensor, inputs: list[torch.Tensor], what: str) -> Cache | Reason:
+    """Which elements of which input these values are; cos and sin are one tensor each."""
     for index, source in enumerate(inputs):
         parts: list[tuple[Part, torch.Tensor]] = [("whole", source)]
         if source.is_complex():

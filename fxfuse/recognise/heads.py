@@ -10,9 +10,9 @@ from torch.fx import Node
 
 from fxfuse.graph.region import Region, between
 from fxfuse.graph.view import argument, fake
+from fxfuse.proof.evaluate import Evaluator
 from fxfuse.recognise.answers import Reason
 from fxfuse.recognise.attention_parts import Parts
-from fxfuse.recognise.evaluate import Evaluator
 from fxfuse.recognise.questions import Questions
 
 Axes = Literal["BSX", "BSHD", "BHSD"]

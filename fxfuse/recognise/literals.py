@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from fxfuse.graph.region import Region
@@ -13,13 +13,23 @@ def literals(region: Region) -> set[float]:
     return {float(v) for node in region.nodes for v in _numbers((node.args, node.kwargs))}
 
 
-def snap(measured: float, region: Region, *, tolerance: float = 1e-4) -> float:
-    """The literal of the region that was measured, or its inverse or negative; else the number to six digits."""
-    for value in sorted(literals(region), key=lambda v: abs(v - measured)):
+def snap(
+    measured: float, region: Region, *, tolerance: float = 1e-4, known: Iterable[float] = (), noise: float = 1e-18
+) -> float:
+    """The number of the region that was measured, or its inverse or negative; else what was measured.
+
+    Args:
+        known: numbers that the region reads from tensors.
+        noise: what is no larger is 0.
+    """
+    for value in sorted({*literals(region), *known}, key=lambda v: abs(v - measured)):
         for candidate in (value, -value, *((1 / value,) if value else ())):
             if abs(candidate - measured) <= tolerance * max(abs(candidate), 1e-30):
                 return float(candidate)
-    return float(f"{measured:.12g}") if abs(measured) > 1e-12 else 0.0
+    short = float(f"{measured:.6g}")
+    if abs(short - measured) <= 1e-11 * abs(measured):
+        return short
+    return measured if abs(measured) > noise else 0.0
 
 
 def _numbers(arg: Any) -> Iterator[float]:

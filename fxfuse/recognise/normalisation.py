@@ -9,8 +9,8 @@ from torch.fx import Node
 
 from fxfuse.graph.region import Region
 from fxfuse.graph.view import fake, static
+from fxfuse.proof.evaluate import draw, generator
 from fxfuse.recognise.answers import Reason
-from fxfuse.recognise.evaluate import draw, generator
 from fxfuse.recognise.literals import snap
 from fxfuse.recognise.questions import Questions
 
@@ -19,6 +19,10 @@ def _as_long(node: Node, size: int) -> bool:
     """Is the last axis this long, statically?"""
     value = fake(node)
     return value.dim() > 0 and static(value.shape[-1]) == size
+
+
+_DEFAULTS = {torch.finfo(kind).eps for kind in (torch.float32, torch.float64)}
+"""What `rms_norm` adds without an eps."""
 
 
 class NormFunction:
@@ -35,6 +39,8 @@ class NormFunction:
         values = {n: value for n, value in found.items() if value is not None}
         self.others = [values[n] if n in values else draw(n, self.evaluator, gen).abs() + 0.5 for n in region.others]
         self.free = [i for i, n in enumerate(region.others) if n not in values]
+        self.numbers = {float(v.flatten()[0]) for v in values.values()} | _DEFAULTS
+        """Numbers that it reads from tensors, or that its operators take by default."""
         self.from_leaves = bool(values)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -69,10 +75,12 @@ def scale_source(region: Region, f: list[NormFunction], scales: list[torch.Tenso
         factor = (scales[0] - scales[1]) / (drawn[0] - drawn[1])
         offset = scales[0] - factor * drawn[0]
         if _constant(factor) and _constant(offset):
-            return Scale(1 + index, snap(factor[0].item(), region), snap(offset[0].item(), region))
+            numbers = f[0].numbers
+            multiple = snap(factor[0].item(), region, known=numbers)
+            return Scale(1 + index, multiple, snap(offset[0].item(), region, known=numbers, noise=1e-10))
     if f[0].free or not _constant(torch.cat(scales)):
         return Reason("RMSNorm, but its weight is none of the tensors it reads", 2)
-    return Scale(None, 1.0, snap(scales[0][0].item(), region))
+    return Scale(None, 1.0, snap(scales[0][0].item(), region, known=f[0].numbers))
 
 
 def _constant(values: torch.Tensor) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from operator import attrgetter
 from typing import Any, Literal, get_args
@@ -17,12 +19,14 @@ from fxfuse.errors import FxfuseError
 from fxfuse.graph.flex import flex
 from fxfuse.graph.region import Region
 from fxfuse.graph.unread import vmaps_closed, with_brackets
-from fxfuse.graph.view import fake, is_random, mutated, op_name, static, tensor
+from fxfuse.graph.view import fake, is_random, is_size, mutated, op_name, static, tensor
 from fxfuse.graph.wrapped import flattened
 from fxfuse.graph.writes import Unclear, shares_storage, with_writes
-from fxfuse.recognise.evaluate import CannotEvaluate, Evaluator, draw, generator
+from fxfuse.proof.claims import one_number
+from fxfuse.proof.evaluate import CannotEvaluate, Evaluator, draw, generator
+from fxfuse.proof.positions import Reader
+from fxfuse.proof.sizes import Sizes, ranges_of
 from fxfuse.recognise.flex.choices import FlexCalls, Windows
-from fxfuse.recognise.sizes import Sizes, ranges_of
 
 BlockMasks = Literal["check", "reconstruct", "assume_mask_mod"]
 """See `fxfuse.fuse`."""
@@ -39,8 +43,19 @@ _INDEXED = {"index": 0, "embedding": 0, "index_select": 0, "gather": 0, "take_al
 _LIMIT = 400
 
 
+class OutOfTime(Exception):
+    """The search took longer than it may."""
+
+
 class Questions:
-    """Everything there is to ask about the regions of one program."""
+    """Everything there is to ask about the regions of one program.
+
+    Args:
+        frozen: do persistent buffers keep what they hold? On the way to a file they do; in a program that goes on
+            living `load_state_dict` may change them.
+        accept: refusals that the caller overrules, by name.
+        until: when the search has to end, by `time.perf_counter`.
+    """
 
     def __init__(
         self,
@@ -48,18 +63,34 @@ class Questions:
         block_mask: BlockMasks = "check",
         flex_attention: FlexCalls = "standard",
         windows: Windows = "mask",
+        *,
+        frozen: bool = False,
+        accept: frozenset[str] = frozenset(),
+        until: float | None = None,
     ) -> None:
         self.ranges = ranges_of(program)
         self.block_mask = block_mask
         """How lists of blocks are taken, as `fuse` has it; so are these."""
         self.flex_attention = flex_attention
         self.windows = windows
+        self.accept = accept
+        self.overruled: set[str] = set()
+        """The names in `accept` that something was refused by."""
         self.settled: dict[Any, Any] = {}
         """What was found out about block masks, each once."""
-        self._constants = _constants(program)
+        self._constants = _constants(program, frozen)
+        self.reader = Reader(self.ranges, self._constants)
+        """Reads what the program computes of positions and sizes."""
         self._alike = tuple(_lengths(program))
+        self._until = until
+        self._contents: dict[Node, str] = {}
         self.read_leaves = False
         """Set when an answer came from this program's own constants: it holds for no other region."""
+
+    def check_time(self) -> None:
+        """Raises: OutOfTime: the search took longer than it may."""
+        if self._until is not None and time.perf_counter() > self._until:
+            raise OutOfTime
 
     def evaluator(
         self,
@@ -69,40 +100,55 @@ class Questions:
         alike: Iterable[tuple[Any, Any]] = (),
         preset: dict[Any, int] | None = None,
     ) -> Evaluator:
-        return Evaluator(Sizes(self.ranges, profile, preset=preset, alike=(*self._alike, *alike)), exact=exact)
+        found = Evaluator(Sizes(self.ranges, profile, preset=preset, alike=(*self._alike, *alike)), exact=exact)
+        found.accept = self.accept
+        return found
 
-    def stretched(self, limit: int) -> Evaluator:
-        """An evaluator where bounded symbols take their bound, up to `limit`: tables are met whole."""
-        return Evaluator(Sizes(self.ranges, 1, stretch=limit, alike=self._alike))
+    def content(self, node: Node) -> str:
+        """What the node is computed from, spelled out: constants with what they hold, inputs by name."""
+        found = self._contents.get(node)
+        if found is None:
+            try:
+                ancestors = _ancestors([node])
+            except CannotEvaluate:
+                self._contents[node] = node.name
+                return node.name
+            for ancestor in ancestors:
+                if ancestor not in self._contents:
+                    self._contents[ancestor] = self._spelled(ancestor)
+            found = self._contents[node]
+        return found
 
-    def beyond_literals(self, *nodes: Node) -> Evaluator | None:
-        """An evaluator at which the symbolic axes of `nodes` exceed every number their computation mentions.
-
-        None where no axis is symbolic; the upper bound of a symbol is enough.
-        """
-        largest = 0
-        for ancestor in flattened(_ancestors(nodes)):
-            numbers = list(_integers((ancestor.args, dict(ancestor.kwargs))))
-            if ancestor.name in self._constants:
-                numbers.extend(self._constants[ancestor.name].shape)
-                flat = self._constants[ancestor.name]
-                if flat.numel() == 1 and not flat.is_meta and bool(flat.isfinite()):
-                    numbers.append(int(flat))
-            largest = max([largest, *(abs(n) for n in numbers if abs(n) < 2**31 - 1)])
-        symbols = {
-            symbol
-            for node in nodes
-            for dim in map(_any, fake(node).shape)
-            if isinstance(dim, torch.SymInt)
-            for symbol in dim.node.expr.free_symbols
-        }
-        preset = dict.fromkeys(symbols, largest + 3)
-        return Evaluator(Sizes(self.ranges, 0, preset=preset, alike=self._alike)) if symbols else None
+    def _spelled(self, node: Node) -> str:
+        constant = self._constants.get(node.name) if node.op == "placeholder" else None
+        if constant is not None and not constant.is_meta:
+            value = constant.detach().to("cpu").contiguous()
+            held = value.reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
+            text = f"{value.dtype}{tuple(value.shape)}{hashlib.sha256(held).hexdigest()}"
+        elif node.op != "call_function":
+            text = f"{node.op} {node.name}"
+        else:
+            parts = torch.fx.node.map_arg(
+                (node.args, dict(node.kwargs)),
+                lambda n: self._contents.get(n) or str(n.meta.get("val", n.name) if is_size(n) else n.name),
+            )
+            written = f"|{node.name}" if mutated(node) else ""
+            text = f"{node.target}{parts}{written}"
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def draws(
-        self, nodes: Iterable[Node], evaluator: Evaluator, seed: int, *, crop: tuple[int, ...] = (), high: int = 4
+        self,
+        nodes: Iterable[Node],
+        evaluator: Evaluator,
+        seed: int,
+        *,
+        crop: tuple[int, ...] = (),
+        high: int | None = 4,
     ) -> list[torch.Tensor]:
-        """Independent random values for each node; a node given twice (k that is v too) has one."""
+        """Independent random values for each node; a node given twice (k that is v too) has one.
+
+        Integers are below `high`; without one they are drawn over the whole range of their type.
+        """
         gen = generator(seed)
         drawn: dict[Node, torch.Tensor] = {}
         wanted = list(nodes)
@@ -124,13 +170,20 @@ class Questions:
         (value,) = self.leaf_values([node], evaluator, 0)
         return value
 
-    def inputs(self, region: Region, evaluator: Evaluator, seed: int, *, from_leaves: bool) -> list[torch.Tensor]:
-        """Random sources, and others drawn freely or computed from the program's leaves."""
-        sources = self.draws(region.sources, evaluator, seed, crop=region.crop)
+    def inputs(
+        self, region: Region, evaluator: Evaluator, seed: int, *, from_leaves: bool, whole: bool = False
+    ) -> list[torch.Tensor]:
+        """Random sources, and others drawn freely or computed from the program's leaves.
+
+        Args:
+            whole: integers over the whole range of their type, where they index nothing.
+        """
+        below = None if whole else region.below if isinstance(region.below, int) else region.below(evaluator.sizes)
+        sources = self.draws(region.sources, evaluator, seed, crop=region.crop, high=below)
         others = (
             self.leaf_values(region.others, evaluator, seed + 1, cover=seed % 2 == 0, below=_below(region))
             if from_leaves
-            else self.draws(region.others, evaluator, seed + 1, high=region.below)
+            else self.draws(region.others, evaluator, seed + 1, high=below)
         )
         return sources + others
 
@@ -173,21 +226,14 @@ class Questions:
         return [values[n] for n in wanted]
 
     def one_number(self, node: Node, evaluator: Evaluator) -> torch.Tensor | None:
-        """The node's value, if it is made of constants and one number throughout, at every size; else None.
-
-        It is met at sizes beyond every number in its computation: a window, or a scale that starts to grow at some
-        position, shows only there.
-        """
-        if self.depends_on_input(node):
+        """The node's value, if it is made of constants and one number throughout, at every size; else None."""
+        if self.depends_on_input(node) or one_number(self.reader, node) is None:
             return None
         try:
             (value,) = self.leaf_values([node], evaluator, 0)
-            beyond = self.beyond_literals(node)
-            (far,) = self.leaf_values([node], beyond, 0) if beyond is not None else (value,)
         except CannotEvaluate:
             return None
-        first = value.flatten()[:1]
-        return value if bool((value == first).all()) and bool((far == first).all()) else None
+        return value
 
     def depends_on_input(self, node: Node) -> bool:
         """Does the value depend on anything but constants and sizes?"""
@@ -202,12 +248,18 @@ class Questions:
         )
 
 
-def _constants(program: ExportedProgram) -> dict[str, torch.Tensor]:
-    """Buffers and lifted constants by placeholder name. Parameters are not constants: training changes them."""
+def _constants(program: ExportedProgram, frozen: bool) -> dict[str, torch.Tensor]:
+    """Buffers and lifted constants by placeholder name.
+
+    Parameters are not constants: training changes them. Nor, unless `frozen`, are persistent buffers:
+    `load_state_dict` does.
+    """
     found: dict[str, torch.Tensor] = {}
     mutated = {m.target for m in mutations(program)}
     for spec in program.graph_signature.input_specs:
         if spec.kind not in (InputKind.BUFFER, InputKind.CONSTANT_TENSOR) or spec.target in mutated:
+            continue
+        if spec.kind == InputKind.BUFFER and spec.persistent and not frozen:
             continue
         value: Any = program.state_dict.get(str(spec.target))
         if value is None:
@@ -268,19 +320,9 @@ def _any(value: Any) -> Any:
     return value
 
 
-def _integers(arg: Any) -> Iterable[int]:
-    if isinstance(arg, (int, float)) and not isinstance(arg, bool) and abs(arg) < 2**31:
-        yield int(arg)
-    elif isinstance(arg, dict):
-        yield from _integers(list(arg.values()))
-    elif isinstance(arg, (list, tuple)):
-        for value in arg:
-            yield from _integers(value)
-
-
 def _below(region: Region) -> int | None:
     """Integers that the mods of a flex_attention index tables with, which the graph does not show."""
-    return region.below if any(flex(n) for n in region.nodes) else None
+    return region.below if isinstance(region.below, int) and any(flex(n) for n in region.nodes) else None
 
 
 def _table_rows(nodes: Iterable[Node]) -> int:

@@ -8,15 +8,15 @@ import torch
 
 from fxfuse.graph.region import Region
 from fxfuse.graph.view import fake, static
+from fxfuse.proof.claims import same_at_every_size
+from fxfuse.proof.evaluate import Evaluator
+from fxfuse.recognise.angles import one_angle
 from fxfuse.recognise.answers import Reason
-from fxfuse.recognise.evaluate import MAX_ELEMENTS, CannotEvaluate, Evaluator
 from fxfuse.recognise.pairing import Pairing, pairing_of
 from fxfuse.recognise.questions import Questions
 
 _TINY = 1e-12
 _CLOSE = 1e-9
-_LONG = (1 << 17, 1 << 13, 1 << 10, 1 << 7)
-"""Sequence lengths to meet a table with: the longest that fits in memory."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Rotation:
     """``[*positions, rotary_dim / 2]``"""
     from_leaves: bool
     """The two rows of a pair use one angle in this program, though they read different elements."""
+    claim: str = ""
+    """How that was decided."""
 
     @property
     def rotary_dim(self) -> int:
@@ -73,12 +75,14 @@ def measure_rotation(region: Region, ask: Questions) -> Rotation | Reason:
     if not torch.allclose(expected, y, rtol=1e-9, atol=1e-9):
         return Reason("pairs of features are mixed, but not linearly and position by position, or others are scaled", 1)
     together = torch.allclose(cos, other_cos, rtol=_CLOSE) and torch.allclose(sin, -minus_sin, rtol=_CLOSE)
+    claim = ""
     if not together:
-        apart = _same_angles_here(region, ask, pairing)
-        if apart is not None:
+        apart = one_angle(region, others, (cos, other_cos, sin, minus_sin), ask)
+        if isinstance(apart, Reason):
             return apart
+        claim = apart
     from_leaves = bool(signs) or not together
-    return Rotation(evaluator, others, shape[-1], pairing, cos, sin, from_leaves)
+    return Rotation(evaluator, others, shape[-1], pairing, cos, sin, from_leaves, claim)
 
 
 def _signs(region: Region, dim: int, evaluator: Evaluator, ask: Questions) -> dict[int, torch.Tensor]:
@@ -87,6 +91,8 @@ def _signs(region: Region, dim: int, evaluator: Evaluator, ask: Questions) -> di
     for index, node in enumerate(region.others):
         shape = tuple(static(s) for s in fake(node).shape)  # a symbol compared with a size would be guarded on
         if shape[-1:] != (dim,) or any(s not in (1, dim) for s in shape[:-1]) or ask.depends_on_input(node):
+            continue
+        if not same_at_every_size(ask.reader, node):
             continue
         (value,) = ask.leaf_values([node], evaluator, 3)
         if bool(((value == 0) | (value.abs() == 1)).all()) and bool((value < 0).any() or len(shape) > 1):
@@ -109,28 +115,6 @@ def _reaches(region: Region, evaluator: Evaluator, others: list[torch.Tensor]) -
     return reaches
 
 
-def _same_angles_here(region: Region, ask: Questions, pairing: Pairing) -> Reason | None:
-    """Do both rows of each pair use one angle for the values that the others take in this program?
-
-    Constants are met whole: once with a sequence as long as the table, positions counting through it.
-    """
-    asked = [(ask.evaluator(0), 31), (ask.evaluator(1), 32)]
-    long = (ask.stretched(limit) for limit in _LONG)
-    asked.extend([(e, 34) for e in long if _elements(region, e) <= MAX_ELEMENTS // 4][:1])
-    for evaluator, seed in asked:
-        try:
-            others = ask.leaf_values(region.others, evaluator, seed, cover=seed % 2 == 0)
-            matrix = _rows_of(region, evaluator, others, pairing)
-        except CannotEvaluate as error:
-            return Reason(f"a rotation, but whether both rows of a pair use one angle cannot be told: {error}", 3)
-        cos, sin, minus_sin, other_cos = matrix
-        if not _close(cos, other_cos) or not _close(sin, -minus_sin):
-            opposite = _close(sin, minus_sin)
-            why = "the signs of sin agree (a reflection)" if opposite else "their cos or sin differ"
-            return Reason(f"a rotation but for the angles of the two rows of a pair: {why}", 3)
-    return None
-
-
 def _rows_of(
     region: Region, evaluator: Evaluator, others: list[torch.Tensor], pairing: Pairing
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -143,14 +127,6 @@ def _rows_of(
         y = evaluator.region(region, [x, *others])
         read.extend((y[..., pairing.out_first], y[..., pairing.out_second]))
     return read[0], read[1], read[2], read[3]
-
-
-def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.allclose(a, b, rtol=1e-6, atol=1e-9)
-
-
-def _elements(region: Region, evaluator: Evaluator) -> int:
-    return max(torch.Size(evaluator.sizes.shape(n)).numel() for n in region.inputs)
 
 
 def _unique(values: torch.Tensor, index: int) -> torch.Tensor:

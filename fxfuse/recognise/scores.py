@@ -10,9 +10,11 @@ from torch.fx import Node
 
 from fxfuse.graph.region import Region
 from fxfuse.graph.view import argument, fake, op_name
+from fxfuse.proof.claims import bounds_of, triangle
+from fxfuse.proof.decide import Holds
+from fxfuse.proof.evaluate import Evaluator
 from fxfuse.recognise.answers import Reason
 from fxfuse.recognise.attention_parts import SDPA, Parts
-from fxfuse.recognise.evaluate import CannotEvaluate, Evaluator
 from fxfuse.recognise.literals import snap
 from fxfuse.recognise.masks import HARD, Explained, Mask, explain, spread_out
 from fxfuse.recognise.questions import Questions
@@ -88,9 +90,10 @@ def _curve(
         or not torch.allclose(change, known * scale, rtol=1e-3, atol=abs(scale) * 1e-6)
     ):
         return Reason("softmax of a product, but the scores are not scaled by one constant", 2)
-    softcap = _softcap(f, values, bias, soft, scale)
-    softcap = snap(softcap, region) if softcap else 0.0
-    scale = snap(scale, region, tolerance=1e-5)
+    softcap = _softcap(f, values, bias, soft, scale, 100.0)
+    if softcap:
+        softcap = snap(_softcap(f, values, bias, soft, scale, softcap) or softcap, region)
+    scale = snap(_precisely(f, values, bias, soft, raw / abs(scale), softcap), region, tolerance=1e-11)
     for magnitude in (0.1, 3.0, 60.0):
         x = raw * magnitude / abs(scale)
         expected = softcap * torch.tanh(x * scale / softcap) if softcap else x * scale
@@ -105,18 +108,33 @@ def _curve(
     return scale, softcap
 
 
-def _softcap(f: Weights, values: list[torch.Tensor], bias: torch.Tensor, soft: torch.Tensor, scale: float) -> float:
+def _precisely(
+    f: Weights, values: list[torch.Tensor], bias: torch.Tensor, soft: torch.Tensor, raw: torch.Tensor, softcap: float
+) -> float:
+    """The scale, from scores of about 1: where there is a cap, what it did to them is undone."""
+    row = int((soft.reshape(-1, soft.shape[-1]).sum(-1) > 1).nonzero()[0])
+    first, second = soft.reshape(-1, soft.shape[-1])[row].nonzero().flatten()[:2].tolist()
+    x = float(raw.abs().max())
+    opposite = torch.zeros(f.shape, dtype=torch.float64).reshape(-1, f.shape[-1])
+    opposite[row, first], opposite[row, second] = x, -x
+    answer = (f(opposite.reshape(f.shape), values) - bias).reshape(opposite.shape)[row]
+    reached = float(answer[first] - answer[second]) / 2
+    return (softcap * math.atanh(reached / softcap) if softcap else reached) / x
+
+
+def _softcap(
+    f: Weights, values: list[torch.Tensor], bias: torch.Tensor, soft: torch.Tensor, scale: float, x: float
+) -> float:
     """Two scores, x and -x, differ by 2·cap·tanh(x/cap): solved for cap. 0 where they differ by 2·x."""
     row = int((soft.reshape(-1, soft.shape[-1]).sum(-1) > 1).nonzero()[0])
     first, second = soft.reshape(-1, soft.shape[-1])[row].nonzero().flatten()[:2].tolist()
-    x = 100.0
     raw = torch.zeros(f.shape, dtype=torch.float64).reshape(-1, f.shape[-1])
     raw[row, first], raw[row, second] = x / scale, -x / scale
     answer = (f(raw.reshape(f.shape), values) - bias).reshape(raw.shape)[row]
     reached = float(answer[first] - answer[second]) / 2
     if abs(reached - x) < 1e-6 * x or not 0 < reached < x:
         return 0.0
-    low, high = reached, 1e6
+    low, high = reached, 1e9
     for _ in range(200):
         middle = (low * high) ** 0.5
         low, high = (
@@ -160,26 +178,32 @@ def _sinks(
 
 
 def _causal_by_constants(region: Region, parts: Parts, evaluator: Evaluator, ask: Questions) -> Scores | None:
-    """A bias made of this program's constants alone that is 0 up to the diagonal and masks beyond it, at every size."""
+    """A bias made of this program's constants alone that is 0 up to the diagonal and masks beyond it.
+
+    At every length: each of the tensors is one number up to the diagonal, and one beyond it.
+    """
     f = read_weights(region, parts, evaluator, ask, hold=True)
-    if isinstance(f, Reason) or f.nodes or not f.held:
+    if isinstance(f, Reason) or f.nodes or not f.held or f.shape[-1] != f.shape[-2]:
         return None
-    curve: tuple[float, float] | None = None
-    beyond = ask.beyond_literals(*f.held)
-    for sizes in (evaluator, ask.evaluator(1), *([beyond] if beyond is not None else [])):
-        try:
-            f = read_weights(region, parts, sizes, ask, hold=True)
-        except CannotEvaluate:
-            return None
-        if isinstance(f, Reason) or f.nodes or f.shape[-1] != f.shape[-2]:
-            return None
-        bias, soft = _bias(f, [])
-        lower = torch.ones(f.shape[-2:], dtype=torch.bool).tril().expand(f.shape)
-        if not torch.equal(soft, lower) or centred(bias, soft).abs().max() > 1e-9:
-            return None
-        if curve is None:
-            measured = _curve(f, region, [], bias, soft)
-            if isinstance(measured, Reason):
-                return None
-            curve = measured
-    return Scores(*curve, (), causal=True, from_leaves=True) if curve is not None else None
+    if not all(_one_triangle(node, value, ask) for node, value in f.held.items()):
+        return None
+    bias, soft = _bias(f, [])
+    lower = torch.ones(f.shape[-2:], dtype=torch.bool).tril().expand(f.shape)
+    if not torch.equal(soft, lower) or centred(bias, soft).abs().max() > 1e-9:
+        return None
+    curve = _curve(f, region, [], bias, soft)
+    return None if isinstance(curve, Reason) else Scores(*curve, (), causal=True, from_leaves=True)
+
+
+def _one_triangle(node: Node, value: torch.Tensor, ask: Questions) -> bool:
+    """Is it one number up to the diagonal of its last two axes and one beyond it, at every size?"""
+    if value.numel() == 1 or bool((value == value.flatten()[0]).all()):
+        return ask.one_number(node, ask.evaluator(0)) is not None
+    if value.dim() < 2:
+        return False
+    reader = ask.reader
+    index = reader.index(node)
+    row, column = index[-2:]
+    low, high = value.reshape(-1, *value.shape[-2:])[0, 0, :2].tolist()
+    given = bounds_of(reader, node, index)
+    return isinstance(triangle(reader, node, index, row, column, low, high, given), Holds)

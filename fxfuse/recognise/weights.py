@@ -11,9 +11,9 @@ from torch.fx import Node
 
 from fxfuse.graph.region import Region, between
 from fxfuse.graph.view import fake, op_name
+from fxfuse.proof.evaluate import CannotEvaluate, Evaluator
 from fxfuse.recognise.answers import Reason
 from fxfuse.recognise.attention_parts import Parts
-from fxfuse.recognise.evaluate import CannotEvaluate, Evaluator
 from fxfuse.recognise.questions import Questions
 
 
@@ -55,7 +55,7 @@ class Weights:
         )
         read = dict.fromkeys((*way.others, *self._added))
         held = {n: value for n in read if (value := _held(n, evaluator, ask, hold)) is not None}
-        self.held = tuple(held)
+        self.held = held
         self.nodes = tuple(n for n in read if n in region.others and n not in held)
         self.indices = tuple(region.others.index(n) for n in self.nodes)
         # Read for their dtype alone (`type_as(q)`); were their values used, the answers would not fit.

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from fxfuse.proof.evidence import Evidence
 from fxfuse.report.layer import Layer
 
 Status = Literal["fused", "decomposed", "refused", "near miss"]
@@ -31,6 +32,8 @@ class Entry:
     """The model's source line: ``"modeling.py:42: return x * cos"``."""
     module: str | None = None
     """Path of the innermost ``nn.Module``: ``"layers.0.sa_norm"``."""
+    evidence: Evidence | None = None
+    """Why it is the same for every size, magnitude and value; None where nothing was fused, or not proven."""
 
 
 @dataclass(repr=False)

@@ -69,16 +69,16 @@ class BiasPerBatchAndHead(Attention):
 
 
 class FilledByArithmetic(Attention):
-    """GPT-1: `scores * b - 10000 * (1 - b)` with a triangle of floats that is a buffer."""
+    """GPT-1: `scores * b - 10000 * (1 - b)` with a triangle of floats that is a buffer; here with a number that masks."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("triangle", torch.ones(64, 64).tril())
+        self.register_buffer("triangle", torch.ones(64, 64).tril(), persistent=False)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
         keep = self.triangle[: x.shape[1], : x.shape[1]]
         scores = q @ self.repeat(k).transpose(-1, -2) / SIZE**0.5
-        return (scores * keep + -1e4 * (1 - keep)).softmax(-1) @ self.repeat(v)
+        return (scores * keep + -1e9 * (1 - keep)).softmax(-1) @ self.repeat(v)
 
 
 class FilledByTensor(Attention):

@@ -18,10 +18,10 @@ from fxfuse.flex.lists import MAX_POSITIONS, dense, disagreement, membership
 from fxfuse.flex.one_block import LARGE
 from fxfuse.graph.flex import Flex
 from fxfuse.graph.view import fake
+from fxfuse.proof.evaluate import CannotEvaluate, Evaluator, _Mod
+from fxfuse.proof.sizes import Sizes
 from fxfuse.recognise.answers import NEAR, Reason
-from fxfuse.recognise.evaluate import CannotEvaluate, Evaluator, _Mod
 from fxfuse.recognise.questions import Questions
-from fxfuse.recognise.sizes import Sizes
 
 DRAWS = 3
 _WAYS_OUT = (

@@ -17,8 +17,8 @@ from torch.fx import Node
 from fxfuse.graph.flex import OUTPUTS, Flex, flex
 from fxfuse.graph.region import Region, real_users
 from fxfuse.graph.view import ARITHMETIC, CAST, LAYOUT, NO_OP, GraphView, fake, is_pure, op_name, tensor
+from fxfuse.proof.evaluate import draw, generator
 from fxfuse.recognise.answers import Found, Reason
-from fxfuse.recognise.evaluate import draw, generator
 from fxfuse.recognise.flex.encoding import encode
 from fxfuse.recognise.flex.forms import attention_form
 from fxfuse.recognise.flex.reading import ULP, problem_of, region_of

@@ -72,6 +72,15 @@ class Sizes:
                     self._values[symbol] = self._choose(symbol)
         return expr.xreplace({s: self._values[s] for s in expr.free_symbols})
 
+    def of_symbol(self, symbol: Any) -> int:
+        """The size that one symbol stands for."""
+        return int(self._value(symbol))
+
+    @property
+    def chosen(self) -> dict[Any, int]:
+        """The symbols that were asked for, and what they are."""
+        return self._values
+
     def shape(self, node: Node) -> tuple[int, ...]:
         return tuple(self(d) for d in node.meta["val"].shape)
 

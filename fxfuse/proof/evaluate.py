@@ -12,9 +12,12 @@ from torch.fx.node import map_arg
 
 from fxfuse.graph.flex import Flex, flex
 from fxfuse.graph.region import Region
-from fxfuse.graph.view import ASSERTIONS, argument, fake, op_name
+from fxfuse.graph.source import place_of
+from fxfuse.graph.view import ASSERTIONS, CAST, argument, fake, op_name
 from fxfuse.graph.wrapped import Wrapped, wrapped
-from fxfuse.recognise.sizes import Sizes
+from fxfuse.proof.analytic import ACCUMULATES, MOVED
+from fxfuse.proof.breaks import Breaks
+from fxfuse.proof.sizes import Sizes
 
 MAX_ELEMENTS = 1 << 25
 """Largest tensor that a question may allocate (256 MiB in float64)."""
@@ -36,7 +39,19 @@ class Evaluator:
     def __init__(self, sizes: Sizes, *, exact: bool = True) -> None:
         self.sizes = sizes
         self.exact = exact
+        self.breaks: Breaks | None = None
+        """Where every call of a break is recorded, if anywhere."""
+        self.accept: frozenset[str] = frozenset()
+        """Breaks that are evaluated as if they were not there, by name."""
+        self._noise: tuple[float, torch.Generator] | None = None
         self._affordable: set[Node] = set()
+
+    def noisy(self, size: float, sample: int) -> Evaluator:
+        """One that puts every value that it computes off by a random part of `size`, relatively."""
+        other = Evaluator(self.sizes, exact=self.exact)
+        other.accept = self.accept
+        other._noise = size, generator(7000 + sample)
+        return other
 
     def dtype(self, dtype: torch.dtype) -> torch.dtype:
         if self.exact and dtype.is_floating_point:
@@ -92,18 +107,54 @@ class Evaluator:
             self._affordable.add(node)
         args = self._retype(map_arg(node.args, concrete))
         kwargs = self._retype(map_arg(dict(node.kwargs), concrete))
+        if self._noise is not None and (name in ACCUMULATES or any(_is_complex(a) for a in args)):
+            args = tuple(self._put_off(a) for a in args)
+        if self.exact and name in CAST and (rounded := _rounded_count(node, args)) is not None:
+            return self._seen(node, name, args, kwargs, rounded)
         if self.exact and node.target is torch.ops.aten.rms_norm.default and argument(node, "eps") is None:
             source = node.args[0]
             assert isinstance(source, Node)
-            args = (*args[:3], *([None] * (3 - len(args))), torch.finfo(fake(source).dtype).eps)
+            args = (*args[:3], *([None] * (3 - len(args))), _default_epsilon(fake(source).dtype))
         if node.target is torch.ops.aten.view.default:
             return args[0].reshape(args[1])  # strides are the graph's concern, not the meaning's
         try:
-            return self._upcast(node.target(*args, **kwargs))  # type: ignore[operator]
+            return self._seen(node, name, args, kwargs, self._upcast(node.target(*args, **kwargs)))  # type: ignore[operator]
         except CannotEvaluate:
             raise
         except Exception as error:  # any failure of a torch operator at these sizes is an answer, not a crash
             raise CannotEvaluate(f"{node.name} cannot run at the probed sizes: {error}") from error
+
+    def _seen(self, node: Node, name: str, args: Any, kwargs: Any, value: Any) -> Any:
+        """The value, recorded, and as the caller wants it."""
+        if (
+            self.accept
+            and isinstance(value, torch.Tensor)
+            and (without := self._accepted(node, name, args)) is not None
+        ):
+            value = without
+        if self.breaks is not None:
+            self.breaks.record(node, args, kwargs, value)
+        if self._noise is not None and name not in MOVED and name not in CAST:
+            value = self._put_off(value)
+        return value
+
+    def _accepted(self, node: Node, name: str, args: Any) -> torch.Tensor | None:
+        """What an accepted break lets through: its operand, as if it had no bounds."""
+        if name not in _BOUNDS or f"{name}@{place_of(node)}" not in self.accept:
+            return None
+        first: torch.Tensor = args[0]
+        return first
+
+    def _put_off(self, value: Any) -> Any:
+        assert self._noise is not None
+        size, gen = self._noise
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._put_off(v) for v in value)
+        if isinstance(value, torch.Tensor) and value.is_complex():
+            return torch.view_as_complex(self._put_off(torch.view_as_real(value)))
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return value
+        return value * (1 + size * (2 * torch.rand(value.shape, dtype=torch.float64, generator=gen) - 1))
 
     def _run_inside(self, inside: Wrapped, operands: Sequence[Any]) -> Any:
         """The results of a subgraph on these operands."""
@@ -174,16 +225,47 @@ class _Mod(Interpreter):
         return self.evaluator._upcast(super().call_function(target, *retyped))
 
 
+def _default_epsilon(dtype: torch.dtype) -> float:
+    """What `rms_norm` adds without an eps: half precision is computed in float32, and takes float32's.
+
+    Source: `rms_norm_composite` in aten/src/ATen/native/layer_norm.cpp of PyTorch.
+    """
+    return torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+
+
+_BOUNDS = frozenset(
+    ["clamp", "clamp_min", "clamp_max", "clip", "hardtanh", "relu6", "relu", "maximum", "minimum", "nan_to_num"]
+)
+"""Breaks that are the identity between their bounds."""
+
+
+def _is_complex(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_complex()
+
+
+def _rounded_count(node: Node, args: Any) -> torch.Tensor | None:
+    """Whole numbers that a cast to half precision rounds: that is part of what is computed, in float64 too."""
+    source, kind = node.args[0], fake(node).dtype
+    if kind not in (torch.float16, torch.bfloat16) or not isinstance(source, Node):
+        return None
+    before = fake(source).dtype
+    if before.is_floating_point or before.is_complex or before == torch.bool or not isinstance(args[0], torch.Tensor):
+        return None
+    return args[0].to(kind).to(torch.float64)
+
+
 def draw(
     node: Node,
     evaluator: Evaluator,
     generator: torch.Generator,
     *,
     scale: float = 1.0,
-    high: int = 4,
+    high: int | None = 4,
     crop: tuple[int, ...] = (),
 ) -> torch.Tensor:
     """Random valid values for a region input: normal floats times `scale`, integers below `high`, coin tosses.
+
+    Without `high`, integers are drawn over the whole range of their type, or ±2²⁰ where that is wider.
 
     In the graph's own dtypes the values are drawn in float64 and rounded, so that both modes see the same numbers.
     """
@@ -204,6 +286,10 @@ def draw(
     if value.dtype.is_floating_point:
         drawn = torch.randn(shape, dtype=torch.float64, generator=generator) * scale
         return drawn.to(evaluator.dtype(value.dtype))
+    if high is None:
+        info = torch.iinfo(value.dtype)
+        low, end = max(info.min, -(1 << 20)), min(info.max, 1 << 20) + 1
+        return torch.randint(low, end, shape, generator=generator).to(value.dtype)
     return torch.randint(0, high, shape, generator=generator).to(value.dtype)
 
 

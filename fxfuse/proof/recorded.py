@@ -1,0 +1,35 @@
+"""Breaks of a plain function: a user's example is run with every operator that it calls looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxfuse.proof.analytic import analytic_call
+from fxfuse.proof.breaks import Breaks, Call
+
+
+def recorded(function: Callable[..., Any], inputs: list[Tensor], breaks: Breaks) -> None:
+    """Run the function and note which pieces of its breaks ran; the n-th operator that it calls is the n-th break."""
+    with torch.no_grad(), _Watch(breaks):
+        function(*inputs)
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self, breaks: Breaks) -> None:
+        super().__init__()
+        self.breaks = breaks
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        value = func(*args, **kwargs)
+        name = func._schema.name.split("::")[1]
+        self.count += 1
+        if not analytic_call(name, func._schema, args, kwargs):
+            self.breaks.note(("example", self.count), name, Call(None, args, kwargs, value, func._schema))
+        return value
