@@ -21,7 +21,15 @@ from fxfuse.graph.view import ARITHMETIC, CAST, LAYOUT, ROOTS, GraphView, argume
 from fxfuse.proof.evaluate import draw, generator
 from fxfuse.recognise.answers import Form, Found, Input, Proposal, Reason
 from fxfuse.recognise.literals import snap
-from fxfuse.recognise.normalisation import NormFunction, Scale, cast, measure_epsilon, near_miss, scale_source
+from fxfuse.recognise.normalisation import (
+    NormFunction,
+    Scale,
+    cast,
+    measure_epsilon,
+    near_miss,
+    precisely,
+    scale_source,
+)
 from fxfuse.recognise.questions import Questions
 from fxfuse.recognise.walk import backward, forward
 
@@ -84,7 +92,7 @@ class RMSNorm:
                 return Reason("not a normalisation")
             if not torch.allclose(rows, rows[:1].expand_as(rows), rtol=1e-6):
                 return near_miss(f, x, size)
-            scales.append(rows[0])
+            scales.append(precisely(f, big, rows[0]))
         scale = scale_source(region, functions, scales)
         if isinstance(scale, Reason):
             return scale

@@ -119,6 +119,8 @@ ROOTS = frozenset(
         "clamp",
         "clamp_min",
         "maximum",
+        "ones_like",
+        "full_like",
     ]
 )
 """What a norm may be written with beside arithmetic; a clamp is none, which is to be said."""

@@ -146,11 +146,40 @@ _SMOOTH = frozenset(
     ]
 )
 ACCUMULATES = frozenset(
-    """
-    sum mean var std var_mean cumsum logsumexp matmul bmm mm mv addmm baddbmm addbmm linear einsum dot linalg_vecdot inner
-    layer_norm native_layer_norm rms_norm group_norm conv1d conv2d conv3d convolution scaled_dot_product_attention
-    norm linalg_vector_norm addcmul attention
-    """.split()
+    [
+        "sum",
+        "mean",
+        "var",
+        "std",
+        "var_mean",
+        "cumsum",
+        "logsumexp",
+        "matmul",
+        "bmm",
+        "mm",
+        "mv",
+        "addmm",
+        "baddbmm",
+        "addbmm",
+        "linear",
+        "einsum",
+        "dot",
+        "linalg_vecdot",
+        "inner",
+        "layer_norm",
+        "native_layer_norm",
+        "rms_norm",
+        "group_norm",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "convolution",
+        "scaled_dot_product_attention",
+        "norm",
+        "linalg_vector_norm",
+        "addcmul",
+        "attention",
+    ]
 )
 """They add up within one call, so that what is lost shows only when their operands are off."""
 _NORMS = frozenset(["norm", "linalg_vector_norm", "linalg_norm"])

@@ -240,7 +240,13 @@ def _split(reader: Reader, flat: Term, sizes: Sequence[Any]) -> list[Term]:
     found: list[Term] = []
     for size in reversed(sizes[1:]):
         if not isinstance(size, int):
-            _fail("a view that takes an axis of any length apart")
+            apart = reader.apart(flat, size)
+            if apart is None:
+                _fail("a view that takes an axis of any length apart")
+                break
+            flat, rest = apart
+            found.append(rest)
+            continue
         found.append(reader.terms.remainder(flat, size))
         flat = reader.terms.divide(flat, size)
     return [flat, *reversed(found)]
@@ -275,9 +281,13 @@ def _same(a: Any, b: Any) -> bool:
 def _repeat(reader: Reader, node: Node, index: Index) -> Term:
     source = _source(node)
     shape = [1] * (len(index) - _rank(source)) + list(fake(source).shape)
+    given: Any = node.args[1] if len(node.args) > 1 else ()
+    times_each = [1] * (len(index) - len(given)) + list(given)
     places = []
-    for size, place in zip(shape, index, strict=True):
-        if _one(size):
+    for size, place, count in zip(shape, index, times_each, strict=True):
+        if _one(count):
+            places.append(place)
+        elif _one(size):
             places.append(reader.terms.number(0))
         elif isinstance(size, int):
             places.append(reader.terms.remainder(place, size))
@@ -452,6 +462,19 @@ def _one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
 
 
+def _complex(reader: Reader, node: Node, index: Index) -> Term:
+    """Steps between complex numbers and their parts: of equal parts they are equal."""
+    source, name, t = _source(node), op_name(node), reader.terms
+    if name == "view_as_real":
+        part = "real" if index[-1].number == 0 else "imag" if index[-1].number == 1 else ""
+        return t.apply(part, (reader.read(source, index[:-1]),), "real") if part else _fail(name)
+    if name == "view_as_complex":
+        parts = (reader.read(source, (*index, t.number(n))) for n in range(2))
+        return t.apply("complex", tuple(parts), "real")
+    return t.apply(name, tuple(reader.operand(a, index) for a in node.args if isinstance(a, Node)), "real")
+
+
+_SPLITS = ("split", "split_with_sizes", "chunk", "unbind", "unsafe_split", "unsafe_chunk", "tensor_split")
 MOVES: dict[str, Any] = {
     "unsqueeze": _unsqueeze,
     "squeeze": _squeeze,
@@ -476,10 +499,14 @@ MOVES: dict[str, Any] = {
     "embedding": _embedding,
     "index_select": _index_select,
     **dict.fromkeys(("gather", "take_along_dim"), _gather),
+    **dict.fromkeys(
+        ("view_as_real", "view_as_complex", "real", "imag", "polar", "complex", "conj", "_conj", "resolve_conj"),
+        _complex,
+    ),
     "outer": _outer,
     **dict.fromkeys(("matmul", "bmm", "mm"), _matmul),
     "einsum": _einsum,
     "cumsum": _cumsum,
     "diff": _diff,
-    **{f"{n}[]": _pieces for n in ("split", "split_with_sizes", "chunk", "unbind", "unsafe_split", "unsafe_chunk")},
+    **{f"{n}[]": _pieces for n in _SPLITS},
 }

@@ -51,6 +51,8 @@ class Reader:
         self._ranges = ranges
         self._known: dict[Any, Term] = {}
         self._sizes: dict[Any, Term] = {}
+        self._limits: dict[Term, Term] = {}
+        """The sizes that indices are below."""
         self._levels: dict[int, Term] = {}
         """The index of each vmap level that is open."""
         self._writes: Writes | None = None
@@ -131,7 +133,29 @@ class Reader:
         """A free index below this size."""
         if isinstance(size, int):
             return self.terms.number(0) if size == 1 else self.terms.variable(name, 0, size - 1)
-        return self.terms.variable(name, 0, self.size(size).bounds[1] - 1)
+        limit = self.size(size)
+        found = self.terms.variable(name, 0, limit.bounds[1] - 1)
+        self._limits[found] = limit
+        return found
+
+    def apart(self, flat: Term, size: Any) -> tuple[Term, Term] | None:
+        """x and y of x · size + y, where y is known to be below the size."""
+        by = self.size(size)
+        if flat.op != "sum" or flat.args[0] != 0:
+            return None
+        whole: list[Term] = []
+        rest: list[Term] = []
+        for term, factor in flat.args[1]:
+            if factor == 1 and term.op == "product" and by in term.args:
+                a, b = term.args
+                whole.append(b if a is by else a)
+            elif factor == 1 and self._limits.get(term) is by:
+                rest.append(term)
+            else:
+                return None
+        if len(rest) != 1:
+            return None
+        return self.terms.add(*whole) if whole else self.terms.number(0), rest[0]
 
     # ---- elements
 
@@ -360,6 +384,8 @@ def narrowed(reader: Reader, term: Term, source: torch.dtype, target: torch.dtyp
         bits = _COUNTS_TO.get(target)
         if term.number is not None:
             return float_number(t, float(torch.tensor(term.number, dtype=torch.float64).to(target)))
+        if term.op == "apply" and term.args[0] == "neg":  # rounding is the same on either side of 0
+            return t.negative(narrowed(reader, term.args[1], source, target))
         if bits is None or (term.kind == "int" and -(2**bits) <= low and high <= 2**bits):
             wider = not source.is_floating_point or torch.finfo(target).bits >= torch.finfo(source).bits
             return term if wider or term.kind == "int" else t.apply(f"to {target}", (term,), "real")

@@ -47,6 +47,14 @@ class NormFunction:
         return self.evaluator.region(self.region, [x, *self.others])
 
 
+def precisely(f: NormFunction, big: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The scale from inputs beside which no epsilon shows; what it was, where they are too large for the region."""
+    huge = big * 1e5
+    ratio = f(huge) * huge.square().mean(-1, keepdim=True).sqrt() / huge
+    found = ratio.reshape(-1, scale.numel())[0]
+    return found if torch.allclose(found, scale, rtol=1e-6) else scale
+
+
 @dataclass(frozen=True)
 class Scale:
     """factor · (the tensor at `position` of the inputs) + offset; the constant `offset` where there is no tensor."""

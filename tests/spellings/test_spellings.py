@@ -69,7 +69,7 @@ def differs(exported: Exported, fused: torch.export.ExportedProgram) -> str | No
 
 def judged(exported: Exported) -> Outcome:
     """Fuses one spelling and looks at what came of it."""
-    fused = fxfuse.fuse(exported.program)
+    fused = fxfuse.fuse(exported.program, frozen=True)
     model = exported.model
     count = fxfuse.report(fused).counts.get(model.operator, 0)
     left = model.leftovers(fused)
