@@ -4,7 +4,9 @@ A query whose mask is `finfo.min` at every key averages over the keys in PyTorch
 number, and softmax sees one number everywhere. transformers' eager masks are such in the rows of the padding. ONNX's
 definition of Attention says the same, it gives 0 only where a mask is -inf. But ONNX Runtime (1.32, CPU) gives 0 where
 no key that `is_causal` and `nonpad_kv_seqlen` let through has a mask above the lowest number; it averages from the next
-number on. (Its kernel writes the lowest number where a key is hidden, and no longer tells the two apart.)
+number on. To its kernel the lowest number is the mark of a hidden key (`mask_filter_value` in
+onnxruntime/core/providers/cpu/llm/attention.h), and rows of such marks are 0 since
+https://github.com/microsoft/onnxruntime/pull/28958.
 
 So the lowest number becomes the next one above it, which hides as well: -inf and all others stay as they are. (A row
 with nothing above these two neighbours would now average over both; no model is known to tell them apart.)
