@@ -53,12 +53,18 @@ class Numbers:
     """What the values of a graph can hold; each is read once.
 
     Args:
-        constant: what to take for the numbers of the constant that is read there.
+        changed: what a constant would hold, if it were written anew.
+        where: which nodes would read it so; without it, none.
     """
 
-    def __init__(self, constant: Callable[[Use], Intervals] | None = None) -> None:
-        self._constant = constant or (lambda use: of_array(constant_at(use)))
+    def __init__(
+        self,
+        changed: Callable[[np.ndarray], np.ndarray] | None = None,
+        where: Callable[[ir.Node], bool] = lambda node: False,
+    ) -> None:
+        self._changed, self._where = changed, where
         self._known: dict[ir.Value, Intervals] = {}
+        self._constants: dict[tuple[ir.Value, bool], Intervals] = {}
 
     def at(self, use: Use) -> Intervals:
         """The numbers of a node's input."""
@@ -67,10 +73,19 @@ class Numbers:
         if value is None:
             return ANYTHING
         if _is_constant(value):
-            return self._constant(use)
+            return self._of_constant(value, use)
         if value not in self._known:
             self._known[value] = few(self._read(value))
         return self._known[value]
+
+    def _of_constant(self, value: ir.Value, use: Use) -> Intervals:
+        key = value, self._changed is not None and self._where(use[0])
+        if key not in self._constants:
+            array = constant_at(use)
+            if array is not None and key[1] and self._changed is not None:
+                array = self._changed(array)
+            self._constants[key] = of_array(array)
+        return self._constants[key]
 
     def _read(self, value: ir.Value) -> Intervals:
         node = value.producer()
@@ -120,16 +135,15 @@ def of_array(array: np.ndarray | None) -> Intervals:
     """The numbers of an array: each, where there are few, or how far those that are finite reach."""
     if array is None:
         return ANYTHING
-    wide = array.reshape(-1).astype(np.float64)
-    if np.isnan(wide).any():
+    flat = array.reshape(-1)
+    if array.dtype.kind == "f" and np.isnan(flat).any():
         return ANYTHING
-    distinct = np.unique(wide)
-    if len(distinct) <= MOST:
+    if len(flat) <= 1 << 12 and len(distinct := np.unique(flat)) <= MOST:
         return frozenset((float(n), float(n)) for n in distinct)
-    lowest = float(np.finfo(np.float32).min)
-    ends = {(float(n), float(n)) for n in distinct[:2] if n <= lowest}
-    rest = distinct[distinct > lowest]
-    return frozenset({*ends, (float(rest[0]), float(rest[-1]))})
+    ends = {(n, n) for n in (-math.inf, float(np.finfo(np.float32).min)) if (flat == n).any()}
+    for number, _ in ends:
+        flat = flat[flat != number]
+    return frozenset(ends | ({(float(flat.min()), float(flat.max()))} if len(flat) else set()))
 
 
 def few(numbers: Intervals) -> Intervals:

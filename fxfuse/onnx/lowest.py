@@ -25,7 +25,7 @@ import itertools
 import numpy as np
 import onnx_ir as ir
 
-from fxfuse.onnx.intervals import MOVES, Intervals, Numbers, Use, constant_at, holds, of_array, places
+from fxfuse.onnx.intervals import MOVES, Numbers, Use, constant_at, holds, places
 from fxfuse.onnx.pieces import initializer
 
 LOWEST = np.finfo(np.float32).min
@@ -40,7 +40,7 @@ def without_lowest(model: ir.Model) -> int:
     Returns:
         How many were rewritten.
     """
-    numbers, raised = Numbers(), Numbers(_raised_at)
+    numbers, raised = Numbers(), Numbers(_without_lowest, _makes_masks)
     found: dict[ir.Value, list[Use]] = {}
     for node in model.graph.all_nodes():
         mask = node.inputs[MASK] if _is_attention(node) and len(node.inputs) > MASK else None
@@ -141,12 +141,6 @@ def _is_choice(mask: ir.Value) -> bool:
         return False
     lowest, above = constant_at((condition, 1)), constant_at((node, 1))
     return lowest is not None and above is not None and bool((lowest == LOWEST).all() and (above == NEXT).all())
-
-
-def _raised_at(use: Use) -> Intervals:
-    """The numbers that a constant would have if it were written anew."""
-    array = constant_at(use)
-    return of_array(_without_lowest(array) if array is not None and _makes_masks(use[0]) else array)
 
 
 def _has_lowest(array: np.ndarray) -> bool:
