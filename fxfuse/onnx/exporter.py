@@ -23,6 +23,7 @@ from fxfuse.onnx.boolean import without_boolean_where
 from fxfuse.onnx.capture import capture, check_program, named
 from fxfuse.onnx.files import save
 from fxfuse.onnx.flex_attention import join_flex_attention
+from fxfuse.onnx.lowest import without_lowest
 from fxfuse.onnx.missing import missing_translations
 from fxfuse.onnx.state import name_states
 from fxfuse.ops import holds_fused, translation_table
@@ -228,9 +229,10 @@ def translate(
 
 
 def finish(onnx_program: torch.onnx.ONNXProgram, fused: ExportedProgram) -> None:
-    """What torch's translation leaves to do: FlexAttention, Where on booleans, the report for `fxfuse.report`."""
+    """What torch's translation leaves to do: FlexAttention, masks for ONNX Runtime, the report for `fxfuse.report`."""
     join_flex_attention(onnx_program.model)
     without_boolean_where(onnx_program.model)
+    without_lowest(onnx_program.model)
     with suppress(FxfuseError):  # a program that was fused in another process has no report
         onnx_program.fxfuse_report = fxfuse.report(fused)  # type: ignore[attr-defined]
         onnx_program.model.meta[REPORT] = fxfuse.report(fused)
