@@ -78,7 +78,7 @@ class Attention:
             ulp=4.0,
             averaging=True,
             from_leaves=lower or scores.from_leaves,
-            masks=tuple(m.index for m in masks),
+            masks=tuple((m.index, m.factor) for m in masks),
             claims=(claim,) if claim else (),
         )
 

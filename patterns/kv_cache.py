@@ -75,7 +75,7 @@ class KVCache:
                 return Reason("attention over a cache, but how many heads there are is not known", 2)
             attributes |= {"q_num_heads": q_heads, "kv_num_heads": heads}
         form = _form(fake(node).dim(), attributes, place)
-        hidden = () if place is None else (place,)
+        hidden = () if place is None else ((place, 1.0),)
         return Found(self.operator, parameters, (form,), ulp=4.0, averaging=True, masks=hidden)
 
 

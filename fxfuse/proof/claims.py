@@ -15,6 +15,7 @@ from torch.fx import Node
 from fxfuse.graph.view import fake, is_random
 from fxfuse.proof.decide import Fails, Undecided, Verdict, always
 from fxfuse.proof.positions import Index, Reader, Unreadable
+from fxfuse.proof.tables import spread
 from fxfuse.proof.terms import Term
 
 MASKS = {torch.float16: -32752.0}
@@ -174,24 +175,12 @@ def _same_in_table(reader: Reader, one: Term, two: Term, at: str) -> bool:
     for axis, (a, b) in enumerate(zip(one.args[1:], two.args[1:], strict=True)):
         if a is b:
             continue
-        places = _places(a, at), _places(b, at)
+        if (a.leaves | b.leaves) - {at}:
+            return False
+        places = spread(a), spread(b)
         if places[0] is None or places[1] is None or len(places[0]) != len(places[1]):
             return False
         first, second = (table.index_select(axis, torch.tensor(p, device=table.device)) for p in places)
         if not torch.equal(first, second):
             return False
     return True
-
-
-def _places(term: Term, at: str) -> list[int] | None:
-    """All values of an index that is a number, or counts by `at` alone."""
-    if term.number is not None:
-        return [int(term.number)]
-    constant, parts = (term.args[0], term.args[1]) if term.op == "sum" else (0, ((term, 1),))
-    if len(parts) != 1 or parts[0][0].op != "variable" or parts[0][0].args[0] != at:
-        return None
-    variable, factor = parts[0]
-    low, high = variable.bounds
-    if high - low > 1 << 16:
-        return None
-    return [constant + factor * n for n in range(int(low), int(high) + 1)]

@@ -130,22 +130,18 @@ def _sum(sign: int, turned: bool = False) -> Step:
 
 def _product(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
     pair = _two(reader, node, index)
-    return None if pair is None else _times(reader, node, *pair)
+    return None if pair is None else times(reader, node, *pair)
 
 
 def times(reader: Reader, node: Node, x: Term, y: Term) -> Term:
     """A product of two elements, whatever call makes it."""
-    found = _times(reader, node, reader.terms.as_int(x), reader.terms.as_int(y))
-    return (
-        reader.terms.apply("product", tuple(sorted((x, y), key=lambda v: v.serial)), "real") if found is None else found
-    )
-
-
-def _times(reader: Reader, node: Node, x: Term, y: Term) -> Term | None:
     t = reader.terms
     if fake(node).dtype == torch.bool:
         return t.every([t.as_bool(x), t.as_bool(y)])
+    x, y = t.as_int(x), t.as_int(y)
     for one, other in ((x, y), (y, x)):
+        if one.op == "apply" and one.args[0] == "neg":
+            return t.negative(times(reader, node, one.args[1], other))
         if one.number == 1:
             return other
         if one.number == -1 and other.kind == "real":
@@ -157,7 +153,9 @@ def _times(reader: Reader, node: Node, x: Term, y: Term) -> Term | None:
         small = any(v.number is not None and abs(v.number) <= 16 for v in (x, y))
         if not floating or small or _is_gate(x) or _is_gate(y):  # no float holds every product of positions
             return t.multiply(x, y)
-    return None
+    whole = not floating and not fake(node).dtype.is_complex
+    ordered = tuple(sorted((x, y), key=lambda v: v.serial))
+    return t.apply(f"product in {fake(node).dtype}", ordered, "int" if whole else "real")
 
 
 def _is_gate(term: Term) -> bool:

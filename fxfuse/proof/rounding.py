@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -123,16 +124,16 @@ def _rows(region: Region, found: Found, form: Form, ask: Questions, result: Roun
     from fxfuse.proof.prove import run_form
 
     dtype = fake(region.output).dtype
-    floating = [p for p in found.masks if fake(region.others[p]).dtype.is_floating_point]
+    floating = [p for p, _ in found.masks if fake(region.others[p]).dtype.is_floating_point]
     numbers = [float("-inf"), torch.finfo(dtype).min] if floating else [float("-inf")]
     for number in numbers:
         for seed, how in enumerate(ROWS):
             working = ask.evaluator(seed % 2, exact=False, alike=region.alike)
             try:
                 inputs = ask.inputs(region, working, 400 + seed, from_leaves=False)
-                for n, place in enumerate(found.masks):
+                for n, (place, factor) in enumerate(found.masks):
                     at = len(region.sources) + place
-                    inputs[at] = masked(inputs[at], how, number, 410 + seed * 7 + n)
+                    inputs[at] = masked(inputs[at], how, math.copysign(number, factor * number), 410 + seed * 7 + n)
                 (expected, *_), (actual, *_) = (
                     working.outputs(region, inputs),
                     run_form(form, inputs, len(region.outputs)),

@@ -12,15 +12,21 @@ from fxfuse.proof.terms import Term, Terms
 
 _LARGEST = 1 << 26
 """Elements of a constant that are looked at."""
+_SPREAD = 1 << 12
+"""Places of an index that are looked at one by one."""
 _known: Any = WeakTensorKeyDictionary()
 """What was found out about a constant, and at which of its versions."""
 
 
 def table_element(terms: Terms, name: str, value: torch.Tensor, index: tuple[Term, ...]) -> Term:
     """The element of a constant at this place: a number, a count, a triangle; or an element of the table `name`."""
-    if all(i.number is not None for i in index):
+    if all(i.number is not None for i in index) and not value.dtype.is_complex:
         return number(terms, value[tuple(int(i.args[0]) for i in index)].item())
-    if value.numel() <= _LARGEST and not value.dtype.is_complex:
+    if value.dtype.is_complex:
+        return terms.given(f"table {name}", index, "real")
+    if (same := _one_of(value, index)) is not None:
+        return number(terms, same)
+    if value.numel() <= _LARGEST:
         version, known = _known.get(value, (-1, None))
         if known is None or version != value._version:
             known = _read(value.detach())
@@ -38,6 +44,34 @@ def table_element(terms: Terms, name: str, value: torch.Tensor, index: tuple[Ter
             return terms.choose(below, number(terms, low), number(terms, high))
     whole = not (value.dtype.is_floating_point or value.dtype.is_complex)
     return terms.given(f"table {name}", index, "bool" if value.dtype == torch.bool else "int" if whole else "real")
+
+
+def _one_of(value: torch.Tensor, index: tuple[Term, ...]) -> Any:
+    """The element, where it is one number for all that its index may be."""
+    picked = value.detach()
+    for axis, place in enumerate(index):
+        places = spread(place)
+        if places is None or not places or min(places) < 0 or max(places) >= value.shape[axis]:
+            return None
+        if len(places) > _SPREAD:
+            return None
+        picked = picked.index_select(axis, torch.tensor(places, device=value.device))
+    flat = picked.reshape(-1)
+    return flat[0].item() if bool((flat == flat[0]).all()) else None
+
+
+def spread(place: Term) -> list[int] | None:
+    """All values of an index that is a number, or counts by one bounded variable."""
+    if place.number is not None:
+        return [int(place.number)]
+    constant, parts = (place.args[0], place.args[1]) if place.op == "sum" else (0, ((place, 1),))
+    if len(parts) != 1 or parts[0][0].op != "variable":
+        return None
+    variable, factor = parts[0]
+    low, high = variable.bounds
+    if high - low > _SPREAD:
+        return None
+    return [constant + factor * n for n in range(int(low), int(high) + 1)]
 
 
 def number(terms: Terms, value: Any) -> Term:

@@ -47,8 +47,9 @@ class Found:
     from_leaves: bool = False
     """It holds for the values that `Region.others` take in this program (both halves of cos equal, a mask that is
     causal), not for arbitrary ones: the proof computes them from the program's inputs and constants."""
-    masks: tuple[int, ...] = ()
-    """Which of `Region.others` hide keys: they may hold -inf and the type's minimum anywhere, whole rows included."""
+    masks: tuple[tuple[int, float], ...] = ()
+    """Which of `Region.others` hide keys, and with which factor they are added: they may hold what hides, -inf and the
+    type's minimum, anywhere, whole rows included."""
     claims: tuple[str, ...] = ()
     """What was read of positions and sizes, and how it was decided: for the report."""
     meaning: Callable[..., torch.Tensor] | None = None

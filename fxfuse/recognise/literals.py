@@ -22,14 +22,14 @@ def snap(
         known: numbers that the region reads from tensors.
         noise: what is no larger is 0.
     """
+    if abs(measured) <= noise:
+        return 0.0
     for value in sorted({*literals(region), *known}, key=lambda v: abs(v - measured)):
         for candidate in (value, -value, *((1 / value,) if value else ())):
             if abs(candidate - measured) <= tolerance * max(abs(candidate), 1e-30):
                 return float(candidate)
     short = float(f"{measured:.6g}")
-    if abs(short - measured) <= 1e-11 * abs(measured):
-        return short
-    return measured if abs(measured) > noise else 0.0
+    return short if abs(short - measured) <= 1e-11 * abs(measured) else measured
 
 
 def _numbers(arg: Any) -> Iterator[float]:

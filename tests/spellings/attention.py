@@ -17,6 +17,11 @@ MEMORY = {5: 6, 7: 4}
 """How many memory tokens cross attention gets, by query length."""
 
 
+def large(dtype: torch.dtype) -> float:
+    """A number that hides a key, far below every score that the type can have in practice."""
+    return -4e4 if dtype == torch.float16 else -1e9
+
+
 class Attention(Model):
     """Self or cross attention between its projections."""
 
@@ -200,7 +205,7 @@ class Attention(Model):
         """A mask to add: zero where allowed, hugely negative elsewhere."""
         c = self.c
         smallest = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
-        low = c("never", infinity=lambda: -math.inf, smallest=lambda: smallest, large=lambda: -3e4)
+        low = c("never", infinity=lambda: -math.inf, smallest=lambda: smallest, large=lambda: large(dtype))
         return c(
             "additive",
             masked_fill=lambda: torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, low),
@@ -360,7 +365,7 @@ class Attention(Model):
             scores = c.add("plus_mask", scores, mask.to(scores.dtype))
         elif (allowed := self.allowed(mask, rows, columns)) is not None:
             low = c("fill", infinity=lambda: -math.inf, smallest=lambda: torch.finfo(scores.dtype).min,
-                    large=lambda: -3e4)  # fmt: skip
+                    large=lambda: large(scores.dtype))  # fmt: skip
             scores = c(
                 "masked",
                 masked_fill=lambda: scores.masked_fill(~allowed, low),
