@@ -37,6 +37,10 @@ class Run:
     """How many rows of a mask see no key, or how many tokens are padding."""
     seed: int = 0
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """On one line."""
+        printer.text(repr(self))
+
 
 @dataclass(frozen=True)
 class Input:
@@ -154,6 +158,10 @@ class Program:
 
     def __repr__(self) -> str:
         return f"\n{self.source()}\n"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """Hypothesis prints fields otherwise."""
+        printer.text(repr(self))
 
     def module(self) -> nn.Module:
         names: dict[str, Any] = {"torch": torch, "nn": nn, "F": F, "math": math, "Tensor": Tensor}

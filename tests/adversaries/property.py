@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from torch.export import ExportedProgram
 
 import fxfuse
@@ -61,7 +62,12 @@ def drawn_with(
     def decorate(function: Callable[[Program, Calls], None]) -> Callable[[], None]:
         slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
         options = settings(
-            max_examples=BATCH, derandomize=True, database=None, deadline=None, suppress_health_check=slow
+            max_examples=BATCH,
+            derandomize=True,
+            database=None,
+            deadline=None,
+            phases=[Phase.generate, Phase.shrink],
+            suppress_health_check=slow,
         )
 
         def given_both(program: Program, runs: Calls) -> None:
@@ -103,24 +109,32 @@ def check(drawn: Program, runs: Sequence[Run], fuse: Fuse, coverage: Coverage) -
     """Raises:
     WrongFusion: with the call and the element.
     """
-    try:
-        program = drawn.export()
-    except Exception as error:  # whatever torch.export cannot capture is no program
-        coverage.refused[type(error).__name__] += 1
+    made = _prepared(drawn, fuse)
+    if isinstance(made, str):
+        coverage.refused[made] += 1
         return
+    program, fused = made
     coverage.drawn[drawn.family] += 1
     coverage.harmless += drawn.harmless
-    try:
-        fused = fuse(program, drawn)
-    except Exception as error:
-        raise WrongFusion(f"fuse raises {type(error).__name__}: {error}") from error
-    report = fxfuse.report(fused)
-    names = [f"{e.operator} {e.parameters}" for e in report if e.status == "fused"]
+    names = [f"{e.operator} {e.parameters}" for e in fxfuse.report(fused) if e.status == "fused"]
     coverage.fused[drawn.family] += bool(names)
     for run in runs:
         wrong = _one(drawn, run, program, fused, coverage)
         if wrong:
             raise WrongFusion(f"{run}\n{wrong}\nfused: {'; '.join(names)}")
+
+
+@lru_cache(maxsize=64)  # while hypothesis shrinks the calls, the program is the same
+def _prepared(drawn: Program, fuse: Fuse) -> tuple[ExportedProgram, ExportedProgram] | str:
+    """The program and the fused one; or the error for which torch does not capture it."""
+    try:
+        program = drawn.export()
+    except Exception as error:
+        return type(error).__name__
+    try:
+        return program, fuse(program, drawn)
+    except Exception as error:
+        raise WrongFusion(f"fuse raises {type(error).__name__}: {error}") from error
 
 
 def _one(drawn: Program, run: Run, program: ExportedProgram, fused: ExportedProgram, coverage: Coverage) -> str:

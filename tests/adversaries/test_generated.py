@@ -7,6 +7,7 @@ python -m tests.adversaries --count 500    all that is wrong with as many, unshr
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -39,11 +40,14 @@ def fuse() -> Iterator[Fuse]:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The programs are tiny."""
+def one_quiet_thread() -> Iterator[None]:
+    """The programs are tiny; and what torch logs of each export would hide the one that failed."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    trace, nothing = logging.getLogger("torch.__trace"), logging.Filter("nothing")
+    trace.addFilter(nothing)
     yield
+    trace.removeFilter(nothing)
     torch.set_num_threads(threads)
 
 
