@@ -22,7 +22,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--slow") or "slow" in (config.getoption("-m") or ""):
+    chosen = config.getoption("-m") or ""
+    if config.getoption("--slow") or "slow" in chosen or "adversaries" in chosen:
         return
     slow = [item for item in items if item.get_closest_marker("slow")]
     if slow:
