@@ -166,6 +166,8 @@ class Evaluator:
     def _run_flex(self, attention: Flex, concrete: Callable[[Node], Any]) -> Any:
         """PyTorch's own flex_attention, whose mods are written for scalars; of the block mask it reads the function."""
         query, key, value = (concrete(n) for n in (attention.query, attention.key, attention.value))
+        if self._noise is not None:
+            query, key, value = (self._put_off(t) for t in (query, key, value))
         if math.prod(query.shape[:3]) * key.shape[2] > MAX_ELEMENTS:
             raise CannotEvaluate(f"the scores of {attention.node.name} are too large to evaluate")
 
@@ -177,7 +179,7 @@ class Evaluator:
             tuple(self._retype(map_arg(b, concrete))) for b in (attention.score_buffers, attention.mask_buffers)
         )
         try:
-            return torch.ops.higher_order.flex_attention(
+            found = torch.ops.higher_order.flex_attention(
                 query,
                 key,
                 value,
@@ -188,6 +190,7 @@ class Evaluator:
                 score_buffers,
                 mask_buffers,
             )
+            return found if self._noise is None else self._put_off(found)
         except Exception as error:
             raise CannotEvaluate(f"{attention.node.name} cannot run at the probed sizes: {error}") from error
 

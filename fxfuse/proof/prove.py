@@ -117,7 +117,7 @@ class _Trials:
         self.breaks = Breaks()
         self.extents = Extents(region, ask)
         self._done: dict[Variant, _Trial | CannotEvaluate] = {}
-        for node in region.others:
+        for node in () if found.read else region.others:
             _check_places(node, ask)
         for cast in coarse_casts(region.nodes, fake(region.output).dtype):
             name = f"{op_name(cast)}@{place_of(cast)}"

@@ -50,6 +50,8 @@ class Found:
     masks: tuple[tuple[int, float], ...] = ()
     """Which of `Region.others` hide keys, and with which factor they are added: they may hold what hides, -inf and the
     type's minimum, anywhere, whole rows included."""
+    read: bool = False
+    """What it computes of positions was read step by step (the mods of flex_attention): no draw has to show it."""
     claims: tuple[str, ...] = ()
     """What was read of positions and sizes, and how it was decided: for the report."""
     meaning: Callable[..., torch.Tensor] | None = None

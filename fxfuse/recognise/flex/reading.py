@@ -151,6 +151,7 @@ def read(region: Region, ask: Questions, calls: FlexCalls = "standard", windows:
         averaging=True,
         otherwise=_kept(plain, calls, "it could not be proven"),
         from_leaves=problem.from_leaves,
+        read=True,
     )
 
 
@@ -183,12 +184,15 @@ def _kept(problem: Problem, calls: FlexCalls, why: str) -> Found:
         averaging=True,
         otherwise=decomposed,
         from_leaves=problem.from_leaves,
+        read=True,
     )
 
 
 def _decomposed(problem: Problem, output: str, why: str) -> Found:
     form = decomposed_form(problem, output)
-    return Found("Attention", {}, (form,), ulp=ULP, averaging=True, decomposed=why, from_leaves=problem.from_leaves)
+    return Found(
+        "Attention", {}, (form,), ulp=ULP, averaging=True, decomposed=why, from_leaves=problem.from_leaves, read=True
+    )
 
 
 def expressions(call: Flex, *, count: bool = True) -> tuple[Expr, Expr]:

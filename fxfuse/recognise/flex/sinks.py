@@ -205,4 +205,5 @@ def read_with_sinks(region: Region, ask: Questions) -> Found | Reason:
         ulp=ULP,
         averaging=True,
         from_leaves=problem.from_leaves,
+        read=True,
     )
