@@ -19,7 +19,7 @@ from fxfuse.errors import FxfuseError
 from fxfuse.graph.flex import flex
 from fxfuse.graph.region import Region
 from fxfuse.graph.unread import vmaps_closed, with_brackets
-from fxfuse.graph.view import fake, is_random, is_size, mutated, op_name, static, tensor
+from fxfuse.graph.view import fake, is_random, is_size, mutated, op_name, size_text, static, tensor
 from fxfuse.graph.wrapped import flattened
 from fxfuse.graph.writes import Unclear, shares_storage, with_writes
 from fxfuse.proof.claims import one_number
@@ -81,7 +81,8 @@ class Questions:
         self._constants = _constants(program, frozen)
         self.reader = Reader(self.ranges, self._constants)
         """Reads what the program computes of positions and sizes."""
-        self._alike = tuple(_lengths(program))
+        # Each pair once: every layer has one, and mostly all have the same.
+        self._alike = tuple({(size_text(a), size_text(b)): (a, b) for a, b in _lengths(program)}.values())
         self._until = until
         self._contents: dict[Node, str] = {}
         self.read_leaves = False
