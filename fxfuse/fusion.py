@@ -165,6 +165,8 @@ class _Run:
     report: Report
     verified: bool
     questions: Callable[[], Questions]
+    reading: tuple[GraphView, Questions] | None = None
+    """What is known of the graph as it stands; None once it was rewritten."""
     answers: dict[tuple[int, str], Found | Reason] = field(default_factory=dict)
     proofs: dict[tuple[int, str, str], _Traced | str] = field(default_factory=dict)
     own: set[int] = field(default_factory=set)
@@ -172,8 +174,7 @@ class _Run:
 
     def apply(self, pattern: Pattern) -> None:
         """Match the whole graph against one pattern, then rewrite it."""
-        view = GraphView(self.program.graph)
-        ask = self.questions()
+        view, ask = self.reading = self.reading or (GraphView(self.program.graph), self.questions())
         matches: list[_Match] = []
         taken: set[Node] = set()
         try:
@@ -187,8 +188,10 @@ class _Run:
         except OutOfTime:
             why = "the search ended here: its time was over (fuse(budget=…) gives it more)"
             self._note(pattern, "near miss", (), None, reason=why)
-        with self._clock("rewrite"):
-            self._rewrite(matches)
+        if matches:
+            with self._clock("rewrite"):
+                self._rewrite(matches)
+            self.reading = None
 
     def _decide(self, pattern: Pattern, proposal: Proposal, ask: Questions, taken: set[Node]) -> _Match | None:
         """The best region around one anchor that is the operator and proves it; else why not."""
