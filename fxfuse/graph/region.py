@@ -34,6 +34,8 @@ class Region:
     """Integers are drawn below this, or below what this says for some `Sizes`: what they index has so many rows."""
     beyond: tuple[tuple[Any, int], ...] = ()
     """Symbols and sizes for them at which every number that the region mentions matters: a window, a prefix."""
+    ascending: frozenset[Node] = frozenset()
+    """Inputs whose rows ascend, or what searches them says nothing."""
     beside: tuple[Node, ...] = ()
     """Values computed on the way that the replacement gives too, after the output."""
 

@@ -111,12 +111,15 @@ class Breaks:
         if bool((size <= largest).all()):
             return
         operands = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()]
-        if all(bool(((o.abs() <= largest) | (o == -math.inf)).all()) for o in operands):
-            over = (size > largest) & ~value.isneginf() | value.isnan()
-            if any(bool((o == -math.inf).any()) for o in operands):
-                over = over & ~value.isnan()
-            if bool(over.any()):
-                self.outside = f"{node.name} overflows {declared.dtype}"
+        if not operands:
+            return
+        over = size > largest
+        if not all(bool((o.abs() <= largest).all()) for o in operands):
+            over = over & value.isfinite()  # of what is infinite already (a mask), infinity is no overflow
+        else:
+            over = over | value.isnan()
+        if bool(over.any()):
+            self.outside = f"{node.name} overflows {declared.dtype}"
 
     def _below_fill(self, found: Break, name: str, call: Call) -> None:
         """A fill far down masks, for scores above it."""

@@ -186,7 +186,12 @@ class Questions:
             if from_leaves
             else self.draws(region.others, evaluator, seed + 1, high=below)
         )
-        return sources + others
+        drawn = sources + others
+        if region.ascending:
+            drawn = [
+                t.sort(-1).values if n in region.ascending else t for n, t in zip(region.inputs, drawn, strict=True)
+            ]
+        return drawn
 
     def leaf_values(
         self, nodes: Iterable[Node], evaluator: Evaluator, seed: int, *, cover: bool = False, below: int | None = None
