@@ -47,6 +47,24 @@ BASE = (
     Variant("beside large", scale=30.0, others=1e3),
 )
 """Always run: of analytic functions these are the proof."""
+GENTLE = (Variant("multiples", 3), Variant("multiples, small", 3, 0.1), Variant("half", 0, 0.5))
+"""Run where too few of those could be: sizes that must divide, a type that overflows early."""
+BELOW = (
+    Variant("scores below 0", scale=3.0, signs=-1),
+    Variant("scores far below 0", scale=10.0, signs=-1),
+)
+"""Run for what averages: sums of exponentials that are no larger than a number added to them."""
+
+
+def at_numbers(numbers: Sequence[float]) -> Iterator[Variant]:
+    """Magnitudes at which a number of the region shows: its own, and its root, for what is squared."""
+    scales = {}
+    for number in numbers:
+        for scale in (abs(number), abs(number) ** 0.5):
+            if scale > 0 and not 1e-6 <= scale <= 1e3 and 1e-30 < scale < 1e30:
+                scales[f"{scale:.0e}"] = scale
+    for text, scale in list(scales.items())[:12]:
+        yield Variant(f"at {text}", scale=scale)
 
 
 def searches(sources: int, inputs: int, literals: Sequence[float]) -> Iterator[Variant]:

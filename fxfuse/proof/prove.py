@@ -27,7 +27,7 @@ from fxfuse.proof.breaks import Break, Breaks, coarse_casts, masks, unreachable
 from fxfuse.proof.claims import counts_up, same_at_every_size
 from fxfuse.proof.compare import NOISE, Refused, moved, same
 from fxfuse.proof.decide import Holds
-from fxfuse.proof.draws import BASE, Variant, apply, searches
+from fxfuse.proof.draws import BASE, BELOW, GENTLE, Variant, apply, at_numbers, searches
 from fxfuse.proof.evaluate import CannotEvaluate, Evaluator
 from fxfuse.proof.evidence import BreakEvidence, Evidence
 from fxfuse.proof.extents import Extents
@@ -160,6 +160,16 @@ class _Trials:
             outside = "nothing finite" if all(r.is_floating_point() for r in results) else None
         return _Trial(variant, evaluator, inputs, results, outside, frozenset(self.breaks.ran))
 
+    def numbers(self) -> list[float]:
+        """Numbers that the region mentions, or reads from tensors of one element."""
+        from fxfuse.recognise.literals import literals
+
+        found = {v for v in literals(self.region) if abs(v) < 1e30}
+        for trial in self._done.values():
+            if isinstance(trial, _Trial) and trial.variant.name == "ordinary":
+                found |= {float(t) for t in trial.inputs if t.numel() == 1 and not t.is_complex()}
+        return sorted(found)
+
     def evidence(self, compared: _Compared, ulp: float, notes: list[str]) -> Evidence:
         done = []
         for one in self.breaks.found.values():
@@ -206,6 +216,8 @@ def _proven(trials: _Trials, form: Form) -> _Compared:
             why = trial.outside
     if ordinary < DRAWS:
         ordinary += _again(trials, form, compared)
+    for number, variant in enumerate((*(BELOW if trials.found.averaging else ()), *at_numbers(trials.numbers()))):
+        _try(trials, form, compared, variant, 150 + number)
     if ordinary < DRAWS:
         raise Refused(f"could not be compared at {DRAWS} sets of sizes: {why}")
     _search(trials, form, compared)
@@ -214,40 +226,31 @@ def _proven(trials: _Trials, form: Form) -> _Compared:
     return compared
 
 
+def _try(trials: _Trials, form: Form, compared: _Compared, variant: Variant, seed: int) -> bool:
+    """Compare there, if it can be run there and lies in the domain."""
+    try:
+        trial = trials.run(variant, seed)
+    except CannotEvaluate:
+        return False
+    if trial.outside is None:
+        _compare(trials, form, trial, compared)
+    return trial.outside is None
+
+
 def _again(trials: _Trials, form: Form, compared: _Compared) -> int:
     """Sizes that must divide, and magnitudes at which half precision does not overflow."""
-    count = 0
-    for number, variant in enumerate(
-        (Variant("multiples", 3), Variant("multiples, small", 3, 0.1), Variant("half", 0, 0.5))
-    ):
-        try:
-            trial = trials.run(variant, 120 + number)
-        except CannotEvaluate:
-            continue
-        if trial.outside is None:
-            _compare(trials, form, trial, compared)
-            count += 1
-    return count
+    return sum(_try(trials, form, compared, variant, 120 + n) for n, variant in enumerate(GENTLE))
 
 
 def _search(trials: _Trials, form: Form, compared: _Compared) -> None:
     """Draw on while a piece of a break has not run."""
-    from fxfuse.recognise.literals import literals
-
     region = trials.region
     if not any(_needed(trials)):
         return
-    numbers = [v for v in literals(region) if abs(v) < 1e30]
-    for number, variant in enumerate(searches(len(region.sources), len(region.inputs), numbers)):
+    for number, variant in enumerate(searches(len(region.sources), len(region.inputs), trials.numbers())):
         trials.ask.check_time()
-        try:
-            trial = trials.run(variant, 300 + number)
-        except CannotEvaluate:
-            continue
-        if trial.outside is None:
-            _compare(trials, form, trial, compared)
-            if not any(_needed(trials)):
-                return
+        if _try(trials, form, compared, variant, 300 + number) and not any(_needed(trials)):
+            return
 
 
 def _needed(trials: _Trials) -> Iterator[tuple[Break, str]]:
