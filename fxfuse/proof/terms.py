@@ -99,7 +99,8 @@ class Terms:
 
     # ---- whole numbers
 
-    def _linear(self, term: Term) -> tuple[int, dict[Term, int]]:
+    def linear(self, term: Term) -> tuple[int, dict[Term, int]]:
+        """A whole number as a constant, and how often it has each of its parts."""
         if term.op == "number":
             return int(term.args[0]), {}
         if term.op == "sum":
@@ -124,14 +125,14 @@ class Terms:
     def add(self, *terms: Term) -> Term:
         constant, parts = 0, dict[Term, int]()
         for term in terms:
-            own, more = self._linear(self.as_int(term))
+            own, more = self.linear(self.as_int(term))
             constant += own
             for part, factor in more.items():
                 parts[part] = parts.get(part, 0) + factor
         return self._sum(constant, parts)
 
     def scale(self, term: Term, by: int) -> Term:
-        constant, parts = self._linear(self.as_int(term))
+        constant, parts = self.linear(self.as_int(term))
         return self._sum(constant * by, {t: c * by for t, c in parts.items()})
 
     def subtract(self, first: Term, second: Term) -> Term:
@@ -156,7 +157,7 @@ class Terms:
         """Rounded down; `by` is positive."""
         if by == 1:
             return self.as_int(term)
-        constant, parts = self._linear(self.as_int(term))
+        constant, parts = self.linear(self.as_int(term))
         outside = {t: c // by for t, c in parts.items() if c % by == 0}
         rest = self._sum(constant % by, {t: c for t, c in parts.items() if c % by})
         whole = self._sum(constant // by, outside)
@@ -170,7 +171,7 @@ class Terms:
 
     def remainder(self, term: Term, by: int) -> Term:
         """The rest of `divide`."""
-        constant, parts = self._linear(self.as_int(term))
+        constant, parts = self.linear(self.as_int(term))
         rest = self._sum(constant % by, {t: c % by for t, c in parts.items() if c % by})
         if rest.number is not None:
             return self.number(int(rest.number) % by)
