@@ -28,6 +28,7 @@ from fxfuse.graph.splice import Guarded, Splicer, trace
 from fxfuse.graph.view import GraphView
 from fxfuse.graph.wrapped import inline_layers
 from fxfuse.ops.registry import check_opset
+from fxfuse.options import BUDGET, check_accept, check_budget, check_frozen
 from fxfuse.proof.evaluate import CannotEvaluate
 from fxfuse.proof.evidence import Evidence
 from fxfuse.proof.prove import Refused, prove
@@ -55,7 +56,7 @@ def fuse(
     windows: Windows = "mask",
     frozen: bool = False,
     accept: Sequence[str] = (),
-    budget: float = 60.0,
+    budget: float = BUDGET,
 ) -> ExportedProgram:
     """Collapse every region that computes a known operator into one op that maps to one ONNX node.
 
@@ -93,6 +94,9 @@ def fuse(
     check_block_masks(block_mask)
     check_flex_attention(flex_attention)
     check_windows(windows, opset)
+    check_frozen(frozen)
+    check_accept(accept)
+    check_budget(budget)
     started = time.perf_counter()
     result = copy_program(program)
     report = Report(opset, nodes_before=_calls(result.graph))
