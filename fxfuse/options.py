@@ -38,6 +38,19 @@ def check_budget(budget: object) -> None:
         raise FxfuseError(f"a budget is a number of seconds above 0, not {budget!r}", where="budget")
 
 
+def check_patterns(patterns: object) -> None:
+    """Raises FxfuseError if it is no list of patterns."""
+    if isinstance(patterns, (str, bytes)) or not isinstance(patterns, Sequence):
+        raise FxfuseError(f"patterns is a list of patterns, not {patterns!r}", where="patterns")
+    for pattern in patterns:
+        if isinstance(pattern, type) or not isinstance(pattern, Pattern):
+            raise FxfuseError(
+                f"{pattern!r} is not a pattern",
+                where="patterns",
+                hint="fxfuse.patterns.rms_norm.PATTERN is one, and what @fxfuse.pattern returns",
+            )
+
+
 def check_frozen(frozen: object) -> None:
     """Raises FxfuseError if it is neither True nor False."""
     if not isinstance(frozen, bool):
@@ -79,15 +92,7 @@ class Options:
         check_accept(self.accept)
         check_budget(self.budget)
         if self.patterns is not None:
-            if not isinstance(self.patterns, Sequence):
-                raise FxfuseError(f"patterns is a list of patterns, not {self.patterns!r}", where="patterns")
-            for pattern in self.patterns:
-                if not isinstance(pattern, Pattern):
-                    raise FxfuseError(
-                        f"{pattern!r} is not a pattern",
-                        where="patterns",
-                        hint="fxfuse.patterns.rms_norm.PATTERN is one, and what @fxfuse.pattern returns",
-                    )
+            check_patterns(self.patterns)
 
     def for_export(self, opset: int) -> dict[str, Any]:
         """Keyword arguments of `fuse` for an export at `opset`: nothing newer than either of the two."""

@@ -52,7 +52,8 @@ class Break:
 class Breaks:
     """The breaks of one region, and what ran of them in all draws so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, accept: frozenset[str] = frozenset()) -> None:
+        self._accept = accept
         self.found: dict[Any, Break] = {}
         self.ran: set[tuple[str, str]] = set()
         """Of the last draw: breaks by name, and which of their pieces ran."""
@@ -120,7 +121,9 @@ class Breaks:
 
     def _below_fill(self, found: Break, name: str, call: Call) -> None:
         """A fill far down masks, for scores above it."""
-        if found.fill is None or not math.isfinite(found.fill) or not masks(found):
+        if found.fill is None or not math.isfinite(found.fill):
+            return
+        if not masks(found) and found.name not in self._accept:
             return
         kept = call.args[0] if name == "masked_fill" else _other(call, found.fill)
         if isinstance(kept, Tensor) and kept.is_floating_point():

@@ -80,6 +80,7 @@ class Example:
         best = float("inf")
         raised: Exception | None = None
         for order, scalars in islice(self._bindings(region), _MAX_BINDINGS):
+            ask.check_time()
             error = 0.0
             for inputs, expected in draws:
                 try:
@@ -88,6 +89,7 @@ class Example:
                 except Exception as problem:  # of tensors in the wrong order, say
                     raised = problem
                     break
+                ask.settled["ran", self.name] = True
                 if not isinstance(actual, torch.Tensor) or actual.shape != expected.shape:
                     break
                 error = max(error, _apart(expected, actual))
@@ -102,7 +104,7 @@ class Example:
         if best < 0.3:
             return Reason(f"computes nearly the same as {self.name}: values differ by {best:.2g} of their size", 2)
         if raised is not None:
-            ask.settled.setdefault(("raised", self.name), f"{type(raised).__name__}: {raised}")
+            ask.settled.setdefault(("raised", self.name), raised)
         return Reason("computes something else")
 
     def _draws(self, region: Region, ask: Questions) -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:

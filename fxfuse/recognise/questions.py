@@ -81,8 +81,6 @@ class Questions:
         self.flex_attention = flex_attention
         self.windows = windows
         self.accept = accept
-        self.overruled: set[str] = set()
-        """The names in `accept` that something was refused by."""
         self.settled: dict[Any, Any] = {}
         """What was found out about block masks, each once."""
         self._constants = _constants(program, frozen)
