@@ -42,7 +42,7 @@ from fxfuse.recognise.flex.reconstruct import reconstruct
 from fxfuse.recognise.questions import BlockMasks, OutOfTime, Questions, check_block_masks
 from fxfuse.report.layer import calls, mark, one_layer
 from fxfuse.report.model import Entry, Report
-from fxfuse.report.refusals import name_of, names_in, settle
+from fxfuse.report.refusals import name_of, settle
 from fxfuse.suppose import Suppositions
 
 REPORT = "fxfuse_report"
@@ -120,7 +120,7 @@ def fuse(
             broken.append(error.entry)
     found = result.graph_module.meta[REPORT]
     found.entries.extend(broken)
-    settle(found, accept, names_in(program.graph_module), stacklevel=3)
+    settle(found, accept, program.graph_module)
     return result
 
 

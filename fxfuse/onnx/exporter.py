@@ -261,6 +261,7 @@ def check_no_flex_attention(fused: ExportedProgram) -> None:
             entries: list[Any] = []
             with suppress(FxfuseError):  # a program that was fused in another process has no report
                 entries = [e for e in fxfuse.report(fused) if e.reason is not None and node.name in e.nodes]
+                entries += [e for e in fxfuse.report(fused) if not e.nodes and e.reason is not None]  # why it ended
             why = entries[0].reason if entries else "no pattern looked at it"
             where = ", ".join(filter(None, (node.name, source_line(node))))
             raise FxfuseError(f"flex_attention cannot be exported: {why}", where=where)

@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, cast
 
-from fxfuse.errors import FxfuseError, FxfuseWarning
+from fxfuse.errors import FxfuseError, FxfuseWarning, callers_level
 from fxfuse.onnx import hooks
-from fxfuse.onnx.active import Active, callers_level, for_process, within
+from fxfuse.onnx.active import Active, for_process, within
 from fxfuse.options import BUDGET, Options
 from fxfuse.recognise.answers import Pattern
 from fxfuse.recognise.flex.choices import FlexCalls, Windows

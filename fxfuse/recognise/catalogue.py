@@ -6,7 +6,7 @@ import warnings
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 
-from fxfuse.errors import FxfuseWarning
+from fxfuse.errors import FxfuseWarning, callers_level
 from fxfuse.recognise.answers import Pattern
 
 SHIPPED = ("rms_norm", "rotary_embedding", "attention", "flex_attention", "kv_cache", "cache_write")
@@ -66,4 +66,4 @@ def catalogue() -> list[Pattern]:
 
 def _warn(point: EntryPoint, what: str) -> None:
     where = f"entry point {point.name} = {point.value} of the group {GROUP}"
-    warnings.warn(f"a pattern was left out: the {where} {what}", FxfuseWarning, stacklevel=3)
+    warnings.warn(f"a pattern was left out: the {where} {what}", FxfuseWarning, stacklevel=callers_level())

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from difflib import get_close_matches
 
 from torch.fx import GraphModule, Node
 
-from fxfuse.errors import FxfuseWarning
+from fxfuse.errors import FxfuseWarning, callers_level
 from fxfuse.graph.source import place_of
 from fxfuse.proof.accepted import BOUNDS, break_name
 from fxfuse.report.model import Entry, Report
@@ -38,13 +38,13 @@ def names_in(module: GraphModule) -> Iterator[str]:
             yield from (break_name(node) for node in inner.graph.nodes if node.op == "call_function")
 
 
-def settle(report: Report, accept: Iterable[str], known: Iterable[str], stacklevel: int) -> None:
+def settle(report: Report, accept: Collection[str], module: GraphModule) -> None:
     """What became of the names in `accept`: those that could not be overruled are said in the report to be so, and of
     those that nothing was refused by a warning is given.
     """
     overruled = {name for entry in report for name in (entry.evidence.accepted if entry.evidence else ())}
     refused = {entry.name for entry in report if entry.status != "fused"}
-    calls = set(known)
+    calls = set(names_in(module)) if accept else set()
     for name in accept:
         if name in refused:
             report.entries[:] = [_not_overruled(entry, name) for entry in report]
@@ -52,7 +52,7 @@ def settle(report: Report, accept: Iterable[str], known: Iterable[str], stacklev
             what = "nothing was refused by it" if name in calls else "nothing in this program has that name"
             near = get_close_matches(name, sorted({n for n in refused if n}), n=2)
             hint = f"; the report has {' and '.join(near)}" if near else ""
-            warnings.warn(f"accept={name!r} changed nothing: {what}{hint}", FxfuseWarning, stacklevel=stacklevel)
+            warnings.warn(f"accept={name!r} changed nothing: {what}{hint}", FxfuseWarning, stacklevel=callers_level())
 
 
 def _not_overruled(entry: Entry, name: str) -> Entry:
