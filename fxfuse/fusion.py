@@ -7,13 +7,10 @@ print(fxfuse.report(fused))
 
 from __future__ import annotations
 
-import os
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch.fx.experimental._config
@@ -42,8 +39,8 @@ from fxfuse.recognise.flex.reconstruct import reconstruct
 from fxfuse.recognise.questions import BlockMasks, OutOfTime, Questions, check_block_masks
 from fxfuse.report.layer import calls, mark, one_layer
 from fxfuse.report.model import Entry, Report
-from fxfuse.report.refusals import name_of, settle
-from fxfuse.suppose import Suppositions
+from fxfuse.report.refusals import failed, name_of, said, settle
+from fxfuse.suppose import Asking, Suppositions
 
 REPORT = "fxfuse_report"
 """Where a program, or an ONNX model in memory, keeps its report: in ``meta``."""
@@ -109,7 +106,7 @@ def fuse(
     if patterns is not None:
         check_patterns(patterns)
     chosen = [p for p in (catalogue() if patterns is None else patterns) if p.since_opset <= opset]
-    asking = _Asking(block_mask, flex_attention, windows, frozen, frozenset(accept), time.perf_counter() + budget)
+    asking = Asking(block_mask, flex_attention, windows, frozen, frozenset(accept), time.perf_counter() + budget)
     broken: list[Entry] = []
     while True:
         try:
@@ -125,7 +122,7 @@ def fuse(
 
 
 def _fused(
-    program: ExportedProgram, opset: int, patterns: Sequence[Pattern], verified: bool, asking: _Asking
+    program: ExportedProgram, opset: int, patterns: Sequence[Pattern], verified: bool, asking: Asking
 ) -> ExportedProgram:
     """The program with these patterns applied, and its report.
 
@@ -176,29 +173,6 @@ def report(program: object) -> Report:
     return found
 
 
-@dataclass(frozen=True)
-class _Asking:
-    """What the caller allows to be concluded, and until when."""
-
-    block_mask: BlockMasks
-    flex_attention: FlexCalls
-    windows: Windows
-    frozen: bool
-    accept: frozenset[str]
-    until: float
-
-    def of(self, program: ExportedProgram, *, frozen: bool | None = None, accept: Sequence[str] = ()) -> Questions:
-        return Questions(
-            program,
-            self.block_mask,
-            self.flex_attention,
-            self.windows,
-            frozen=self.frozen if frozen is None else frozen,
-            accept=self.accept | frozenset(accept),
-            until=self.until,
-        )
-
-
 class _Broken(Exception):
     """A rewrite that ended halfway."""
 
@@ -229,21 +203,22 @@ class _Run:
     program: ExportedProgram
     report: Report
     verified: bool
-    asking: _Asking
+    asking: Asking
     answers: dict[tuple[int, str], Found | Reason] = field(default_factory=dict)
     proofs: dict[tuple[int, str, str], _Traced | str] = field(default_factory=dict)
     own: set[int] = field(default_factory=set)
     """Answers that hold for what this program's constants and positions are."""
+    reading: tuple[GraphView, Questions] | None = None
+    """What is known of the graph as it stands; None once it was rewritten."""
     ended: bool = False
     """Is the time over?"""
 
     def __post_init__(self) -> None:
-        self.suppose = Suppositions(partial(self.asking.of, self.program), self.asking.frozen)
+        self.suppose = Suppositions(self.program, self.asking)
 
     def apply(self, pattern: Pattern) -> None:
         """Match the whole graph against one pattern, then rewrite it."""
-        view = GraphView(self.program.graph)
-        ask = self.asking.of(self.program)
+        view, ask = self.reading = self.reading or (GraphView(self.program.graph), self.asking.of(self.program))
         matches: list[_Match] = []
         taken: set[Node] = set()
         try:
@@ -260,18 +235,21 @@ class _Run:
             why = "the search ended here, and what comes after it was not looked for: its time was over (budget=…)"
             self._note(pattern, "near miss", (), None, reason=why)
         except Exception as error:  # what it proposes or answers is not what it should be
-            self._note(pattern, "near miss", (), None, reason=_failed(pattern, "failed", error))
-        raised = ask.settled.get(("raised", pattern.name))
-        if not matches and raised is not None and ("ran", pattern.name) not in ask.settled:
-            why = f"the example raised {_said(raised)} for every region"
+            self._note(pattern, "near miss", (), None, reason=failed(pattern, "failed", error))
+        raised = ask.settled.get(("raised", id(pattern)))
+        if not matches and raised is not None and ("ran", id(pattern)) not in ask.settled:
+            why = f"the example raised {said(raised)} for every region"
             self._note(pattern, "near miss", (), None, reason=why)
-        with self._clock("rewrite"):
-            try:
+        if not matches:
+            return
+        try:
+            with self._clock("rewrite"):
                 self._rewrite(matches)
-            except Exception as error:
-                why = _failed(pattern, "failed while the graph was rewritten", error)
-                self._note(pattern, "refused", (), None, reason=why)
-                raise _Broken(pattern, self.report.entries[-1]) from error
+            self.reading = None
+        except Exception as error:
+            why = failed(pattern, "failed while the graph was rewritten", error)
+            self._note(pattern, "refused", (), None, reason=why)
+            raise _Broken(pattern, self.report.entries[-1]) from error
 
     def _decide(self, pattern: Pattern, proposal: Proposal, ask: Questions, taken: set[Node]) -> _Match | None:
         """The best region around one anchor that is the operator and proves it; else why not."""
@@ -341,7 +319,7 @@ class _Run:
             except OutOfTime:
                 raise
             except Exception as error:  # a pattern (a user's, say) that fails must not take the export down
-                answer = Reason(_failed(pattern, "could not be asked", error), NEAR)
+                answer = Reason(failed(pattern, "could not be asked", error), NEAR)
             if ask.read_leaves:
                 key = _own_key(pattern, region, ask)
                 self.own.add(id(answer))
@@ -372,7 +350,7 @@ class _Run:
             except OutOfTime:
                 raise
             except Exception as error:  # whatever a pattern or its replacement does, the export goes on
-                result = _failed(pattern, "could not be compared", error)
+                result = failed(pattern, "could not be compared", error)
             self.proofs[own if ask.read_leaves else general] = result
             return result
 
@@ -429,7 +407,7 @@ class _Run:
         except OutOfTime:
             raise
         except Exception as error:
-            why = _failed(pattern, "could not propose", error)
+            why = failed(pattern, "could not propose", error)
             nodes = (anchor,) if anchor is not None else ()
             self._note(pattern, "near miss", nodes, anchor, reason=why)
 
@@ -461,23 +439,6 @@ def _key(pattern: Pattern, region: Region) -> tuple[int, str]:
 def _own_key(pattern: Pattern, region: Region, ask: Questions) -> tuple[int, str]:
     """For answers that hold for the values which these very inputs take in the program, or others computed alike."""
     return id(pattern), region.key + "|" + ",".join(ask.content(n) for n in region.others)
-
-
-def _failed(pattern: Pattern, what: str, error: Exception) -> str:
-    return f"the pattern {pattern.name} {what}: {_said(error)}"
-
-
-def _said(error: Exception) -> str:
-    """``"TypeError: no such thing (mine.py:12)"``: with the line that raised it, where that is neither fxfuse's nor
-    torch's."""
-    where = ""
-    with suppress(Exception):  # of an exception that cannot be printed nothing is said
-        text = str(error).strip()
-        for frame in traceback.extract_tb(error.__traceback__):
-            if not any(f"{os.sep}{own}{os.sep}" in frame.filename for own in ("fxfuse", "torch")):
-                where = f" ({os.path.basename(frame.filename)}:{frame.lineno})"
-        return f"{type(error).__name__}: {text}{where}" if text else f"{type(error).__name__}{where}"
-    return type(error).__name__
 
 
 def _named(parameters: dict[str, Any], region: Region) -> dict[str, Any]:

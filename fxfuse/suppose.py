@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
+
+from torch.export import ExportedProgram
 
 from fxfuse.graph.region import Region
 from fxfuse.graph.view import op_name
@@ -15,24 +17,42 @@ from fxfuse.proof.accepted import BOUNDS, break_name
 from fxfuse.proof.evaluate import CannotEvaluate
 from fxfuse.proof.prove import Refused, prove
 from fxfuse.recognise.answers import Found, Pattern
-from fxfuse.recognise.questions import OutOfTime, Questions, may_change
+from fxfuse.recognise.flex.choices import FlexCalls, Windows
+from fxfuse.recognise.questions import BlockMasks, OutOfTime, Questions, may_change
 
 REGIONS = 3
 """Of one anchor, how many are asked again."""
 
 
-class MakeQuestions(Protocol):
-    """`Questions` of the program, with other options than the caller's where they are given."""
+@dataclass(frozen=True)
+class Asking:
+    """What the caller allows to be concluded, and until when."""
 
-    def __call__(self, *, frozen: bool | None = None, accept: Sequence[str] = ()) -> Questions: ...
+    block_mask: BlockMasks
+    flex_attention: FlexCalls
+    windows: Windows
+    frozen: bool
+    accept: frozenset[str]
+    until: float
+
+    def of(self, program: ExportedProgram, *, frozen: bool | None = None, accept: Sequence[str] = ()) -> Questions:
+        return Questions(
+            program,
+            self.block_mask,
+            self.flex_attention,
+            self.windows,
+            frozen=self.frozen if frozen is None else frozen,
+            accept=self.accept | frozenset(accept),
+            until=self.until,
+        )
 
 
 @dataclass
 class Suppositions:
     """Of one program; each kind of region is asked once."""
 
-    questions: MakeQuestions
-    frozen: bool
+    program: ExportedProgram
+    asking: Asking
     known: dict[Any, bool] = field(default_factory=dict)
     made: dict[Any, Questions] = field(default_factory=dict)
 
@@ -62,7 +82,7 @@ class Suppositions:
         return f"{why}; accept={[name]!r} overrules it"
 
     def _buffers(self, pattern: Pattern, region: Region, ask: Questions) -> str | None:
-        buffers = [] if self.frozen else ask.may_change(region.others)
+        buffers = [] if self.asking.frozen else ask.may_change(region.others)
         if buffers and self._hold(pattern, region, ask, tuple(buffers), {"frozen": True}):
             return f"only as long as a buffer stays as it is: {may_change(buffers)}"
         return None
@@ -74,7 +94,7 @@ class Suppositions:
             ask.check_time()
             asked = id(pattern), *options, key
             if asked not in self.made:
-                self.made[asked] = self.questions(**options)
+                self.made[asked] = self.asking.of(self.program, **options)
             self.known[held] = _holds(pattern, region, self.made[asked])
         return self.known[held]
 

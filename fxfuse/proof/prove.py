@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,13 +64,13 @@ def prove(region: Region, found: Found, ask: Questions) -> Proof:
     for form in found.forms:
         ask.check_time()
         try:
-            evidence = _proven(trials, form)
+            compared = _proven(trials, form)
             rounded = rounding(region, found, form, ask)
         except Refused as refused:
             errors.append(str(refused))
             continue
         if best is None or rounded.differing < best[0]:
-            evidence = trials.evidence(evidence, rounded.ulp, rounded.notes)
+            evidence = trials.evidence(compared, rounded.ulp, rounded.notes)
             best = rounded.differing, Proof(form, evidence)
         if rounded.differing == 0:
             break
@@ -319,7 +320,7 @@ def _compare(trials: _Trials, form: Form, trial: _Trial, compared: _Compared) ->
             if bool(free.any()):
                 compared.differences.append("rows that see no key are nan in the model, 0 in the operator")
         try:
-            error = same(expected, actual, lambda place=place: trial.loss(region, place), free=free)
+            error = same(expected, actual, partial(trial.loss, region, place), free=free)
         except Refused as refused:
             raise Refused(f"{refused}{_where(trials, trial, compared)}") from None
         compared.error = max(compared.error, error)

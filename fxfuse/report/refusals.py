@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import traceback
 import warnings
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from difflib import get_close_matches
 
@@ -13,6 +16,7 @@ from torch.fx import GraphModule, Node
 from fxfuse.errors import FxfuseWarning, callers_level
 from fxfuse.graph.source import place_of
 from fxfuse.proof.accepted import BOUNDS, break_name
+from fxfuse.recognise.answers import Pattern
 from fxfuse.report.model import Entry, Report
 
 _PLACED = re.compile(r"\(([\w.]+@[^()\n]+:\d+)\)")
@@ -66,3 +70,21 @@ def _not_overruled(entry: Entry, name: str) -> Entry:
     else:
         why = f"{what} is not the identity between two bounds, nor does it fill with one number"
     return replace(entry, reason=f"{entry.reason}; accepting {name} does not overrule this: {why}")
+
+
+def failed(pattern: Pattern, what: str, error: Exception) -> str:
+    """``"the pattern geglu could not be asked: TypeError: no such thing (mine.py:12)"``"""
+    return f"the pattern {pattern.name} {what}: {said(error)}"
+
+
+def said(error: Exception) -> str:
+    """``"TypeError: no such thing (mine.py:12)"``: with the line that raised it, where that is neither fxfuse's nor
+    torch's."""
+    where = ""
+    with suppress(Exception):  # of an exception that cannot be printed nothing is said
+        text = str(error).strip()
+        for frame in traceback.extract_tb(error.__traceback__):
+            if not any(f"{os.sep}{own}{os.sep}" in frame.filename for own in ("fxfuse", "torch")):
+                where = f" ({os.path.basename(frame.filename)}:{frame.lineno})"
+        return f"{type(error).__name__}: {text}{where}" if text else f"{type(error).__name__}{where}"
+    return type(error).__name__
