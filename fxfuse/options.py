@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from fxfuse.errors import FxfuseError
 from fxfuse.ops.registry import check_opset
-from fxfuse.recognise.answers import Pattern
+from fxfuse.recognise.answers import Pattern, is_pattern
 from fxfuse.recognise.flex.choices import FlexCalls, Windows, check_flex_attention, check_windows
 from fxfuse.recognise.questions import BlockMasks, check_block_masks
 
@@ -43,7 +43,7 @@ def check_patterns(patterns: object) -> None:
     if isinstance(patterns, (str, bytes)) or not isinstance(patterns, Sequence):
         raise FxfuseError(f"patterns is a list of patterns, not {patterns!r}", where="patterns")
     for pattern in patterns:
-        if isinstance(pattern, type) or not isinstance(pattern, Pattern):
+        if not is_pattern(pattern):
             raise FxfuseError(
                 f"{pattern!r} is not a pattern",
                 where="patterns",

@@ -7,7 +7,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 
 from fxfuse.errors import FxfuseWarning, callers_level
-from fxfuse.recognise.answers import Pattern
+from fxfuse.recognise.answers import Pattern, is_pattern
 
 SHIPPED = ("rms_norm", "rotary_embedding", "attention", "flex_attention", "kv_cache", "cache_write")
 """Modules of `fxfuse.patterns`, in the order in which they are applied: attention looks through rotary embeddings, and
@@ -57,7 +57,7 @@ def catalogue() -> list[Pattern]:
         except Exception as error:
             _warn(point, f"cannot be loaded: {type(error).__name__}: {error}")
             continue
-        if isinstance(loaded, type) or not isinstance(loaded, Pattern):
+        if not is_pattern(loaded):
             _warn(point, "is not a pattern")
             continue
         found.append(loaded)
