@@ -8,6 +8,7 @@ from typing import get_args
 
 from fxfuse.cli import commands
 from fxfuse.cli.parity import parity
+from fxfuse.options import BUDGET
 from fxfuse.recognise.flex.choices import FlexCalls, Windows
 
 SOURCES = """\
@@ -119,12 +120,30 @@ def _source(sub: argparse.ArgumentParser) -> None:
         help="what windows in flex_attention become: part of the mask, or attributes of Attention (opset 25)",
     )
     sub.add_argument(
+        "--accept",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="overrule a refusal, by the name that the report gives it: clamp@model.py:12; repeatable",
+    )
+    _budget(sub)
+    sub.add_argument(
         "--report",
         type=Path,
         action="append",
         default=[],
         metavar="FILE",
         help="also write the report here: a page (.html) or data (.json); repeatable",
+    )
+
+
+def _budget(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--budget",
+        type=float,
+        default=BUDGET,
+        metavar="SECONDS",
+        help=f"how long to look for more to fuse (default {BUDGET:g})",
     )
 
 

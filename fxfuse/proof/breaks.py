@@ -52,7 +52,8 @@ class Break:
 class Breaks:
     """The breaks of one region, and what ran of them in all draws so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, accept: frozenset[str] = frozenset()) -> None:
+        self._accept = accept
         self.found: dict[Any, Break] = {}
         self.ran: set[tuple[str, str]] = set()
         """Of the last draw: breaks by name, and which of their pieces ran."""
@@ -123,7 +124,9 @@ class Breaks:
 
     def _below_fill(self, found: Break, name: str, call: Call) -> None:
         """A fill far down masks, for scores above it."""
-        if found.fill is None or not math.isfinite(found.fill) or not masks(found):
+        if found.fill is None or not math.isfinite(found.fill):
+            return
+        if not masks(found) and found.name not in self._accept:
             return
         kept = call.args[0] if name == "masked_fill" else _other(call, found.fill)
         if isinstance(kept, Tensor) and kept.is_floating_point():
@@ -230,15 +233,16 @@ def _pieces(name: str, call: Call) -> tuple[Pieces | None, Any]:
     if name in _SIGNS and isinstance(x, Tensor):
         return {"negative": x < 0, "positive": x > 0}, ()
     if name in ("hardshrink", "softshrink") and isinstance(x, Tensor):
-        size = call.get("lambd")
+        size = float(call.get("lambd"))
         return {"within": x.abs() < size, "above": x > size, "below": x < -size}, ()
     if name == "threshold" and isinstance(x, Tensor):
-        return {"below": x < call.get("threshold"), "above": x > call.get("threshold")}, ()
+        bound = float(call.get("threshold"))
+        return {"below": x < bound, "above": x > bound}, ()
     if name == "softplus" and isinstance(x, Tensor):
         scaled = x * call.get("beta")
         return {"curved": scaled < call.get("threshold"), "straight": scaled > call.get("threshold")}, ()
-    if name in ("maximum", "minimum", "fmax", "fmin", "max", "min") and len(call.args) > 1:
-        y = _tensor(call.args[1], call.args[0])
+    if name in ("maximum", "minimum", "fmax", "fmin", "max", "min") and len(call.args) > 1 and x is not None:
+        y = _tensor(call.args[1], x)
         smaller = [t for t in (x, y) if isinstance(t, Tensor) and t.numel() < call.value.numel()]
         return {"the first": (x > y).expand(call.value.shape), "the second": (x < y).expand(call.value.shape)}, smaller
     if name in ("where", "masked_fill"):
@@ -341,9 +345,9 @@ def _asks_whether_finite(condition: Any) -> bool:
 
 def unreachable(one: Break, piece: str) -> str | None:
     """Why a piece that never ran cannot run, by a named rule; None where no rule says so."""
-    if one.what in ("where", "masked_fill") and piece == "true" and one.node is not None:
-        if _asks_whether_finite(one.node.args[0 if one.what == "where" else 1]):
-            return FINITE
+    condition = {"where": 0, "masked_fill": 1}.get(one.what) if piece == "true" and one.node is not None else None
+    if condition is not None and one.node is not None and _asks_whether_finite(one.node.args[condition]):
+        return FINITE
     if one.what in ("isnan", "isinf", "isposinf", "isneginf") and piece == "true":
         return FINITE
     if one.what == "isfinite" and piece == "false":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,8 +31,8 @@ class Variant:
     """1: all sources are positive; -1: the first is, the others are negative."""
     special: tuple[float, ...] = ()
     """Numbers that some elements are set to."""
-    large: tuple[int, ...] = ()
-    """A size for the symbols of the region, where they admit it."""
+    large: tuple[tuple[Any, int], ...] = ()
+    """Sizes for symbols of the region."""
 
     @property
     def magnitude(self) -> float:

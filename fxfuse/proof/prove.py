@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ from torch.fx import Node
 from fxfuse.graph.region import Region
 from fxfuse.graph.source import place_of
 from fxfuse.graph.view import fake, op_name
+from fxfuse.proof.accepted import accepted
 from fxfuse.proof.breaks import Break, Breaks, coarse_casts, masks, unreachable
 from fxfuse.proof.claims import counts_up, same_at_every_size
 from fxfuse.proof.compare import NOISE, Refused, moved, same
@@ -60,14 +62,15 @@ def prove(region: Region, found: Found, ask: Questions) -> Proof:
     errors: list[str] = []
     best: tuple[float, Proof] | None = None
     for form in found.forms:
+        ask.check_time()
         try:
-            evidence = _proven(trials, form)
+            compared = _proven(trials, form)
             rounded = rounding(region, found, form, ask)
         except Refused as refused:
             errors.append(str(refused))
             continue
         if best is None or rounded.differing < best[0]:
-            evidence = trials.evidence(evidence, rounded.ulp, rounded.notes)
+            evidence = trials.evidence(compared, rounded.ulp, rounded.notes)
             best = rounded.differing, Proof(form, evidence)
         if rounded.differing == 0:
             break
@@ -114,7 +117,7 @@ class _Trials:
 
     def __init__(self, region: Region, found: Found, ask: Questions) -> None:
         self.region, self.found, self.ask = region, found, ask
-        self.breaks = Breaks()
+        self.breaks = Breaks(ask.accept)
         self.extents = Extents(region, ask)
         self._done: dict[Variant, _Trial | CannotEvaluate] = {}
         for node in () if found.read else region.others:
@@ -176,9 +179,10 @@ class _Trials:
             ran = tuple(dict.fromkeys(piece for (piece, _), met in one.met.items() if bool(met.any())))
             beyond = {p: unreachable(one, p) or one.beyond.get(p, "") for p in _unmet(one)}
             done.append(BreakEvidence(one.name, ran, beyond))
-            if one.fill is not None and self.found.averaging:
+            if one.fill is not None and self.found.averaging and one.name not in self.ask.accept:
                 notes = [*notes, f"{one.name} masks with {one.fill:g}: for scores above it"]
         trials = compared.trials
+        overruled = accepted(self.region, self.breaks.found.values(), self.ask.accept)
         return Evidence(
             draws=len(trials),
             sizes=tuple({str(k): v for k, v in s} for s in dict.fromkeys(_sizes(t) for t in trials)),
@@ -187,10 +191,8 @@ class _Trials:
             claims=self.found.claims,
             error=compared.error,
             rounding=ulp,
-            differences=tuple(dict.fromkeys([*compared.differences, *notes])),
-            accepted=tuple(
-                sorted(self.ask.accept & (self.ask.overruled | {b.name for b in self.breaks.found.values()}))
-            ),
+            differences=tuple(dict.fromkeys([*compared.differences, *notes, *overruled.values()])),
+            accepted=tuple(sorted(overruled)),
         )
 
 
@@ -204,11 +206,13 @@ def _proven(trials: _Trials, form: Form) -> _Compared:
     why = "no sizes could be evaluated"
     ordinary = 0
     for number, variant in enumerate(BASE):
+        trials.ask.check_time()
         try:
             trial = trials.run(variant, 100 + number)
         except CannotEvaluate as error:
             why = str(error)
             continue
+        _check_fills(trials)
         if trial.outside is None:
             _compare(trials, form, trial, compared)
             ordinary += 1
@@ -279,16 +283,20 @@ def _all_met(trials: _Trials) -> None:
     """Raises: Refused: a piece that may run never did."""
     if (size := trials.extents.refused()) is not None:
         raise Refused(size)
-    averaging = trials.found.averaging
+    _check_fills(trials)
+    for one, piece in _needed(trials):
+        if one.name not in trials.ask.accept:
+            raise Refused(f"{_never(one, piece)} ({one.name})")
+
+
+def _check_fills(trials: _Trials) -> None:
+    """Raises: Refused: scores are filled with a number that they may have themselves."""
     for one in trials.breaks.found.values():
-        if averaging and one.fill is not None and not masks(one) and one.name not in trials.ask.accept:
+        if trials.found.averaging and one.fill is not None and not masks(one) and one.name not in trials.ask.accept:
             raise Refused(
                 f"fills scores with {one.fill:g}, a number that scores can reach: the operator only hides keys or adds "
                 f"({one.name})"
             )
-    for one, piece in _needed(trials):
-        if one.name not in trials.ask.accept:
-            raise Refused(f"{_never(one, piece)} ({one.name})")
 
 
 def _never(one: Break, piece: str) -> str:
@@ -315,7 +323,7 @@ def _compare(trials: _Trials, form: Form, trial: _Trial, compared: _Compared) ->
             if bool(free.any()):
                 compared.differences.append("rows that see no key are nan in the model, 0 in the operator")
         try:
-            error = same(expected, actual, lambda place=place: trial.loss(region, place), free=free)
+            error = same(expected, actual, partial(trial.loss, region, place), free=free)
         except Refused as refused:
             raise Refused(f"{refused}{_where(trials, trial, compared)}") from None
         compared.error = max(compared.error, error)

@@ -45,6 +45,7 @@ def rounding(region: Region, found: Found, form: Form, ask: Questions) -> Roundi
     result = Rounding(0.0, 0.0)
     dtype = fake(region.output).dtype
     for number, variant in enumerate(_VARIANTS):
+        ask.check_time()
         working = ask.evaluator(0, exact=False, alike=region.alike)
         try:
             inputs = ask.inputs(region, working, 200 + number, from_leaves=found.from_leaves)
@@ -128,6 +129,7 @@ def _rows(region: Region, found: Found, form: Form, ask: Questions, result: Roun
     numbers = [float("-inf"), torch.finfo(dtype).min] if floating else [float("-inf")]
     for number in numbers:
         for seed, how in enumerate(ROWS):
+            ask.check_time()
             working = ask.evaluator(seed % 2, exact=False, alike=region.alike)
             try:
                 inputs = ask.inputs(region, working, 400 + seed, from_leaves=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, Literal, get_args
 
@@ -43,6 +43,13 @@ _INDEXED = {"index": 0, "embedding": 0, "index_select": 0, "gather": 0, "take_al
 _LIMIT = 400
 
 
+def may_change(buffers: Sequence[str]) -> str:
+    """Why nothing is concluded from what these buffers hold, and what lets it be."""
+    names = ", ".join(map(repr, buffers))
+    are = f"the persistent buffer {names}" if len(buffers) == 1 else f"the persistent buffers {names}"
+    return f"load_state_dict may change {are} (frozen=True takes it for a constant)"
+
+
 class OutOfTime(Exception):
     """The search took longer than it may."""
 
@@ -74,11 +81,10 @@ class Questions:
         self.flex_attention = flex_attention
         self.windows = windows
         self.accept = accept
-        self.overruled: set[str] = set()
-        """The names in `accept` that something was refused by."""
         self.settled: dict[Any, Any] = {}
         """What was found out about block masks, each once."""
         self._constants = _constants(program, frozen)
+        self._unfrozen = {} if frozen else _persistent(program)
         self.reader = Reader(self.ranges, self._constants)
         """Reads what the program computes of positions and sizes."""
         # Each pair once: every layer has one, and mostly all have the same.
@@ -241,6 +247,19 @@ class Questions:
             return None
         return value
 
+    def may_change(self, nodes: Iterable[Node]) -> list[str]:
+        """The persistent buffers, by their paths, that keep the nodes from being constants."""
+        found: dict[str, None] = {}
+        for node in nodes:
+            try:
+                leaves = [n for n in _ancestors([node]) if n.op == "placeholder" and tensor(n) is not None]
+            except CannotEvaluate:
+                continue
+            unknown = [n.name for n in leaves if n.name not in self._constants]
+            if unknown and all(name in self._unfrozen for name in unknown):
+                found.update(dict.fromkeys(self._unfrozen[name] for name in unknown))
+        return list(found)
+
     def depends_on_input(self, node: Node) -> bool:
         """Does the value depend on anything but constants and sizes?"""
         self.read_leaves = True
@@ -273,6 +292,16 @@ def _constants(program: ExportedProgram, frozen: bool) -> dict[str, torch.Tensor
         if isinstance(value, torch.Tensor):
             found[spec.arg.name] = value
     return found
+
+
+def _persistent(program: ExportedProgram) -> dict[str, str]:
+    """Persistent buffers that nothing writes to: their paths by the names of their placeholders."""
+    written = {m.target for m in mutations(program)}
+    return {
+        spec.arg.name: str(spec.target)
+        for spec in program.graph_signature.input_specs
+        if spec.kind == InputKind.BUFFER and spec.persistent and spec.target not in written
+    }
 
 
 def _lengths(program: ExportedProgram) -> Iterator[tuple[Any, Any]]:
