@@ -138,8 +138,8 @@ class Breaks:
                 self.outside = f"scores reach the fill of {found.name}"
 
 
-_SINGULAR = frozenset(["log", "log2", "log10", "log1p", "div", "true_divide", "reciprocal", "rsqrt", "divide", "logit"])
-"""They give infinity at 0 without an overflow."""
+_SINGULAR = frozenset(["where", "masked_fill", "log", "log2", "log10", "log1p", "div", "true_divide", "reciprocal", "rsqrt", "divide", "logit"])
+"""They give infinity at 0, or where they are told to, without an overflow."""
 
 
 @dataclass(frozen=True)
