@@ -62,7 +62,7 @@ def at_numbers(numbers: Sequence[float]) -> Iterator[Variant]:
     scales = {}
     for number in numbers:
         for scale in (abs(number), abs(number) ** 0.5):
-            if scale > 0 and not 1e-6 <= scale <= 1e3 and 1e-30 < scale < 1e30:
+            if 1e-30 < scale < 1e9 and not 1e-6 <= scale <= 1e3:
                 scales[f"{scale:.0e}"] = scale
     for text, scale in list(scales.items())[:12]:
         yield Variant(f"at {text}", scale=scale)
