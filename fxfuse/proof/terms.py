@@ -69,7 +69,7 @@ class Terms:
         self.false = self.number(False)
 
     def _make(self, op: str, args: tuple[Any, ...], kind: Kind, bounds: Bounds = EVERYTHING) -> Term:
-        key = (op, args, kind)
+        key = (op, args, kind, bounds if op == "variable" else None)
         found = self._made.get(key)
         if found is None:
             found = Term(op, args, kind, bounds, len(self._made))
@@ -86,7 +86,7 @@ class Terms:
         return self._make("number", (value, type(value)), kind, (float(value), float(value)))
 
     def variable(self, name: str, low: float = 0, high: float = math.inf) -> Term:
-        """A whole number that is free between these bounds: a size, or an index."""
+        """A whole number that is free between these bounds: a size, or an index. With other bounds it is another."""
         return self._make("variable", (name,), "int", (low, high))
 
     def apply(self, name: str, args: tuple[Any, ...], kind: Kind) -> Term:
