@@ -251,7 +251,7 @@ class Terms:
         return self.opposite(self.at_most(second, first))
 
     def equal(self, first: Term, second: Term) -> Term:
-        if first is second:
+        if first is second and (first.kind != "real" or first.op == "number"):  # what is not a number is no equal
             return self.true
         if first.op == "choose" and second.op == "number":
             condition, x, y = first.args
