@@ -72,7 +72,9 @@ def _permute(reader: Reader, node: Node, index: Index) -> Term:
         order = [axis_of(d, rank) for d in given]
     else:
         order = list(range(rank))
-        if name in ("movedim", "moveaxis"):
+        if name == "numpy_T":
+            order.reverse()
+        elif name in ("movedim", "moveaxis"):
             pairs: Any = node.args[1:3]
             if not all(isinstance(p, int) for p in pairs):
                 return _fail(name)
@@ -207,6 +209,8 @@ def reshaped(reader: Reader, inner: list[Any], outer: list[Any], index: Index) -
     """The index into a tensor of sizes `inner` of what is at `index` once it is viewed as `outer`."""
     t = reader.terms
     zero = t.number(0)
+    if fake(source).dtype != fake(node).dtype:
+        return _fail("a view as another type")
     found: list[Term] = []
     places = [(size, i) for size, i in zip(outer, index, strict=True) if not _one(size)]
     sizes = [size for size in inner if not _one(size)]
