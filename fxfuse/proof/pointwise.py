@@ -52,7 +52,9 @@ def of_constants(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | 
         args = [held if n == places[0] else a for n, a in enumerate(node.args)]
         result = node.target(*args, **node.kwargs).item()  # type: ignore[operator]
         if value == 0 and held.is_floating_point() and math.isinf(result):
-            raise unreadable(f"{op_name(node)} of zero, which has a sign")
+            args[places[0]] = -held
+            if node.target(*args, **node.kwargs).item() != result:  # type: ignore[operator]
+                raise unreadable(f"{op_name(node)} of zero, which has a sign")
         if isinstance(result, float):
             return float_number(reader.terms, result)
         return reader.terms.number(result)
@@ -287,7 +289,7 @@ def _logic(name: str) -> Step:
 
 def _bits(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
     """x & (2ⁿ - 1) is a remainder."""
-    x, y = (reader.operand(a, index) for a in node.args[:2])
+    x, y = (in_type(reader, a, index, fake(node).dtype) for a in node.args[:2])
     for number, other in ((x, y), (y, x)):
         mask = number.number
         if isinstance(mask, int) and mask > 0 and (mask + 1) & mask == 0 and other.kind == "int":

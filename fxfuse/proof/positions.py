@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fxfuse.graph.view import fake, op_name, tensor
+from fxfuse.graph.view import fake, mutated, op_name, tensor
 from fxfuse.graph.wrapped import wrapped
 from fxfuse.proof.moves import MOVES, axis_of
 from fxfuse.proof.pointwise import POINTWISE, float_number, of_constants
@@ -26,7 +26,7 @@ from fxfuse.proof.written import Writes
 
 _SAME = frozenset(["detach", "alias", "clone", "contiguous", "lift_fresh_copy", "detach_", "lift_fresh", "positive"])
 _FILLED = {"zeros": 0, "zeros_like": 0, "new_zeros": 0, "ones": 1, "ones_like": 1, "new_ones": 1}
-_FILLED_WITH = {"full": 1, "full_like": 1, "new_full": 2, "scalar_tensor": 0}
+_FILLED_WITH = {"fill": 1, "full": 1, "full_like": 1, "new_full": 2, "scalar_tensor": 0}
 _MOST = 20_000
 Index = tuple[Term, ...]
 
@@ -230,7 +230,7 @@ class Reader:
             return self._batch_dim(function, node, index)
         if name == "getitem":
             return self._item(node, index)
-        if name in _SAME:
+        if name in _SAME or (name.endswith("_") and mutated(node)):  # what writes in place gives back what it wrote to
             return self.operand(node.args[0], index)
         if name in _FILLED:
             return narrowed(self, self.terms.number(_FILLED[name]), torch.int64, fake(node).dtype)
