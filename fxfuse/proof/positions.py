@@ -85,6 +85,8 @@ class Reader:
             low, high = (
                 (0, math.inf) if allowed is None else (_bound(allowed.lower, 0), _bound(allowed.upper, math.inf))
             )
+            if low == 2:  # what torch writes for any size that it did not see to be 1; the program runs at 1 too
+                low = 1
             return t.variable(str(expr), max(low, 0), high)
         if expr.is_number:
             return t.apply(f"size {expr}", (), "real")
