@@ -386,6 +386,10 @@ def _cumsum(reader: Reader, node: Node, index: Index) -> Term:
     return kept(reader, t.multiply(term, t.add(index[axis], t.number(1))), fake(node).dtype) or _fail("cumsum")
 
 
+def _whole(term: Term) -> Term:
+    return term if term.kind == "int" else _fail("a difference of fractions")
+
+
 _WRAPPED = (torch.bool, torch.int8, torch.uint8, torch.int16, torch.float16, torch.bfloat16)
 """Differences in these are other numbers."""
 
@@ -400,7 +404,7 @@ def _diff(reader: Reader, node: Node, index: Index) -> Term:
     before = given.get("prepend")
 
     def element(place: Term) -> Term:
-        return t.as_int(reader.read(source, (*index[:axis], place, *index[axis + 1 :])))
+        return _whole(reader.read(source, (*index[:axis], place, *index[axis + 1 :])))
 
     one = t.number(1)
     if before is None:
@@ -409,7 +413,7 @@ def _diff(reader: Reader, node: Node, index: Index) -> Term:
         return _fail("diff")
     last = t.subtract(index[axis], one)
     steady = t.subtract(element(index[axis]), element(last))
-    first = reader.read(before, (*index[:axis], t.number(0), *index[axis + 1 :]))
+    first = _whole(reader.read(before, (*index[:axis], t.number(0), *index[axis + 1 :])))
     if element(t.number(-1)) is first:
         return steady
     return t.choose(t.equal(index[axis], t.number(0)), t.subtract(element(index[axis]), first), steady)
