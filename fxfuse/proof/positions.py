@@ -372,7 +372,7 @@ def holds(term: Term, dtype: torch.dtype) -> bool:
     """Does the type hold this whole number exactly, for all positions?"""
     low, high = term.reach
     if dtype.is_floating_point:
-        limit = 2 ** _COUNTS_TO.get(dtype, 0)
+        limit = 1 << _COUNTS_TO.get(dtype, 0)
         return -limit <= low and high <= limit
     return torch.iinfo(dtype).min <= low and high <= torch.iinfo(dtype).max
 

@@ -352,13 +352,14 @@ def _reach(term: Term) -> Bounds:
     if term.kind != "int":
         return (0, 1) if term.kind == "bool" else (low, high)
     if term.op == "sum":
-        ends = [sorted(_times(factor, e) for e in part.reach) for part, factor in term.args[1]]
-        own = term.args[0] + sum(e[0] for e in ends), term.args[0] + sum(e[1] for e in ends)
+        parts = [sorted(_times(factor, e) for e in part.reach) for part, factor in term.args[1]]
+        own = term.args[0] + sum(e[0] for e in parts), term.args[0] + sum(e[1] for e in parts)
     elif term.op == "product":
         products = [_times(p, q) for p in term.args[0].reach for q in term.args[1].reach]
         own = min(products), max(products)
     elif term.op == "quotient":
-        own = tuple(_floor(e / term.args[1]) for e in term.args[0].reach)
+        ends = term.args[0].reach
+        own = _floor(ends[0] / term.args[1]), _floor(ends[1] / term.args[1])
     elif term.op == "choose":
         x, y = term.args[1].reach, term.args[2].reach
         own = min(x[0], y[0]), max(x[1], y[1])
