@@ -116,3 +116,8 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def normed(x: Tensor, weight: Tensor, change=lambda m: m, eps: float = 1e-6) -> Tensor:
     return x * torch.rsqrt(change(x.pow(2).mean(-1, keepdim=True)) + eps) * weight
+
+
+X = [drawn(1, n, 16) for n in (1, 6, 70, 150)] + [drawn(2, 5, 16, scale=s) for s in (1e-7, 1e-3, 1e3, 1e6)]
+X.append(torch.cat([drawn(2, 5, 1, scale=1e6), drawn(2, 5, 15)], -1))
+"""Rows of 16: of many lengths, of many sizes, and with one feature that is far larger than the others."""
