@@ -51,6 +51,10 @@ def of_constants(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | 
         held = torch.tensor(value, dtype=fake(source).dtype)
         args = [held if n == places[0] else a for n, a in enumerate(node.args)]
         result = node.target(*args, **node.kwargs).item()  # type: ignore[operator]
+        if value == 0 and held.is_floating_point() and math.isinf(result):
+            args[places[0]] = -held
+            if node.target(*args, **node.kwargs).item() != result:  # type: ignore[operator]
+                raise unreadable(f"{op_name(node)} of zero, which has a sign")
         if isinstance(result, float):
             return float_number(reader.terms, result)
         return reader.terms.number(result)
@@ -86,6 +90,8 @@ def _folded(reader: Reader, node: Node, x: Term, y: Term, function: Callable[[An
     dtype = fake(node).dtype
 
     def combine(a: Any, b: Any) -> Term:
+        if b == 0 and op_name(node) in ("div", "true_divide", "divide"):
+            raise unreadable("a quotient by zero, which has a sign")
         first, second = (torch.tensor(float(v), dtype=torch.float64).to(dtype) for v in (a, b))
         value = function(first, second).item()
         return float_number(reader.terms, value) if value == value else reader.terms.apply("nan", (), "real")
@@ -94,13 +100,36 @@ def _folded(reader: Reader, node: Node, x: Term, y: Term, function: Callable[[An
 
 
 def _two(reader: Reader, node: Node, index: tuple[Term, ...]) -> tuple[Term, Term] | None:
+    from fxfuse.proof.positions import kind_of
+
     if len(node.args) < 2:
         return None
-    t = reader.terms
-    x, y = (reader.operand(a, index) for a in node.args[:2])
-    if fake(node).dtype != torch.bool:
-        x, y = t.as_int(x), t.as_int(y)
-    return x, y
+    dtype = fake(node).dtype
+    if dtype == torch.bool or dtype.is_complex:
+        x, y = (reader.operand(a, index) for a in node.args[:2])
+        return x, y
+    x, y = (in_type(reader, a, index, dtype) for a in node.args[:2])
+    return (x, y) if kind_of(dtype) == "real" or "real" not in (x.kind, y.kind) else None
+
+
+def in_type(reader: Reader, arg: Any, index: tuple[Term, ...], dtype: torch.dtype) -> Term:
+    """What a call that works in this type makes of an argument."""
+    from fxfuse.proof.positions import dtype_of, narrowed
+
+    return narrowed(reader, reader.operand(arg, index), dtype_of(arg), dtype)
+
+
+def kept(reader: Reader, term: Term, dtype: torch.dtype) -> Term | None:
+    """The result of whole arithmetic in this type; None where it may not be exact."""
+    from fxfuse.proof import positions
+
+    return positions.kept(reader, term, dtype)
+
+
+def unreadable(why: str) -> Exception:
+    from fxfuse.proof.positions import Unreadable
+
+    return Unreadable(why)
 
 
 def _sum(sign: int, turned: bool = False) -> Step:
@@ -118,7 +147,7 @@ def _sum(sign: int, turned: bool = False) -> Step:
             if found is not None:
                 return found
         if x.kind == y.kind == "int":
-            return reader.terms.add(x, y) if sign > 0 else reader.terms.subtract(x, y)
+            return kept(reader, reader.terms.add(x, y) if sign > 0 else reader.terms.subtract(x, y), fake(node).dtype)
         if y.number == 0:
             return x
         if x.number == 0 and sign > 0:
@@ -152,7 +181,9 @@ def times(reader: Reader, node: Node, x: Term, y: Term) -> Term:
     if x.kind == y.kind == "int":
         small = any(v.number is not None and abs(v.number) <= 16 for v in (x, y))
         if not floating or small or _is_gate(x) or _is_gate(y):  # no float holds every product of positions
-            return t.multiply(x, y)
+            exact = kept(reader, t.multiply(x, y), fake(node).dtype)
+            if exact is not None:
+                return exact
     whole = not floating and not fake(node).dtype.is_complex
     ordered = tuple(sorted((x, y), key=lambda v: v.serial))
     return t.apply(f"product in {fake(node).dtype}", ordered, "int" if whole else "real")
@@ -175,6 +206,7 @@ def _quotient(rounded: str | None) -> Step:
             return _folded(reader, node, x, y, lambda a, b: a / b)
         down = how == "floor" or x.bounds[0] >= 0
         exact = x.kind == "int" and isinstance(y.number, int) and y.number > 0
+        exact = exact and fake(node).dtype not in (torch.float16, torch.bfloat16)
         return reader.terms.divide(x, y.number) if exact and down else None
 
     return step
@@ -200,15 +232,30 @@ def _shift(left: bool) -> Step:
         wide = fake(node).dtype in (torch.int64, torch.int32)
         if pair[0].kind != "int" or not wide:
             return None
-        return reader.terms.scale(pair[0], by) if left else reader.terms.divide(pair[0], by)
+        if not left:
+            return reader.terms.divide(pair[0], by)
+        return kept(reader, reader.terms.scale(pair[0], by), fake(node).dtype)
 
     return step
+
+
+def _like_argument(arg: Any) -> Any:
+    """Something of the same type, for torch to say which type both are compared in."""
+    from fxfuse.proof.positions import dtype_of
+
+    dtype = dtype_of(arg)
+    if isinstance(arg, Node) and tensor(arg) is not None:
+        return torch.zeros((1,) * min(fake(arg).dim(), 1), dtype=dtype)
+    return False if dtype == torch.bool else 0 if dtype == torch.int64 else 0.0
 
 
 def _compared(name: str) -> Step:
     def step(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
         t = reader.terms
-        x, y = (t.as_int(reader.operand(a, index)) for a in node.args[:2])
+        common = torch.result_type(*(_like_argument(a) for a in node.args[:2]))
+        if common.is_complex:
+            return None
+        x, y = (t.as_int(in_type(reader, a, index, common)) for a in node.args[:2])
         at_most, less = t.at_most, t.less
         return {
             "le": lambda: at_most(x, y),
@@ -242,7 +289,7 @@ def _logic(name: str) -> Step:
 
 def _bits(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
     """x & (2ⁿ - 1) is a remainder."""
-    x, y = (reader.operand(a, index) for a in node.args[:2])
+    x, y = (in_type(reader, a, index, fake(node).dtype) for a in node.args[:2])
     for number, other in ((x, y), (y, x)):
         mask = number.number
         if isinstance(mask, int) and mask > 0 and (mask + 1) & mask == 0 and other.kind == "int":
@@ -256,21 +303,21 @@ def _chosen(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
     t = reader.terms
     first, second, third = node.args
     condition, x, y = (first, second, third) if op_name(node) == "where" else (second, third, first)
-    kept = t.as_bool(reader.operand(condition, index))
-    if kept is t.true:
-        return _like(reader, node, reader.operand(x, index))
-    if kept is t.false:
-        return _like(reader, node, reader.operand(y, index))
-    return t.choose(kept, *(_like(reader, node, reader.operand(v, index)) for v in (x, y)))
+    taken = t.as_bool(reader.operand(condition, index))
+    if taken is t.true:
+        return _like(reader, node, x, index)
+    if taken is t.false:
+        return _like(reader, node, y, index)
+    return t.choose(taken, *(_like(reader, node, v, index) for v in (x, y)))
 
 
-def _like(reader: Reader, node: Node, term: Term) -> Term:
-    """A number among the arguments takes the type of the result."""
-    if fake(node).dtype == torch.bool:
-        return reader.terms.as_bool(term)
-    if term.kind == "real" and term.number is not None and fake(node).dtype.is_floating_point:
-        return float_number(reader.terms, float(torch.tensor(term.number, dtype=torch.float64).to(fake(node).dtype)))
-    return reader.terms.as_int(term)
+def _like(reader: Reader, node: Node, arg: Any, index: tuple[Term, ...]) -> Term:
+    """What is chosen takes the type of the result."""
+    dtype = fake(node).dtype
+    if dtype.is_complex:
+        return reader.operand(arg, index)
+    term = in_type(reader, arg, index, dtype)
+    return term if dtype == torch.bool else reader.terms.as_int(term)
 
 
 def _clamped(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
@@ -278,11 +325,12 @@ def _clamped(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None
     low: Any = argument(node, "min") if name != "clamp_max" else None
     high: Any = argument(node, "max") if name != "clamp_min" else None
     t = reader.terms
-    x = t.as_int(reader.operand(node.args[0], index))
+    dtype = fake(node).dtype
+    x = t.as_int(in_type(reader, node.args[0], index, dtype))
     for bound, pick in ((low, t.maximum), (high, t.minimum)):
         if bound is None:
             continue
-        limit = t.as_int(reader.operand(bound, index))
+        limit = t.as_int(in_type(reader, bound, index, dtype))
         if "real" in (x.kind, limit.kind):
             return None
         x = pick(x, limit)
@@ -293,7 +341,7 @@ def _extreme(largest: bool) -> Step:
     def step(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
         if len(node.args) < 2 or not isinstance(node.args[1], Node) or tensor(node.args[1]) is None:
             return None
-        x, y = (reader.terms.as_int(reader.operand(a, index)) for a in node.args[:2])
+        x, y = (reader.terms.as_int(in_type(reader, a, index, fake(node).dtype)) for a in node.args[:2])
         if "real" in (x.kind, y.kind):
             return None
         return reader.terms.maximum(x, y) if largest else reader.terms.minimum(x, y)
@@ -303,11 +351,12 @@ def _extreme(largest: bool) -> Step:
 
 def _absolute(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
     x = reader.terms.as_int(reader.operand(node.args[0], index))
-    return reader.terms.absolute(x) if x.kind == "int" else None
+    return kept(reader, reader.terms.absolute(x), fake(node).dtype) if x.kind == "int" else None
 
 
 def _negative(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
-    return reader.terms.negative(reader.terms.as_int(reader.operand(node.args[0], index)))
+    x = reader.terms.as_int(reader.operand(node.args[0], index))
+    return kept(reader, reader.terms.negative(x), fake(node).dtype) if x.kind == "int" else reader.terms.negative(x)
 
 
 def _whole(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fxfuse.graph.view import fake, op_name, tensor
+from fxfuse.graph.view import fake, mutated, op_name, tensor
 from fxfuse.graph.wrapped import wrapped
 from fxfuse.proof.moves import MOVES, axis_of
 from fxfuse.proof.pointwise import POINTWISE, float_number, of_constants
@@ -26,7 +26,7 @@ from fxfuse.proof.written import Writes
 
 _SAME = frozenset(["detach", "alias", "clone", "contiguous", "lift_fresh_copy", "detach_", "lift_fresh", "positive"])
 _FILLED = {"zeros": 0, "zeros_like": 0, "new_zeros": 0, "ones": 1, "ones_like": 1, "new_ones": 1}
-_FILLED_WITH = {"full": 1, "full_like": 1, "new_full": 2, "scalar_tensor": 0}
+_FILLED_WITH = {"fill": 1, "full": 1, "full_like": 1, "new_full": 2, "scalar_tensor": 0}
 _MOST = 20_000
 Index = tuple[Term, ...]
 
@@ -85,7 +85,11 @@ class Reader:
             low, high = (
                 (0, math.inf) if allowed is None else (_bound(allowed.lower, 0), _bound(allowed.upper, math.inf))
             )
+            if low == 2:  # what torch writes for any size that it did not see to be 1; the program runs at 1 too
+                low = 1
             return t.variable(str(expr), max(low, 0), high)
+        if expr.is_number:
+            return t.apply(f"size {expr}", (), "real")
         parts = [self.symbolic(a) for a in expr.args]
         name = type(expr).__name__
         if expr.is_Add:
@@ -228,14 +232,13 @@ class Reader:
             return self._batch_dim(function, node, index)
         if name == "getitem":
             return self._item(node, index)
-        if name in _SAME:
+        if name in _SAME or (name.endswith("_") and mutated(node)):  # what writes in place gives back what it wrote to
             return self.operand(node.args[0], index)
         if name in _FILLED:
-            return self._constant(_FILLED[name], node)
+            return narrowed(self, self.terms.number(_FILLED[name]), torch.int64, fake(node).dtype)
         if name in _FILLED_WITH:
             given = node.args[_FILLED_WITH[name]] if len(node.args) > _FILLED_WITH[name] else node.kwargs["fill_value"]
-            value_term = self.scalar(given)
-            return self._constant(value_term.number, node) if value_term.number is not None else value_term
+            return narrowed(self, self.scalar(given), dtype_of(given), fake(node).dtype)
         if name == "arange":
             return self._counted(node, index)
         move = MOVES.get(name)
@@ -334,16 +337,6 @@ class Reader:
         found = self.terms.add(start, self.terms.multiply(step, index[0]))
         return narrowed(self, found, torch.int64, fake(node).dtype)
 
-    def _constant(self, value: Any, node: Node) -> Term:
-        dtype = fake(node).dtype
-        if dtype == torch.bool:
-            return self.terms.number(bool(value))
-        if dtype.is_floating_point:
-            return float_number(self.terms, float(torch.tensor(value, dtype=torch.float64).to(dtype)))
-        if dtype.is_complex:
-            raise Unreadable("a complex number")
-        return self.terms.number(int(value))
-
 
 @dataclass(frozen=True)
 class _Block:
@@ -362,14 +355,39 @@ def kind_of(dtype: torch.dtype) -> Kind:
 
 
 _WRAPS = {torch.int8: (8, True), torch.uint8: (8, False), torch.int16: (16, True)}
-_COUNTS_TO = {torch.float16: 11, torch.bfloat16: 8}
+_COUNTS_TO = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24, torch.float64: 53}
+
+
+def dtype_of(arg: Any) -> torch.dtype:
+    """The type that an argument of a call has: of a tensor, or of a number."""
+    value = arg.meta.get("val") if isinstance(arg, Node) else arg
+    if isinstance(value, torch.Tensor):
+        return value.dtype
+    if isinstance(value, (bool, torch.SymBool)):
+        return torch.bool
+    return torch.int64 if isinstance(value, (int, torch.SymInt)) else torch.float64
+
+
+def holds(term: Term, dtype: torch.dtype) -> bool:
+    """Does the type hold this whole number exactly, for all positions?"""
+    low, high = term.reach
+    if dtype.is_floating_point:
+        limit = 1 << _COUNTS_TO.get(dtype, 0)
+        return -limit <= low and high <= limit
+    return torch.iinfo(dtype).min <= low and high <= torch.iinfo(dtype).max
+
+
+def kept(reader: Reader, term: Term, dtype: torch.dtype) -> Term | None:
+    """The result of whole arithmetic in this type: narrow integers wrap; None where it may not be exact."""
+    if dtype in _WRAPS:
+        return narrowed(reader, term, torch.int64, dtype)
+    return term if holds(term, dtype) else None
 
 
 def narrowed(reader: Reader, term: Term, source: torch.dtype, target: torch.dtype) -> Term:
     """A cast of what is read.
 
-    Whole numbers wrap in int8, uint8 and int16, and are rounded in half precision; int32 and float32 hold every
-    position.
+    Whole numbers wrap in int8, uint8 and int16, and are rounded by floats that do not hold them.
     """
     t = reader.terms
     if source == target:
@@ -380,15 +398,17 @@ def narrowed(reader: Reader, term: Term, source: torch.dtype, target: torch.dtyp
         raise Unreadable("a complex number")
     if target.is_floating_point:
         term = t.as_int(term)
-        low, high = term.bounds
-        bits = _COUNTS_TO.get(target)
         if term.number is not None:
             return float_number(t, float(torch.tensor(term.number, dtype=torch.float64).to(target)))
+        if term.op == "apply" and term.args[0] == "nan":
+            return term
         if term.op == "apply" and term.args[0] == "neg":  # rounding is the same on either side of 0
             return t.negative(narrowed(reader, term.args[1], source, target))
-        if bits is None or (term.kind == "int" and -(2**bits) <= low and high <= 2**bits):
-            wider = not source.is_floating_point or torch.finfo(target).bits >= torch.finfo(source).bits
-            return term if wider or term.kind == "int" else t.apply(f"to {target}", (term,), "real")
+        wider = target in (torch.float32, torch.float64) and (
+            not source.is_floating_point or torch.finfo(target).bits >= torch.finfo(source).bits
+        )
+        if holds(term, target) if term.kind == "int" else wider:
+            return term
         if term.op == "choose":
             condition, x, y = term.args
             return t.choose(condition, narrowed(reader, x, source, target), narrowed(reader, y, source, target))
@@ -397,7 +417,7 @@ def narrowed(reader: Reader, term: Term, source: torch.dtype, target: torch.dtyp
         if term.op == "choose":
             condition, x, y = term.args
             return t.choose(condition, narrowed(reader, x, source, target), narrowed(reader, y, source, target))
-        if term.number is not None and math.isfinite(term.number):
+        if term.number is not None and math.isfinite(term.number) and holds(t.number(int(term.number)), target):
             return t.number(int(term.number))
         return t.apply(f"to {target}", (term,), "int")
     term = t.as_int(term)
@@ -405,7 +425,7 @@ def narrowed(reader: Reader, term: Term, source: torch.dtype, target: torch.dtyp
         bits, signed = _WRAPS[target]
         half = 2 ** (bits - 1) if signed else 0
         return t.subtract(t.remainder(t.add(term, t.number(half)), 2**bits), t.number(half))
-    return term
+    return term if holds(term, target) else t.apply(f"to {target}", (term,), "int")
 
 
 def _one(size: Any) -> bool:
@@ -426,4 +446,4 @@ def depends_on_sizes(term: Term, index: Sequence[Term]) -> Iterator[str]:
     yield from sorted(term.leaves - own)
 
 
-__all__ = ["Index", "Reader", "Unreadable", "axis_of", "depends_on_sizes", "kind_of", "narrowed"]
+__all__ = ["Index", "Reader", "Unreadable", "axis_of", "depends_on_sizes", "dtype_of", "kept", "kind_of", "narrowed"]
