@@ -39,6 +39,8 @@ def evaluate(program: ExportedProgram, *inputs: Tensor, breaks: Breaks | None = 
     places = [n for n in nodes if n.op == "placeholder"]
     given = [t.double() if t.is_floating_point() and evaluator.exact else t for t in inputs]
     values = evaluator.run([n for n in nodes if n.op == "call_function"], dict(zip(places, given, strict=True)))
+    if breaks is not None and breaks.outside is None:
+        breaks.count()
     result: Tensor = values[nodes[-1].args[0][0]]
     return result
 

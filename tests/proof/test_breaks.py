@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from fxfuse.proof.breaks import FINITE, Breaks, coarse_casts, masks, unreachable
+from fxfuse.proof.breaks import Breaks, coarse_casts, masks
+from fxfuse.proof.reach import FINITE, unreachable
 from tests.proof.regions import broken, evaluate, export
 
 X = torch.tensor([[-2.0, -0.5, 0.5, 2.0]] * 3)
