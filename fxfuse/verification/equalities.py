@@ -12,7 +12,7 @@ from torch.fx import Node
 from fxfuse.graph.functional import functionalise
 from fxfuse.graph.program import copy_program
 from fxfuse.graph.source import module_path, source_line
-from fxfuse.graph.splice import INSERTED
+from fxfuse.graph.splice import INSERTED, STANDS_FOR
 from fxfuse.graph.view import op_name
 from fxfuse.ops.registry import OPS, PARTS
 from fxfuse.report.model import Entry, Report
@@ -60,6 +60,11 @@ class Equalities:
     """Equal values of one program, as far as they are proven."""
 
     def __init__(self, original: ExportedProgram) -> None:
+        self.source = copy_program(original)
+        """To be fused. What an earlier fusion noted on its nodes is not believed."""
+        for node in self.source.graph.nodes:
+            for note in (INSERTED, STANDS_FOR):
+                node.meta.pop(note, None)
         self.original = readable(original)
         self.classes = Classes()
         self.base = number(self.original, self.classes.term, self.classes.find)
@@ -73,28 +78,23 @@ class Equalities:
         functionalise(fused.graph)
         numbering = number(fused, self.classes.term, self.classes.find)
         inserted = []
-        here = {n.name: n for n in fused.graph.nodes}
         for node, term in numbering.of.items():
             own = self._names.get(node.name)
             if own is None or node.meta.get(INSERTED) or not _same_call(own, node):
                 inserted.append(node)
-            else:
+                own = self._stands_for(node)
+            if own is not None:
                 self.classes.union(term, self.base.of[own])
-        stands: dict[str, int] = {}
-        for entry in report:
-            if entry.status in ("fused", "decomposed") and entry.result is not None:
-                name = entry.nodes[-1]
-                term = stands.get(name, self.base.of[self._names[name]] if name in self._names else -1)
-                if term < 0:
-                    continue
-                stands[entry.result] = term
-                if entry.result in here:
-                    self.classes.union(numbering.of[here[entry.result]], term)
         self.classes.close()
         find = self.classes.find
         owned = {t: n for n, t in self.base.owned.items()}
         self.clear = self.clear and len({find(t) for t in owned}) == len(owned)
         self.fusions.append(Fusion(fused, report, numbering, inserted))
+
+    def _stands_for(self, node: Node) -> Node | None:
+        """The node of the original whose value an inserted node was proven to give."""
+        name, old = node.meta.get(STANDS_FOR, (None, None))
+        return self._names.get(old) if name == node.name else None
 
     def read(self, fused: ExportedProgram) -> Read:
         """The values of a program of which nothing is known."""

@@ -116,7 +116,7 @@ def verify(
     tried: list[dict[str, Any]] = []
     if found is not None:
         for options in attempts(original, fused, patterns):
-            again = fxfuse.fusion.fuse(original, **options, accept=accept, block_mask=block_mask, budget=budget)
+            again = fxfuse.fusion.fuse(proven.source, **options, accept=accept, block_mask=block_mask, budget=budget)
             proven.add(again, fxfuse.fusion.report(again))
             tried.append(options)
             read = proven.read(fused)
