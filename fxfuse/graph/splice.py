@@ -20,7 +20,7 @@ from fxfuse.graph.view import ASSERTIONS, fake, is_pure, mutated, op_name, touch
 KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "custom")
 INSERTED = "fxfuse_inserted"
 STANDS_FOR = "fxfuse_stands_for"
-"""Of a node that was inserted for a value: its own name, for its metadata may be copied, and that of the value's node."""
+"""Of a node that was inserted for a value: its own name, for metadata is copied, and that of the value's node."""
 
 
 class Guarded(Exception):

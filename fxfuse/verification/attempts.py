@@ -5,6 +5,7 @@ Nothing here decides anything. A fusion that is not tried can only lead to a ref
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
-from fxfuse.ops.registry import LAST_OPSET, OPS, PARTS
+from fxfuse.ops.registry import FIRST_OPSET, LAST_OPSET, OPS, PARTS
 from fxfuse.recognise.answers import Pattern
 from fxfuse.recognise.catalogue import catalogue
 
@@ -21,11 +22,18 @@ _SEVERAL = {"attention_with_present": ("Attention", "KVCache")}
 
 
 def attempts(
-    original: ExportedProgram, fused: ExportedProgram, patterns: Sequence[Pattern] | None
+    original: ExportedProgram,
+    fused: ExportedProgram,
+    patterns: Sequence[Pattern] | None,
+    done: Sequence[ExportedProgram],
 ) -> Iterator[dict[str, Any]]:
-    """Arguments of `fxfuse.fuse`, the likeliest first."""
+    """Arguments of `fxfuse.fuse`, the likeliest first.
+
+    Args:
+        done: what came of those that were given so far. Parts of the patterns are tried where all of them fuse more.
+    """
     called = [n for n in fused.graph.nodes if n.op == "call_function"]
-    sets = _patterns(called) if patterns is None else [list(patterns)]
+    every = catalogue() if patterns is None else list(patterns)
     options = [
         {"opset": LAST_OPSET if windows == "attributes" else 24, "windows": windows, "flex_attention": flex}
         for windows in _windows(called)
@@ -33,28 +41,32 @@ def attempts(
     ]
     persistent = any(s.kind is InputKind.BUFFER and s.persistent for s in original.graph_signature.input_specs)
     for frozen in (False, True) if persistent else (False,):
-        for chosen in sets:
-            for option in options:
-                yield {**option, "patterns": chosen, "frozen": frozen}
-    # What needs opset 24 may stand in the way of what an older opset has.
-    for frozen in (False, True) if persistent else (False,):
-        for chosen in sets:
-            if any(p.since_opset > 23 for p in chosen):
-                yield {"opset": 23, "patterns": [p for p in chosen if p.since_opset <= 23], "frozen": frozen}
+        for option in options:
+            yield {**option, "patterns": every, "frozen": frozen}
+            if _operators(done[-1]) != _operators(fused):
+                for some in _parts(every, called):
+                    yield {**option, "patterns": some, "frozen": frozen}
 
 
-def _patterns(called: list[Node]) -> list[list[Pattern]]:
-    """The whole catalogue; then those whose operators occur."""
+def _operators(program: ExportedProgram) -> Counter[Any]:
+    return Counter(n.target for n in program.graph.nodes if n.op == "call_function")
+
+
+def _parts(every: list[Pattern], called: list[Node]) -> list[list[Pattern]]:
+    """The patterns whose operators occur; those of opset 23; all up to each, for what was fused only in part."""
     names: set[str] = set()
-    targets = {n.target for n in called}
-    for target in targets:
+    for target in {n.target for n in called}:
         op = OPS.get(target) or PARTS.get(target)  # type: ignore[call-overload]
         if op is not None:
             names.update(_SEVERAL.get(op.overload._schema.name.split("::")[1], (op.onnx_name,)))
-    every = catalogue()
-    shipped = {op.onnx_name for op in (OPS | PARTS).values()} | {"KVCache"}
-    some = [p for p in every if p.operator in names or p.operator not in shipped]
-    return [every] if some == every else [every, some]
+    own = {op.onnx_name for op in (OPS | PARTS).values()} | {"KVCache"}
+    some = [p for p in every if p.operator in names or p.operator not in own]
+    older = [p for p in every if p.since_opset <= FIRST_OPSET]
+    found: list[list[Pattern]] = []
+    for chosen in (some, older, *(every[:end] for end in range(1, len(every)))):
+        if chosen != every and chosen not in found:
+            found.append(chosen)
+    return found
 
 
 def _windows(called: list[Node]) -> list[str]:
@@ -63,5 +75,5 @@ def _windows(called: list[Node]) -> list[str]:
 
 
 def _flex(called: list[Node]) -> list[str]:
-    held = any(str(n.target).startswith("fxfuse.flex_attention") for n in called)
+    held = any(n.target in PARTS for n in called)
     return ["preview", "preview_only", "standard"] if held else ["standard"]

@@ -35,6 +35,10 @@ class Classes:
         """The term, if it is there."""
         return self._table.get(self._key(head, children))
 
+    def first(self, term: int) -> int:
+        """The first term that is spelled as this one: of one head, with equal children."""
+        return self._table[self._key(*self._terms[term])]
+
     def find(self, term: int) -> int:
         """The representative of all terms that are equal to this one."""
         while self._parent[term] != term:

@@ -90,7 +90,7 @@ def _arguments(node: Node, other: Node, proven: Equalities, read: Read, numberin
     for name in dict.fromkeys([*mine, *theirs]):
         (value, kind), (expected, _) = mine.get(name, (None, "")), theirs.get(name, (None, ""))
         if not _equal(value, expected, kind, proven, read, numbering):
-            found.append(f"{name} is {_shown(value)}, proven is {_shown(expected)}")
+            found.append(f"{name} is {_shown(value, expected, proven, read)}, proven is {_shown(expected)}")
     return found
 
 
@@ -102,5 +102,13 @@ def _equal(value: Any, expected: Any, kind: str, proven: Equalities, read: Read,
     return not isinstance(value, Node) and not isinstance(expected, Node) and bool(value == expected)
 
 
-def _shown(value: Any) -> str:
-    return "absent" if value is None else str(value)
+def _shown(value: Any, other: Any = None, proven: Equalities | None = None, read: Read | None = None) -> str:
+    """A value; of one that is named as the other is, what it is in the original."""
+    if value is None:
+        return "absent"
+    if isinstance(value, Node) and proven is not None and read is not None and str(value) == str(other):
+        term = read.numbering.of[value]
+        numberings = [proven.base, *(f.numbering for f in proven.fusions)]
+        same = next((n.name for b in numberings for n, t in b.of.items() if proven.same(t, term)), None)
+        return f"{value}, which is {same} of the original" if same else f"{value}, which differs"
+    return str(value)

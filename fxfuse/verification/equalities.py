@@ -96,9 +96,8 @@ class Equalities:
         name, old = node.meta.get(STANDS_FOR, (None, None))
         return self._names.get(old) if name == node.name else None
 
-    def read(self, fused: ExportedProgram) -> Read:
-        """The values of a program of which nothing is known."""
-        program = readable(fused)
+    def read(self, program: ExportedProgram) -> Read:
+        """The values of a `readable` program of which nothing is known."""
         fresh = 0
 
         def make(head: Head, children: Sequence[int]) -> int:

@@ -12,7 +12,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.fx import Node
 
 from fxfuse.graph.view import tensor
-from fxfuse.verification.spelling import bits
+from fxfuse.verification.spelling import bits, is_plain
 
 _HELD = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
@@ -40,7 +40,7 @@ def _inputs(original: ExportedProgram, fused: ExportedProgram) -> Iterator[tuple
             yield f"{what}, in the original {one.target} (persistent: {one.persistent})", where
         elif type(one.arg) is not type(two.arg) or _constant(one.arg) != _constant(two.arg):
             yield f"it is {two.arg}, in the original {one.arg}", where
-        elif one.kind not in (*_HELD, InputKind.USER_INPUT):
+        elif one.kind not in (*_HELD, InputKind.USER_INPUT) and not _is_one_object(original, fused, one.target):
             yield f"whether a {_said(one.kind)} is the same cannot be told", where
     nodes = [n.name for n in fused.graph.find_nodes(op="placeholder")]
     if nodes != [_name(s) for s in theirs]:
@@ -96,6 +96,8 @@ def _values(original: ExportedProgram, fused: ExportedProgram) -> Iterator[tuple
         elif one is not two and (one.dtype, one.shape) != (two.dtype, two.shape):
             what = f"it is {two.dtype}{list(two.shape)}, in the original {one.dtype}{list(one.shape)}"
             yield what, f"{_said(spec.kind)} {spec.target}"
+        elif one is not two and not (is_plain(one) and is_plain(two)):
+            yield f"whether a {type(two).__name__} is the same cannot be told", f"{_said(spec.kind)} {spec.target}"
         elif one is not two and bits(one) != bits(two):
             yield _first_difference(one, two), f"{_said(spec.kind)} {spec.target}"
 
@@ -142,7 +144,7 @@ def _shown(value: Any) -> str:
 
 
 def _first_difference(one: torch.Tensor, two: torch.Tensor) -> str:
-    if type(one) is type(two) and one.is_meta == two.is_meta and not one.is_meta:
+    if not one.is_meta and not two.is_meta:
         differ = ~((one == two) | ((one != one) & (two != two)))
         if bool(differ.any()):
             at = tuple(int(i) for i in differ.nonzero()[0])
@@ -153,6 +155,11 @@ def _first_difference(one: torch.Tensor, two: torch.Tensor) -> str:
 def _held(program: ExportedProgram, target: str) -> Any:
     value = program.state_dict.get(target)
     return program.constants.get(target) if value is None else value
+
+
+def _is_one_object(original: ExportedProgram, fused: ExportedProgram, target: str | None) -> bool:
+    held = original.constants.get(str(target))
+    return held is not None and held is fused.constants.get(str(target))
 
 
 def _places(program: ExportedProgram) -> dict[str, int]:

@@ -28,7 +28,7 @@ from fxfuse.recognise.questions import BlockMasks, check_block_masks
 from fxfuse.report.model import Entry
 from fxfuse.verification.attempts import attempts
 from fxfuse.verification.difference import Difference, difference
-from fxfuse.verification.equalities import Equalities, Read, onnx_name
+from fxfuse.verification.equalities import Equalities, Read, onnx_name, readable
 from fxfuse.verification.interface import interface_differences
 
 
@@ -55,21 +55,24 @@ class Verification:
 
     regions: tuple[Verified, ...]
     operators: dict[str, int]
-    """Fused nodes by ONNX operator (or by the name of a user's)."""
+    """Nodes that are operators of this package, by the ONNX operator that they become."""
     kept: int
     """Calls that are the original's own."""
 
     def __str__(self) -> str:
-        lines = [f"verified: {self.kept} calls are the original's"]
+        lines = [f"verified: {self.kept} calls are the original's own"]
         for operator in dict.fromkeys([*self.operators, *(r.operator for r in self.regions)]):
             mine = [r for r in self.regions if r.operator == operator]
-            parts = [f"{operator}: {self.operators.get(operator, 0)} nodes"]
-            if count := sum(r.decomposed for r in mine):
-                parts.append(f"{count} written out in primitives")
+            notes = [f"{count} written out in primitives"] if (count := sum(r.decomposed for r in mine)) else []
             if any(r.frozen for r in mine):
-                parts.append("while persistent buffers keep what they hold")
+                notes.append("while persistent buffers keep what they hold")
+            head = f"{operator} ×{self.operators.get(operator) or len(mine)}"
+            head += f" ({', '.join(notes)})" if notes else ""
             said = Counter(str(r.evidence) for r in mine if r.evidence is not None)
-            lines.append(", ".join(parts) + "".join(f"\n  ×{n}  {text}" for text, n in said.items()))
+            if len(said) == 1:
+                lines.append(f"{head}: {next(iter(said))}")
+            else:
+                lines.extend([f"{head}:", *(f"  ×{n} {text}" for text, n in said.items())])
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,15 +114,21 @@ def verify(
     for what, where in interface_differences(original, fused):
         raise ParityError(f"the fused program is not the original's: {what}", where=where)
     proven = Equalities(original)
-    read = proven.read(fused)
+    try:
+        copy = readable(fused)
+    except Exception as error:  # torch's own checks of a program, which nobody made since it was changed
+        raise ParityError(f"the fused program is no valid one: {type(error).__name__}: {error}") from error
+    read = proven.read(copy)
     found = difference(proven, read)
     tried: list[dict[str, Any]] = []
+    done: list[ExportedProgram] = []
     if found is not None:
-        for options in attempts(original, fused, patterns):
+        for options in attempts(original, fused, patterns, done):
             again = fxfuse.fusion.fuse(proven.source, **options, accept=accept, block_mask=block_mask, budget=budget)
             proven.add(again, fxfuse.fusion.report(again))
             tried.append(options)
-            read = proven.read(fused)
+            done.append(again)
+            read = proven.read(copy)
             found = difference(proven, read)
             if found is None:
                 break
@@ -159,16 +168,16 @@ def _check_metadata(proven: Equalities, read: Read) -> None:
 
 
 def _verification(proven: Equalities, read: Read, frozen: list[bool]) -> Verification:
-    find, nodes = proven.classes.find, list(read.program.graph.nodes)
-    base = {(n.target, find(t)) for n, t in proven.base.of.items()}
-    calls: dict[Any, list[Node]] = {}
+    first, nodes = proven.classes.first, list(read.program.graph.nodes)
+    base = {first(term) for term in proven.base.of.values()}
+    calls: dict[int, list[Node]] = {}
     for node in nodes:
         if node.op == "call_function":
-            calls.setdefault((node.target, find(read.numbering.of[node])), []).append(node)
+            calls.setdefault(first(read.numbering.of[node]), []).append(node)
     standing: dict[tuple[str, ...], tuple[Entry, bool, list[str]]] = {}
     for place, fusion in enumerate(proven.fusions):
         for node in fusion.inserted:
-            key = node.target, find(fusion.numbering.of[node])
+            key = first(fusion.numbering.of[node])
             for entry in fusion.entries(node) if key not in base and key in calls else []:
                 _, _, names = standing.setdefault(entry.nodes, (entry, frozen[place], []))
                 names.extend(n.name for n in calls[key])

@@ -39,6 +39,9 @@ def arguments(node: Node) -> list[tuple[str, Any, str]]:
         named = [(str(i), value, "") for i, value in enumerate(node.args)]
         return named + [(name, value, "") for name, value in sorted(node.kwargs.items())]
     found = []
+    names = [argument.name for argument in schema.arguments]
+    extra = [(str(i), value, "") for i, value in enumerate(node.args) if i >= len(names)]
+    extra += [(name, value, "") for name, value in sorted(node.kwargs.items()) if name not in names]
     for position, argument in enumerate(schema.arguments):
         if argument.name in node.kwargs:
             value = node.kwargs[argument.name]
@@ -47,7 +50,7 @@ def arguments(node: Node) -> list[tuple[str, Any, str]]:
         else:
             value = argument.default_value if argument.has_default_value() else None
         found.append((argument.name, value, str(argument.type)))
-    return found
+    return found + extra
 
 
 def target_name(target: Any) -> str:
@@ -66,14 +69,19 @@ def content(reference: Node) -> Hashable:
 
 def bits(value: torch.Tensor) -> Hashable:
     """Dtype, shape and every bit of a tensor; of one without data (meta) there are none."""
-    if value.layout != torch.strided or type(value) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
-        return ("unknown", id(value))  # a subclass: equal to itself
+    if not is_plain(value):
+        return ("unknown", id(value))  # equal to itself
     held = b""
     if not value.is_meta and value.numel():
         plain = value.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
         held = plain.reshape(-1).view(torch.uint8).numpy().tobytes()
     kind = "meta" if value.is_meta else "data"
     return ("tensor", kind, str(value.dtype), tuple(value.shape), hashlib.sha256(held).hexdigest())
+
+
+def is_plain(value: torch.Tensor) -> bool:
+    """Is it a tensor whose bits are all that it is: not sparse, and of no class of its own?"""
+    return value.layout == torch.strided and type(value) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 def subgraphs(node: Node) -> list[GraphModule]:
