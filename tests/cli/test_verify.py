@@ -26,8 +26,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for node in epsilon.graph.nodes:
         if "rms_norm" in str(node.target):
             node.kwargs = {**node.kwargs, "epsilon": 0.5}
-    changed = {**weight.state_dict, "0.weight": 2 * weight.state_dict["0.weight"].detach()}
-    weight._state_dict = changed
+    double = nn.Parameter(2 * weight.state_dict["0.weight"].detach())
+    weight._state_dict = {**weight.state_dict, "0.weight": double}
     for name, one in {"original": program, "fused": fused, "epsilon": epsilon, "weight": weight}.items():
         torch.export.save(one, folder / f"{name}.pt2")
     return folder
