@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from fxfuse.graph.unread import brackets
-from fxfuse.graph.view import is_random, mutated, op_name, touches
+from fxfuse.graph.view import ALIASES, is_random, mutated, op_name, touches
 from fxfuse.verification import spelling
 from fxfuse.verification.classes import Head
 
@@ -63,6 +63,8 @@ def number(program: ExportedProgram, make: Make, find: Callable[[int], int]) -> 
             term = make(("constant", spelling.content(node)), ())
         else:
             head, read = spelling.call(node)
+            if bracket is not None:
+                head = ("inside", head)  # of a vmap, where it may run on batches
             children = [result.of[n] for n in read]
             if has_effect(node):
                 state = make(("effect", head), [*children, state, outside])
@@ -105,8 +107,8 @@ def _of_torch(target: object) -> bool:
 
 
 def _is_view(node: Node) -> bool:
-    """Is it certain to be no storage of its own?"""
-    if op_name(node) == "getitem":
-        return True
+    """Is it certain to be no storage of its own? `reshape` and `to` copy where they have to."""
+    if op_name(node) in ALIASES:
+        return op_name(node) == "getitem"
     schema = getattr(node.target, "_schema", None)
     return schema is not None and any(r.alias_info is not None for r in schema.returns)

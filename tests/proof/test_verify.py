@@ -315,6 +315,53 @@ def test_an_unproven_fusion_is_refused() -> None:
         fxfuse.verify(program, done, patterns=[wrong])
 
 
+class Copied(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        one = x.transpose(0, 1).reshape(-1)
+        two = x.transpose(0, 1).reshape(-1)
+        one[0] = 5.0
+        return one + one.mean() if x.dim() == 2 else two
+
+
+def test_equal_values_are_not_one_storage() -> None:
+    """A copy that was written to is not the copy that was not."""
+    program = torch.export.export(Copied(), (torch.randn(3, 4),))
+    changed = copy_program(program)
+    one, two = calls(changed, "reshape")
+    (mean,), (add,) = calls(changed, "mean"), calls(changed, "add")
+    assert fxfuse.verify(program, copy_program(program)).kept
+    mean.replace_input_with(one, two)
+    add.replace_input_with(one, two)
+    x = torch.randn(3, 4)
+    assert not torch.equal(program.module()(x), changed.module()(x))
+    with pytest.raises(fxfuse.ParityError):
+        fxfuse.verify(program, changed)
+    two.replace_all_uses_with(one)
+    changed.graph.erase_node(two)
+    assert torch.equal(program.module()(x), changed.module()(x))
+
+
+@pytest.mark.parametrize("other", ["clone", "reshape"])
+def test_what_is_written_to_is_told_by_more_than_its_value(other: str) -> None:
+    """The program writes to the first copy and reads it; the other writes to one and reads another."""
+
+    class Once(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            copy = x.transpose(0, 1).reshape(-1) if other == "reshape" else x.clone()
+            copy.view(-1)[0] = 5.0
+            return copy * 2
+
+    program = torch.export.export(Once(), (torch.randn(3, 4),))
+    changed = copy_program(program)
+    (copy,) = calls(changed, other)
+    with changed.graph.inserting_after(copy):
+        again = changed.graph.node_copy(copy)
+    (product,) = calls(changed, "mul")
+    product.replace_input_with(copy, again)
+    with pytest.raises(fxfuse.ParityError):
+        fxfuse.verify(program, changed)
+
+
 def test_another_model_of_the_same_shapes_is_refused() -> None:
     with pytest.raises(fxfuse.ParityError):
         fxfuse.verify(original("llama"), fused("a window"))
