@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.export import Dim, ExportedProgram
+from torch.fx import Node
 from torchtune.models.llama3_2 import llama3_2
 
+import fxfuse
 from fxfuse.cache.lift import lift
+from fxfuse.recognise.catalogue import catalogue, unregister
 from tests.cache.test_cache_write import Step
 from tests.cache.test_growing import capture
 from tests.flex.checks import program as flex_program
@@ -142,3 +146,33 @@ PROGRAMS: dict[str, tuple[Callable[[], ExportedProgram], set[str]]] = {
     "flex, sinks": (flex("sinks by log-sum-exp"), {"Attention"}),
     "flex, primitives": (flex("clamped"), {"Attention"}),
 }
+
+
+@cache
+def original(name: str) -> ExportedProgram:
+    return PROGRAMS[name][0]()
+
+
+@cache
+def fused(name: str) -> ExportedProgram:
+    return fxfuse.fuse(original(name))
+
+
+def calls(program: ExportedProgram, name: str) -> list[Node]:
+    return [n for n in program.graph.nodes if name in str(n.target) and n.op == "call_function"]
+
+
+def tanh_gelu(approximate: str) -> tuple[Any, ExportedProgram]:
+    """A pattern that nobody registered, right with ``"tanh"``, and a program to match."""
+
+    @fxfuse.pattern(replacement=lambda x: torch.nn.functional.gelu(x, approximate=approximate))
+    def gelu(x: torch.Tensor) -> torch.Tensor:
+        return 0.5 * x * (1 + torch.tanh(0.7978845608028654 * (x + 0.044715 * x**3)))
+
+    class Gelu(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 0.5 * x * (1 + torch.tanh(0.7978845608028654 * (x + 0.044715 * x**3)))
+
+    (found,) = [p for p in catalogue() if p.name == "gelu"]
+    unregister("gelu")
+    return found, torch.export.export(Gelu(), (torch.randn(3, 4),))
