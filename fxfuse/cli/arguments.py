@@ -8,6 +8,7 @@ from typing import get_args
 
 from fxfuse.cli import commands
 from fxfuse.cli.parity import parity
+from fxfuse.cli.two_programs import verify
 from fxfuse.options import BUDGET
 from fxfuse.recognise.flex.choices import FlexCalls, Windows
 
@@ -35,6 +36,14 @@ mended are
 both files are then run against each other in ONNX Runtime
 
 exit codes: 0 done, or nothing to mend; 2 bad input; 3 the mended model does not compute what the original does
+"""
+
+PROGRAMS = """\
+ORIGINAL is fused again and every region proven; each node of FUSED has to compute a value that is proven, and what it
+returns and writes has to be ORIGINAL's. Weights, constants, sizes and their ranges are compared too. Nothing that the
+run which made FUSED wrote of it is read.
+
+exit codes: 0 proven; 2 bad input; 3 the two differ, or could not be proven to be the same
 """
 
 
@@ -93,6 +102,10 @@ def parser() -> argparse.ArgumentParser:
     repair.add_argument("model", type=Path, metavar="MODEL", help="an ONNX file of opset 23 or later")
     repair.add_argument("--out", required=True, type=Path, metavar="FILE", help="the file to write")
     repair.add_argument("--no-parity", dest="parity", action="store_false", help="do not run it against the original")
+    check = command("verify", verify, "prove a fused program against its original again, from the two files", PROGRAMS)
+    check.add_argument("original", type=Path, metavar="ORIGINAL.pt2", help="the program as torch.export captured it")
+    check.add_argument("fused", type=Path, metavar="FUSED.pt2", help="the program that fxfuse.fuse made of it")
+    check.add_argument("--report", type=Path, metavar="FILE", help="also write what was proven here, as .json")
     command("patterns", commands.patterns, "list the catalogue")
     compare = command("parity", parity, "compare eager, composite, Triton and ONNX Runtime with float64", PARITY)
     _model(compare, "?")
