@@ -153,4 +153,3 @@ class Extents:
         said = f"{name.lower()}@{place_of(node)}"
         if holds.number is not False:
             self._sides.setdefault((said, holds), _Side(said, holds))
-
