@@ -57,8 +57,7 @@ def fuse(
         program: as `torch.export.export` captured it (the training IR, before any decomposition). Not changed.
         opset: ONNX opset the ops must exist in: 23, 24 or 25.
         patterns: which patterns to look for, in this order; the whole `catalogue()` by default.
-        verify: ``"on"`` runs every region against its replacement before the graph is touched. ``"off"`` trusts the
-            recognisers.
+        verify: ``"on"`` proves every rewrite before the graph is touched. ``"off"`` trusts the recognisers.
         block_mask: what of a `BlockMask` counts in flex_attention. ``"check"``: block lists have to follow from the
             mask function, or the call is left, and reported. ``"reconstruct"``: where they do not, both count, as in
             the compiled kernel. ``"assume_mask_mod"``: the function counts, as in the eager one.
