@@ -18,7 +18,7 @@ from fxfuse.proof.evaluate import CannotEvaluate
 from fxfuse.proof.prove import Refused, prove
 from fxfuse.recognise.answers import Found, Pattern
 from fxfuse.recognise.flex.choices import FlexCalls, Windows
-from fxfuse.recognise.questions import BlockMasks, OutOfTime, Questions, may_change
+from fxfuse.recognise.questions import BlockMasks, OutOfTime, Questions, may_change, written_targets
 
 REGIONS = 3
 """Of one anchor, how many are asked again."""
@@ -34,8 +34,12 @@ class Asking:
     frozen: bool
     accept: frozenset[str]
     until: float
+    written: dict[int, frozenset[str]] = field(default_factory=dict, compare=False)
+    """What each program writes to, which no fusion changes."""
 
     def of(self, program: ExportedProgram, *, frozen: bool | None = None, accept: Sequence[str] = ()) -> Questions:
+        if id(program) not in self.written:
+            self.written[id(program)] = written_targets(program)
         return Questions(
             program,
             self.block_mask,
@@ -44,6 +48,7 @@ class Asking:
             frozen=self.frozen if frozen is None else frozen,
             accept=self.accept | frozenset(accept),
             until=self.until,
+            written=self.written[id(program)],
         )
 
 

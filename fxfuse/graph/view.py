@@ -133,10 +133,19 @@ def op_name(node: Node) -> str:
     if node.op != "call_function":
         return ""
     target = node.target
-    if target is operator.getitem:
-        return "getitem"
-    schema = getattr(target, "_schema", None)
-    return str(schema.name.split("::")[1]) if schema is not None else str(target)
+    known = _names.get(id(target))
+    if known is None:
+        if target is operator.getitem:
+            name = "getitem"
+        else:
+            schema = getattr(target, "_schema", None)
+            name = str(schema.name.split("::")[1]) if schema is not None else str(target)
+        known = _names[id(target)] = (target, name)  # kept, so that no other target gets its id
+    return known[1]
+
+
+_names: dict[int, tuple[Any, str]] = {}
+"""Of every target that was met. By identity: to hash an operator costs as much as to read its name."""
 
 
 def tensor(node: Node) -> torch.Tensor | None:

@@ -62,6 +62,7 @@ class Questions:
             living `load_state_dict` may change them.
         accept: refusals that the caller overrules, by name.
         until: when the search has to end, by `time.perf_counter`.
+        written: the targets of what the program writes to, where that is known already.
     """
 
     def __init__(
@@ -74,7 +75,9 @@ class Questions:
         frozen: bool = False,
         accept: frozenset[str] = frozenset(),
         until: float | None = None,
+        written: frozenset[str] | None = None,
     ) -> None:
+        written = written_targets(program) if written is None else written
         self.ranges = ranges_of(program)
         self.block_mask = block_mask
         """How lists of blocks are taken, as `fuse` has it; so are these."""
@@ -83,8 +86,8 @@ class Questions:
         self.accept = accept
         self.settled: dict[Any, Any] = {}
         """What was found out about block masks, each once."""
-        self._constants = _constants(program, frozen)
-        self._unfrozen = {} if frozen else _persistent(program)
+        self._constants = _constants(program, frozen, written)
+        self._unfrozen = {} if frozen else _persistent(program, written)
         self.reader = Reader(self.ranges, self._constants)
         """Reads what the program computes of positions and sizes."""
         # Each pair once: every layer has one, and mostly all have the same.
@@ -273,16 +276,20 @@ class Questions:
         )
 
 
-def _constants(program: ExportedProgram, frozen: bool) -> dict[str, torch.Tensor]:
+def written_targets(program: ExportedProgram) -> frozenset[str]:
+    """Buffers, parameters, constants and inputs that the program writes to."""
+    return frozenset(str(m.target) for m in mutations(program))
+
+
+def _constants(program: ExportedProgram, frozen: bool, written: frozenset[str]) -> dict[str, torch.Tensor]:
     """Buffers and lifted constants by placeholder name.
 
     Parameters are not constants: training changes them. Nor, unless `frozen`, are persistent buffers:
     `load_state_dict` does.
     """
     found: dict[str, torch.Tensor] = {}
-    mutated = {m.target for m in mutations(program)}
     for spec in program.graph_signature.input_specs:
-        if spec.kind not in (InputKind.BUFFER, InputKind.CONSTANT_TENSOR) or spec.target in mutated:
+        if spec.kind not in (InputKind.BUFFER, InputKind.CONSTANT_TENSOR) or spec.target in written:
             continue
         if spec.kind == InputKind.BUFFER and spec.persistent and not frozen:
             continue
@@ -294,9 +301,8 @@ def _constants(program: ExportedProgram, frozen: bool) -> dict[str, torch.Tensor
     return found
 
 
-def _persistent(program: ExportedProgram) -> dict[str, str]:
+def _persistent(program: ExportedProgram, written: frozenset[str]) -> dict[str, str]:
     """Persistent buffers that nothing writes to: their paths by the names of their placeholders."""
-    written = {m.target for m in mutations(program)}
     return {
         spec.arg.name: str(spec.target)
         for spec in program.graph_signature.input_specs
