@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -10,29 +9,20 @@ import torch
 from torch.fx import Node
 
 from fxfuse.graph.view import argument, fake, op_name, tensor
-from fxfuse.proof.terms import Term, Terms
+from fxfuse.proof import arithmetic
+from fxfuse.proof.arithmetic import Comparison, float_number, like, numbers
+from fxfuse.proof.terms import Term
 
 if TYPE_CHECKING:
     from fxfuse.proof.positions import Reader
 
 Step = Callable[["Reader", Node, tuple[Term, ...]], "Term | None"]
-_EXACT = 2**53
-_LEAVES = 16
-
-
-def float_number(terms: Terms, value: float) -> Term:
-    """A float constant; one that is whole is the whole number."""
-    if math.isfinite(value) and value == int(value) and abs(value) < _EXACT:
-        return terms.number(int(value))
-    return terms.number(float(value))
 
 
 def _cast(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
-    from fxfuse.proof.positions import narrowed
-
     source = node.args[0]
     assert isinstance(source, Node)
-    return narrowed(reader, reader.operand(source, index), fake(source).dtype, fake(node).dtype)
+    return arithmetic.narrowed(reader.terms, reader.operand(source, index), fake(source).dtype, fake(node).dtype)
 
 
 def of_constants(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
@@ -44,7 +34,7 @@ def of_constants(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | 
     if tensor(source) is None or fake(source).dtype.is_complex:
         return None
     term = reader.operand(source, index)
-    if _numbers(term) is None or (_numbers(term) or 0) > _LEAVES:
+    if (numbers(term) or arithmetic.LEAVES + 1) > arithmetic.LEAVES:
         return None
 
     def leaf(value: Any, _: Any) -> Term:
@@ -55,42 +45,7 @@ def of_constants(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | 
             return float_number(reader.terms, result)
         return reader.terms.number(result)
 
-    return _both(reader, term, reader.terms.number(0), leaf)
-
-
-def _numbers(term: Term) -> int | None:
-    """How many constants a term chooses from; None where it is more than constants."""
-    if term.op == "number":
-        return 1
-    if term.op == "choose":
-        x, y = _numbers(term.args[1]), _numbers(term.args[2])
-        return None if x is None or y is None else x + y
-    return None
-
-
-def _both(reader: Reader, x: Term, y: Term, combine: Callable[[Any, Any], Term]) -> Term | None:
-    """`combine` of constants, through the choices that either of the two makes."""
-    counts = _numbers(x), _numbers(y)
-    if counts[0] is None or counts[1] is None or counts[0] * counts[1] > _LEAVES:
-        return None
-    for one, other, left in ((x, y, True), (y, x, False)):
-        if one.op == "choose":
-            condition, first, second = one.args
-            a, b = (_both(reader, *((part, other) if left else (other, part)), combine) for part in (first, second))
-            return None if a is None or b is None else reader.terms.choose(condition, a, b)
-    return combine(x.args[0], y.args[0])
-
-
-def _folded(reader: Reader, node: Node, x: Term, y: Term, function: Callable[[Any, Any], Any]) -> Term | None:
-    """Constants computed as PyTorch computes them, in the node's own type."""
-    dtype = fake(node).dtype
-
-    def combine(a: Any, b: Any) -> Term:
-        first, second = (torch.tensor(float(v), dtype=torch.float64).to(dtype) for v in (a, b))
-        value = function(first, second).item()
-        return float_number(reader.terms, value) if value == value else reader.terms.apply("nan", (), "real")
-
-    return _both(reader, x, y, combine)
+    return arithmetic.both(reader.terms, term, reader.terms.number(0), leaf)
 
 
 def _two(reader: Reader, node: Node, index: tuple[Term, ...]) -> tuple[Term, Term] | None:
@@ -110,114 +65,44 @@ def _sum(sign: int, turned: bool = False) -> Step:
         if pair is None or alpha not in (1, 1.0):
             return None
         x, y = pair[::-1] if turned else pair
-        floating = fake(node).dtype.is_floating_point
-        if floating and fake(node).dtype not in (torch.float32, torch.float64):
-            return None
-        if "choose" in (x.op, y.op):
-            found = _folded(reader, node, x, y, (lambda a, b: a + b) if sign > 0 else (lambda a, b: a - b))
-            if found is not None:
-                return found
-        if x.kind == y.kind == "int":
-            return reader.terms.add(x, y) if sign > 0 else reader.terms.subtract(x, y)
-        if y.number == 0:
-            return x
-        if x.number == 0 and sign > 0:
-            return y
-        return _folded(reader, node, x, y, (lambda a, b: a + b) if sign > 0 else (lambda a, b: a - b))
+        return arithmetic.plus(reader.terms, fake(node).dtype, x, y, sign)
 
     return step
 
 
 def _product(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
     pair = _two(reader, node, index)
-    return None if pair is None else times(reader, node, *pair)
-
-
-def times(reader: Reader, node: Node, x: Term, y: Term) -> Term:
-    """A product of two elements, whatever call makes it."""
-    t = reader.terms
-    if fake(node).dtype == torch.bool:
-        return t.every([t.as_bool(x), t.as_bool(y)])
-    x, y = t.as_int(x), t.as_int(y)
-    for one, other in ((x, y), (y, x)):
-        if one.op == "apply" and one.args[0] == "neg":
-            return t.negative(times(reader, node, one.args[1], other))
-        if one.number == 1:
-            return other
-        if one.number == -1 and other.kind == "real":
-            return t.negative(other)
-    floating = fake(node).dtype.is_floating_point
-    if floating and (found := _folded(reader, node, x, y, lambda a, b: a * b)) is not None:
-        return found
-    if x.kind == y.kind == "int":
-        small = any(v.number is not None and abs(v.number) <= 16 for v in (x, y))
-        if not floating or small or _is_gate(x) or _is_gate(y):  # no float holds every product of positions
-            return t.multiply(x, y)
-    whole = not floating and not fake(node).dtype.is_complex
-    ordered = tuple(sorted((x, y), key=lambda v: v.serial))
-    return t.apply(f"product in {fake(node).dtype}", ordered, "int" if whole else "real")
-
-
-def _is_gate(term: Term) -> bool:
-    return term.op == "choose" and {term.args[1].number, term.args[2].number} == {0, 1}
+    return None if pair is None else arithmetic.times(reader.terms, fake(node).dtype, *pair)
 
 
 def _quotient(rounded: str | None) -> Step:
     def step(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
         pair = _two(reader, node, index)
-        how = rounded or argument(node, "rounding_mode")
-        if pair is None:
-            return None
-        x, y = pair
-        if how is None:
-            if y.number == 1:
-                return x
-            return _folded(reader, node, x, y, lambda a, b: a / b)
-        down = how == "floor" or x.bounds[0] >= 0
-        exact = x.kind == "int" and isinstance(y.number, int) and y.number > 0
-        return reader.terms.divide(x, y.number) if exact and down else None
+        how: Any = rounded or argument(node, "rounding_mode")
+        return None if pair is None else arithmetic.over(reader.terms, fake(node).dtype, *pair, how)
 
     return step
 
 
 def _remainder(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
     pair = _two(reader, node, index)
-    if pair is None:
-        return None
-    x, y = pair
-    exact = x.kind == "int" and isinstance(y.number, int) and y.number > 0
-    if not exact or (op_name(node) == "fmod" and x.bounds[0] < 0):
-        return None
-    return reader.terms.remainder(x, y.number)
+    return None if pair is None else arithmetic.rest(reader.terms, *pair, truncated=op_name(node) == "fmod")
 
 
 def _shift(left: bool) -> Step:
     def step(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
         pair = _two(reader, node, index)
-        if pair is None or not isinstance(pair[1].number, int) or not 0 <= pair[1].number < 62:
+        if pair is None or fake(node).dtype not in (torch.int64, torch.int32):
             return None
-        by = 2 ** pair[1].number
-        wide = fake(node).dtype in (torch.int64, torch.int32)
-        if pair[0].kind != "int" or not wide:
-            return None
-        return reader.terms.scale(pair[0], by) if left else reader.terms.divide(pair[0], by)
+        return arithmetic.shifted(reader.terms, *pair, left=left)
 
     return step
 
 
-def _compared(name: str) -> Step:
+def _compared(name: Comparison) -> Step:
     def step(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
-        t = reader.terms
-        x, y = (t.as_int(reader.operand(a, index)) for a in node.args[:2])
-        at_most, less = t.at_most, t.less
-        return {
-            "le": lambda: at_most(x, y),
-            "lt": lambda: less(x, y),
-            "ge": lambda: at_most(y, x),
-            "gt": lambda: less(y, x),
-            "eq": lambda: t.equal(x, y),
-            "ne": lambda: t.opposite(t.equal(x, y)),
-        }[name]()
+        x, y = (reader.operand(a, index) for a in node.args[:2])
+        return arithmetic.compared(reader.terms, name, x, y)
 
     return step
 
@@ -226,7 +111,7 @@ def _logic(name: str) -> Step:
     def step(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
         t = reader.terms
         if name == "masks" and fake(node).dtype != torch.bool:
-            return _bits(reader, node, index)
+            return arithmetic.masked(reader.terms, *(reader.operand(a, index) for a in node.args[:2]))
         operands = [t.as_bool(reader.operand(a, index)) for a in node.args[:2]]
         if name == "not":
             return t.opposite(operands[0]) if fake(node).dtype == torch.bool else None
@@ -240,16 +125,6 @@ def _logic(name: str) -> Step:
     return step
 
 
-def _bits(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
-    """x & (2ⁿ - 1) is a remainder."""
-    x, y = (reader.operand(a, index) for a in node.args[:2])
-    for number, other in ((x, y), (y, x)):
-        mask = number.number
-        if isinstance(mask, int) and mask > 0 and (mask + 1) & mask == 0 and other.kind == "int":
-            return reader.terms.remainder(other, mask + 1)
-    return None
-
-
 def _chosen(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
     if len(node.args) != 3:
         return None
@@ -258,19 +133,10 @@ def _chosen(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
     condition, x, y = (first, second, third) if op_name(node) == "where" else (second, third, first)
     kept = t.as_bool(reader.operand(condition, index))
     if kept is t.true:
-        return _like(reader, node, reader.operand(x, index))
+        return like(t, fake(node).dtype, reader.operand(x, index))
     if kept is t.false:
-        return _like(reader, node, reader.operand(y, index))
-    return t.choose(kept, *(_like(reader, node, reader.operand(v, index)) for v in (x, y)))
-
-
-def _like(reader: Reader, node: Node, term: Term) -> Term:
-    """A number among the arguments takes the type of the result."""
-    if fake(node).dtype == torch.bool:
-        return reader.terms.as_bool(term)
-    if term.kind == "real" and term.number is not None and fake(node).dtype.is_floating_point:
-        return float_number(reader.terms, float(torch.tensor(term.number, dtype=torch.float64).to(fake(node).dtype)))
-    return reader.terms.as_int(term)
+        return like(t, fake(node).dtype, reader.operand(y, index))
+    return t.choose(kept, *(like(t, fake(node).dtype, reader.operand(v, index)) for v in (x, y)))
 
 
 def _clamped(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
@@ -293,17 +159,14 @@ def _extreme(largest: bool) -> Step:
     def step(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
         if len(node.args) < 2 or not isinstance(node.args[1], Node) or tensor(node.args[1]) is None:
             return None
-        x, y = (reader.terms.as_int(reader.operand(a, index)) for a in node.args[:2])
-        if "real" in (x.kind, y.kind):
-            return None
-        return reader.terms.maximum(x, y) if largest else reader.terms.minimum(x, y)
+        x, y = (reader.operand(a, index) for a in node.args[:2])
+        return arithmetic.extreme(reader.terms, x, y, largest=largest)
 
     return step
 
 
 def _absolute(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
-    x = reader.terms.as_int(reader.operand(node.args[0], index))
-    return reader.terms.absolute(x) if x.kind == "int" else None
+    return arithmetic.absolute(reader.terms, reader.operand(node.args[0], index))
 
 
 def _negative(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
@@ -337,9 +200,12 @@ POINTWISE: dict[str, Step] = {
     "fmod": _remainder,
     **dict.fromkeys(("bitwise_right_shift", "__rshift__"), _shift(False)),
     **dict.fromkeys(("bitwise_left_shift", "__lshift__"), _shift(True)),
-    **{name: _compared(name) for name in ("le", "lt", "ge", "gt", "eq", "ne")},
-    **{full: _compared(short) for full, short in (("less_equal", "le"), ("less", "lt"), ("greater_equal", "ge"))},
-    **{full: _compared(short) for full, short in (("greater", "gt"), ("not_equal", "ne"))},
+    **dict.fromkeys(("le", "less_equal"), _compared("le")),
+    **dict.fromkeys(("lt", "less"), _compared("lt")),
+    **dict.fromkeys(("ge", "greater_equal"), _compared("ge")),
+    **dict.fromkeys(("gt", "greater"), _compared("gt")),
+    "eq": _compared("eq"),
+    **dict.fromkeys(("ne", "not_equal"), _compared("ne")),
     **dict.fromkeys(("logical_and",), _logic("and")),
     **dict.fromkeys(("bitwise_and", "__and__"), _logic("masks")),
     **dict.fromkeys(("logical_or", "bitwise_or", "__or__"), _logic("or")),

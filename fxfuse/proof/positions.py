@@ -18,10 +18,12 @@ from torch.fx import Node
 
 from fxfuse.graph.view import fake, op_name, tensor
 from fxfuse.graph.wrapped import wrapped
+from fxfuse.proof.arithmetic import float_number, narrowed, rounded_number
 from fxfuse.proof.moves import MOVES, axis_of
-from fxfuse.proof.pointwise import POINTWISE, float_number, of_constants
+from fxfuse.proof.pointwise import POINTWISE, of_constants
 from fxfuse.proof.tables import table_element
-from fxfuse.proof.terms import Kind, Term, Terms
+from fxfuse.proof.terms import Kind, Term, Terms, Unreadable
+from fxfuse.proof.views import apart
 from fxfuse.proof.written import Writes
 
 _SAME = frozenset(["detach", "alias", "clone", "contiguous", "lift_fresh_copy", "detach_", "lift_fresh", "positive"])
@@ -29,10 +31,6 @@ _FILLED = {"zeros": 0, "zeros_like": 0, "new_zeros": 0, "ones": 1, "ones_like": 
 _FILLED_WITH = {"full": 1, "full_like": 1, "new_full": 2, "scalar_tensor": 0}
 _MOST = 20_000
 Index = tuple[Term, ...]
-
-
-class Unreadable(Exception):
-    """The element cannot be said in terms; the message says which step cannot."""
 
 
 class Reader:
@@ -138,24 +136,12 @@ class Reader:
         self._limits[found] = limit
         return found
 
+    def expression(self, value: Any) -> Any:
+        return value.node.expr if isinstance(value, torch.SymInt) else value
+
     def apart(self, flat: Term, size: Any) -> tuple[Term, Term] | None:
         """x and y of x · size + y, where y is known to be below the size."""
-        by = self.size(size)
-        if flat.op != "sum" or flat.args[0] != 0:
-            return None
-        whole: list[Term] = []
-        rest: list[Term] = []
-        for term, factor in flat.args[1]:
-            if factor == 1 and term.op == "product" and by in term.args:
-                a, b = term.args
-                whole.append(b if a is by else a)
-            elif factor == 1 and self._limits.get(term) is by:
-                rest.append(term)
-            else:
-                return None
-        if len(rest) != 1:
-            return None
-        return self.terms.add(*whole) if whole else self.terms.number(0), rest[0]
+        return apart(self.terms, self._limits, flat, self.size(size))
 
     # ---- elements
 
@@ -332,14 +318,14 @@ class Reader:
         if "real" in (start.kind, step.kind):
             raise Unreadable("arange of fractions")
         found = self.terms.add(start, self.terms.multiply(step, index[0]))
-        return narrowed(self, found, torch.int64, fake(node).dtype)
+        return narrowed(self.terms, found, torch.int64, fake(node).dtype)
 
     def _constant(self, value: Any, node: Node) -> Term:
         dtype = fake(node).dtype
         if dtype == torch.bool:
             return self.terms.number(bool(value))
         if dtype.is_floating_point:
-            return float_number(self.terms, float(torch.tensor(value, dtype=torch.float64).to(dtype)))
+            return rounded_number(self.terms, value, dtype)
         if dtype.is_complex:
             raise Unreadable("a complex number")
         return self.terms.number(int(value))
@@ -359,53 +345,6 @@ def kind_of(dtype: torch.dtype) -> Kind:
     if dtype == torch.bool:
         return "bool"
     return "real" if dtype.is_floating_point or dtype.is_complex else "int"
-
-
-_WRAPS = {torch.int8: (8, True), torch.uint8: (8, False), torch.int16: (16, True)}
-_COUNTS_TO = {torch.float16: 11, torch.bfloat16: 8}
-
-
-def narrowed(reader: Reader, term: Term, source: torch.dtype, target: torch.dtype) -> Term:
-    """A cast of what is read.
-
-    Whole numbers wrap in int8, uint8 and int16, and are rounded in half precision; int32 and float32 hold every
-    position.
-    """
-    t = reader.terms
-    if source == target:
-        return term
-    if target == torch.bool:
-        return t.as_bool(term)
-    if target.is_complex or source.is_complex:
-        raise Unreadable("a complex number")
-    if target.is_floating_point:
-        term = t.as_int(term)
-        low, high = term.bounds
-        bits = _COUNTS_TO.get(target)
-        if term.number is not None:
-            return float_number(t, float(torch.tensor(term.number, dtype=torch.float64).to(target)))
-        if term.op == "apply" and term.args[0] == "neg":  # rounding is the same on either side of 0
-            return t.negative(narrowed(reader, term.args[1], source, target))
-        if bits is None or (term.kind == "int" and -(2**bits) <= low and high <= 2**bits):
-            wider = not source.is_floating_point or torch.finfo(target).bits >= torch.finfo(source).bits
-            return term if wider or term.kind == "int" else t.apply(f"to {target}", (term,), "real")
-        if term.op == "choose":
-            condition, x, y = term.args
-            return t.choose(condition, narrowed(reader, x, source, target), narrowed(reader, y, source, target))
-        return t.apply(f"to {target}", (term,), "real")
-    if term.kind == "real":
-        if term.op == "choose":
-            condition, x, y = term.args
-            return t.choose(condition, narrowed(reader, x, source, target), narrowed(reader, y, source, target))
-        if term.number is not None and math.isfinite(term.number):
-            return t.number(int(term.number))
-        return t.apply(f"to {target}", (term,), "int")
-    term = t.as_int(term)
-    if target in _WRAPS:
-        bits, signed = _WRAPS[target]
-        half = 2 ** (bits - 1) if signed else 0
-        return t.subtract(t.remainder(t.add(term, t.number(half)), 2**bits), t.number(half))
-    return term
 
 
 def _one(size: Any) -> bool:

@@ -16,6 +16,10 @@ Bounds = tuple[float, float]
 EVERYTHING: Bounds = (-math.inf, math.inf)
 
 
+class Unreadable(Exception):
+    """The element cannot be said in terms; the message says which step cannot."""
+
+
 class Term:
     """One term; made by a `Terms` only. `op` says what `args` are."""
 
