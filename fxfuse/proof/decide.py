@@ -15,6 +15,8 @@ from fxfuse.proof.terms import Term, Terms
 
 MILLISECONDS = 2000
 _INFINITE = 10**45
+_COMPARISONS = ("at_most", "equal")
+"""Said of only if nothing else is unknown: what they compare is."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ def always(terms: Terms, condition: Term, given: Iterable[Term] = (), *, smalles
     sides = [side for side in given if side is not terms.true]
     if terms.every(sides) is terms.false:
         return Holds("by structure")
-    unknown = next((t for t in condition.walk() if t.op in ("apply", "given")), None)
+    unknowns = [t for t in condition.walk() if t.op in ("apply", "given")]
+    unknown = next((t for t in unknowns if t.args[0] not in _COMPARISONS), next(iter(unknowns), None))
     try:
         import z3  # type: ignore[import-untyped, unused-ignore]
     except ImportError:
