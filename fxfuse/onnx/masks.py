@@ -120,9 +120,10 @@ class Masks:
         reader, t = self.reader, self.terms
         try:
             index = reader.index(value)
-            one = t.number(1)
-            expected = (reader.named(ir.SymbolicDim("batch_size")), one, one, self.total)
-            if reader.shape(value) != expected:
+            if self._mask is None or len(reader.shape(self._mask)) != 2:
+                return False
+            batch, total = reader.shape(self._mask)
+            if reader.shape(value) != (batch, t.number(1), t.number(1), total):
                 return False
             term = t.as_bool(reader.read(value, index))
             same = t.equal(term, self._kept(index[0], index[-1]))

@@ -8,7 +8,8 @@ where floats compute with them below 2²⁰; types of whole numbers that do not 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import onnx_ir as ir
@@ -17,7 +18,7 @@ import torch
 from fxfuse.onnx import reading_elements, reading_moves, reading_sizes
 from fxfuse.proof.tables import table_element
 from fxfuse.proof.terms import Kind, Term, Terms, Unreadable
-from fxfuse.proof.views import apart
+from fxfuse.proof.views import Product, apart
 
 Index = tuple[Term, ...]
 TYPES = {
@@ -35,7 +36,7 @@ TYPES = {
     ir.DataType.FLOAT: torch.float32,
     ir.DataType.DOUBLE: torch.float64,
 }
-_MOST = 20_000
+_MOST, _DEEPEST = 20_000, 100
 
 
 class Reader:
@@ -62,6 +63,7 @@ class Reader:
         self._known: dict[Any, Term] = {}
         self._shapes: dict[ir.Value, Index] = {}
         self._tables: dict[ir.Value, torch.Tensor] = {}
+        self._depth = 0
 
     # ---- sizes
 
@@ -72,13 +74,14 @@ class Reader:
         if dim.value is None:
             raise Unreadable("a size without a name")
         if dim.value not in self._sizes:
-            self._sizes[dim.value] = self.terms.variable(dim.value)
+            self._sizes[dim.value] = self.terms.variable(f"size {dim.value}")
         return self._sizes[dim.value]
 
     def shape(self, value: ir.Value) -> Index:
         """The sizes of a tensor."""
         if value not in self._shapes:
-            self._shapes[value] = self._shape(value)
+            with self._deeper():
+                self._shapes[value] = self._shape(value)
         return self._shapes[value]
 
     def _shape(self, value: ir.Value) -> Index:
@@ -132,8 +135,8 @@ class Reader:
         """For `fxfuse.proof.views`, to which a size that is known is an int."""
         return self.terms.number(value) if isinstance(value, int) else value
 
-    def expression(self, value: int | Term) -> reading_sizes.Product:
-        return reading_sizes.Product.of(self.size(value))
+    def expression(self, value: int | Term) -> Product:
+        return Product.of(self.size(value))
 
     def apart(self, flat: Term, size: int | Term) -> tuple[Term, Term] | None:
         return apart(self.terms, self.limits, flat, self.size(size))
@@ -148,8 +151,18 @@ class Reader:
         return found
 
     def index(self, value: ir.Value) -> Index:
-        """Free indices into a tensor."""
-        return tuple(self.place(f"i{axis}", size) for axis, size in enumerate(self.shape(value)))
+        """Free indices into a tensor; below other sizes they are others."""
+        return tuple(self.place(f"i{axis} of {size.serial}", size) for axis, size in enumerate(self.shape(value)))
+
+    @contextmanager
+    def _deeper(self) -> Iterator[None]:
+        if self._depth >= _DEEPEST:
+            raise Unreadable("too deep a computation")
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
 
     # ---- types
 
@@ -196,7 +209,8 @@ class Reader:
         if found is None:
             if len(self._known) > _MOST:
                 raise Unreadable("too long a computation")
-            found = self._known[key] = self._read(value, index)
+            with self._deeper():
+                found = self._known[key] = self._read(value, index)
         return found
 
     def _read(self, value: ir.Value, index: Index) -> Term:

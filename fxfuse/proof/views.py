@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fxfuse.proof.terms import Term, Terms, Unreadable
@@ -24,6 +25,49 @@ class Sizes(Protocol):
 
     def apart(self, flat: Term, size: Any) -> tuple[Term, Term] | None:
         """x and y of x · size + y, where y is known to be below the size."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """A size as a number times what else it is made of: equal for equal sizes, however they were multiplied."""
+
+    number: int
+    factors: tuple[Term, ...]
+
+    @staticmethod
+    def of(term: Term) -> Product:
+        if term.number is not None:
+            return Product(int(term.number), ())
+        if term.op == "product":
+            return Product.of(term.args[0]) * Product.of(term.args[1])
+        if term.op == "sum" and term.args[0] == 0 and len(term.args[1]) == 1:
+            ((part, factor),) = term.args[1]
+            return Product.of(part) * Product(factor, ())
+        return Product(1, (term,))
+
+    def __mul__(self, other: Product) -> Product:
+        factors = sorted((*self.factors, *other.factors), key=lambda term: term.serial)
+        return Product(self.number * other.number, tuple(factors))
+
+    def __rmul__(self, other: int) -> Product:
+        return Product(self.number * other, self.factors)
+
+    def over(self, other: Product) -> Product | None:
+        """The quotient, if it is one for sure."""
+        left = list(self.factors)
+        for factor in other.factors:
+            if factor not in left:
+                return None
+            left.remove(factor)
+        if other.number == 0 or self.number % other.number:
+            return None
+        return Product(self.number // other.number, tuple(left))
+
+    def term(self, terms: Terms) -> Term:
+        result = terms.number(self.number)
+        for factor in self.factors:
+            result = terms.multiply(result, factor)
+        return result
 
 
 def reshaped(sizes: Sizes, inner: list[Any], outer: list[Any], index: tuple[Term, ...]) -> tuple[Term, ...]:

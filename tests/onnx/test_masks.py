@@ -161,3 +161,22 @@ def test_rows_that_see_nothing_are_told_by_their_sums(least: str, taken: bool) -
     graph = decoder("seen = LessOrEqual (j, i)", last).graph
     drop_padding(graph)
     assert ("Where" not in [node.op_type for node in graph]) == taken
+
+
+def test_sums_of_several_masks_are_told_apart() -> None:
+    """What is known of a sum holds for its own rows: two of other lengths do not lend each other theirs."""
+    last = """mask = Identity (mask_4)
+    axis = Constant <value_ints = [-1]> ()
+    ones = Cast <to = 1> (mask_4)
+    sum = ReduceSum (ones, axis)
+    lonely = Less (sum, unit)
+    hidden_2 = Not (kept_2)
+    numbers = Cast <to = 1> (hidden_2)
+    gone = ReduceSum (numbers, axis)
+    some = GreaterOrEqual (gone, unit)"""
+    graph = decoder("seen = LessOrEqual (j, i)", last).graph
+    values = {value.name: value for node in graph for value in node.outputs}
+    masks, padded = Masks(graph, padded=False), Masks(graph, padded=True)
+    assert masks.constant(values["lonely"]) is False
+    assert masks.constant(values["some"]) is None, "nothing is known of a sum but that it is no less than its parts"
+    assert padded.constant(values["lonely"]) is None and padded.constant(values["some"]) is None

@@ -177,6 +177,13 @@ def test_a_view_that_cannot_be_followed_is_not_read() -> None:
     graph = ir.from_proto(onnx.parser.parse_model(OPERATOR.replace("BODY", "y = Reshape (x, last)"))).graph
     reader = Reader()
     (size,) = reader.shape(graph.outputs[0])
-    assert repr(size) == "product(M, N)"
+    assert repr(size) == "product(size M, size N)"
     with pytest.raises(Unreadable, match="takes an axis of any length apart"):
         reader.read(graph.outputs[0], (reader.place("i0", size),))
+
+
+def test_what_is_too_deep_is_not_read() -> None:
+    body = "\n".join(f"x{n} = Identity (x{n - 1})" for n in range(1, 2000)).replace("(x0)", "(x)")
+    graph = ir.from_proto(onnx.parser.parse_model(OPERATOR.replace("BODY", body + "\ny = Identity (x1999)"))).graph
+    with pytest.raises(Unreadable, match="too deep"):
+        Reader().shape(graph.outputs[0])
