@@ -215,7 +215,10 @@ class Reader:
 
     def _read(self, value: ir.Value, index: Index) -> Term:
         if (constant := self._constant(value)) is not None:
-            return table_element(self.terms, value.name or "", constant, index)
+            try:
+                return table_element(self.terms, value.name or "", constant, index)
+            except IndexError:
+                raise Unreadable(f"an element beyond the end of {value.name}") from None
         node = value.producer()
         if node is None:
             known = self._inputs.get(value.name or "")

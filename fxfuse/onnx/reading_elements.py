@@ -97,9 +97,9 @@ def _folds(combine: Callable[[Terms, torch.dtype, Term, Term], Term | None]) -> 
 
 
 def _over(t: Terms, dtype: torch.dtype, x: Term, y: Term) -> Term | None:
-    """Whole numbers are divided towards 0."""
+    """Whole numbers are divided towards 0. Floats not by 0, whose sign is not read."""
     if dtype not in _INTEGERS:
-        return arithmetic.over(t, dtype, x, y)
+        return None if any(part.number == 0 for part in y.walk()) else arithmetic.over(t, dtype, x, y)
     if not isinstance(y.number, int) or y.number < 1 or x.kind != "int":
         return None
     up = t.negative(t.divide(t.negative(x), y.number))

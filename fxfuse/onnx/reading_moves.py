@@ -157,7 +157,8 @@ def _pad(reader: Reader, node: ir.Node, index: Index, _: int) -> Term:
     empty = t.number(0) if filled is None else reader.vector(filled)[0]
     if reader.type(source) == torch.bool:
         empty = t.as_bool(empty)
-    return t.choose(t.every(inside), reader.read(source, tuple(places)), empty)
+    within = t.every(inside)
+    return empty if within is t.false else t.choose(within, reader.read(source, tuple(places)), empty)
 
 
 def _tile(reader: Reader, node: ir.Node, index: Index, _: int) -> Term:

@@ -94,6 +94,7 @@ BODIES = {
     "Slice backwards": "y = Slice (x, last, lowest, second, last)",
     "Slice up to a size": "y = Slice (x, first, m1, first)",
     "Pad": "y = Pad (x, around, seven)",
+    "Pad of a table": "p = Concat <axis = 0> (second, third)\n y = Pad (table, p, minus)",
     "Pad of an axis": "p = Concat <axis = 0> (second, m1)\n y = Pad (x, p, minus, last)",
     "Identity": "y = Identity (x)",
     "Tile": "t = Concat <axis = 0> (second, second)\n y = Tile (x, t)",
