@@ -205,7 +205,7 @@ def _view(reader: Reader, node: Node, index: Index) -> Term:
 
 def _repeat(reader: Reader, node: Node, index: Index) -> Term:
     source = _source(node)
-    shape = [1] * (len(index) - _rank(source)) + list(fake(source).shape)
+    shape: list[Any] = [1] * (len(index) - _rank(source)) + list(fake(source).shape)
     given: Any = node.args[1] if len(node.args) > 1 else ()
     times_each = [1] * (len(index) - len(given)) + list(given)
     places = []

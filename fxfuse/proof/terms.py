@@ -1,4 +1,4 @@
-"""What is computed of positions and sizes, as terms: whole numbers are sums of multiples, the rest is as it was written.
+"""What is computed of positions and sizes, as terms: whole numbers are sums of multiples, the rest is as it is written.
 
 Equal terms are one object, so that "the same computation" is `is`. Integer terms are exact: `//` and `%` round down, as
 Python's do. A step whose meaning is not known here (cos, a cast to bfloat16) is an `apply`: of equal arguments it gives
