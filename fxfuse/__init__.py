@@ -9,16 +9,19 @@ from fxfuse.flex.capture import flex_capture
 from fxfuse.fusion import fuse, report, unfuse
 from fxfuse.prepass import prepass
 from fxfuse.recognise.by_example import pattern
+from fxfuse.verification import Verification, verify
 
 __version__ = "0.1.0"
 __all__ = [
     "FxfuseError",
     "FxfuseWarning",
     "ParityError",
+    "Verification",
     "flex_capture",
     "fuse",
     "pattern",
     "prepass",
     "report",
     "unfuse",
+    "verify",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 
 class FxfuseError(Exception):
     """Bad input or an unsupported request.
@@ -32,3 +34,11 @@ class FxfuseWarning(UserWarning):
 
 class ParityError(FxfuseError):
     """Two implementations that must compute the same thing did not."""
+
+
+def callers_level() -> int:
+    """`stacklevel` of the code that called torch or fxfuse, for a warning of the function that asks."""
+    level, frame, inside = 1, sys._getframe(1), ("torch", "fxfuse", "contextlib")
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in inside:
+        level, frame = level + 1, frame.f_back
+    return level

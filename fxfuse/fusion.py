@@ -28,6 +28,7 @@ from fxfuse.graph.splice import Guarded, Splicer, trace
 from fxfuse.graph.view import GraphView
 from fxfuse.graph.wrapped import inline_layers
 from fxfuse.ops.registry import check_opset
+from fxfuse.options import BUDGET, check_accept, check_budget, check_frozen, check_patterns
 from fxfuse.proof.evaluate import CannotEvaluate
 from fxfuse.proof.evidence import Evidence
 from fxfuse.proof.prove import Refused, prove
@@ -38,6 +39,8 @@ from fxfuse.recognise.flex.reconstruct import reconstruct
 from fxfuse.recognise.questions import BlockMasks, OutOfTime, Questions, check_block_masks
 from fxfuse.report.layer import calls, mark, one_layer
 from fxfuse.report.model import Entry, Report
+from fxfuse.report.refusals import failed, name_of, said, settle
+from fxfuse.suppose import Asking, Suppositions
 
 REPORT = "fxfuse_report"
 """Where a program, or an ONNX model in memory, keeps its report: in ``meta``."""
@@ -55,7 +58,7 @@ def fuse(
     windows: Windows = "mask",
     frozen: bool = False,
     accept: Sequence[str] = (),
-    budget: float = 60.0,
+    budget: float = BUDGET,
 ) -> ExportedProgram:
     """Collapse every region that computes a known operator into one op that maps to one ONNX node.
 
@@ -76,8 +79,12 @@ def fuse(
         frozen: do persistent buffers keep what they hold? Every export to ONNX says so, for the file holds their
             values. Otherwise `load_state_dict` may change them, and nothing is concluded from what they hold.
         accept: refusals to overrule, by the names that the report gives them (``"clamp@model.py:12"``): the break is
-            taken for what it is between its bounds. The report goes on saying what was accepted.
+            taken for what it is between its bounds. The report goes on saying what was accepted, and where the two
+            differ; it says so too where a refusal cannot be overruled. Of a name that changes nothing an
+            `FxfuseWarning` is given.
         budget: seconds after which the search for more ends; the report says so. What is fused by then stays.
+
+    A pattern that fails does not take the others down: the report says which one failed, and how.
 
     Returns:
         A new program. Nodes outside the fused regions are as they were, but for layers that run under `no_grad`: they
@@ -93,27 +100,51 @@ def fuse(
     check_block_masks(block_mask)
     check_flex_attention(flex_attention)
     check_windows(windows, opset)
+    check_frozen(frozen)
+    check_accept(accept)
+    check_budget(budget)
+    if patterns is not None:
+        check_patterns(patterns)
+    chosen = [p for p in (catalogue() if patterns is None else patterns) if p.since_opset <= opset]
+    asking = Asking(block_mask, flex_attention, windows, frozen, frozenset(accept), time.perf_counter() + budget)
+    broken: list[Entry] = []
+    while True:
+        try:
+            result = _fused(program, opset, chosen, verify == "on", asking)
+            break
+        except _Broken as error:  # halfway through a rewrite: begin anew, without the pattern
+            chosen = [p for p in chosen if p is not error.pattern]
+            broken.append(error.entry)
+    found = result.graph_module.meta[REPORT]
+    found.entries.extend(broken)
+    settle(found, accept, program.graph_module)
+    return result
+
+
+def _fused(
+    program: ExportedProgram, opset: int, patterns: Sequence[Pattern], verified: bool, asking: Asking
+) -> ExportedProgram:
+    """The program with these patterns applied, and its report.
+
+    Raises:
+        _Broken: what a pattern puts in its place does not fit into the graph.
+    """
     started = time.perf_counter()
     result = copy_program(program)
     report = Report(opset, nodes_before=_calls(result.graph))
-    until = started + budget
-    names = frozenset(accept)
-
-    def questions() -> Questions:
-        return Questions(result, block_mask, flex_attention, windows, frozen=frozen, accept=names, until=until)
-
-    run = _Run(result, report, verify == "on", questions)
+    run = _Run(result, report, verified, asking)
     inline_layers(result)
     separate_outputs(list(result.graph.nodes))
-    if block_mask == "reconstruct":
-        reconstruct(result, questions())
+    if asking.block_mask == "reconstruct":
+        reconstruct(result, asking.of(result))
     before = calls(result.graph)
     writes = functionalise(result.graph)
     # As torch.onnx captures and decomposes: its symbols may be 1, and a question whether they are would be a guard.
     with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-        for pattern in catalogue() if patterns is None else patterns:
-            if pattern.since_opset <= opset:
-                run.apply(pattern)
+        for pattern in patterns:
+            run.apply(pattern)
+            if run.ended:
+                break
     restore(result.graph, writes)
     result.graph_module.recompile()
     report.nodes_after = _calls(result.graph)
@@ -142,6 +173,14 @@ def report(program: object) -> Report:
     return found
 
 
+class _Broken(Exception):
+    """A rewrite that ended halfway."""
+
+    def __init__(self, pattern: Pattern, entry: Entry) -> None:
+        super().__init__(entry.reason)
+        self.pattern, self.entry = pattern, entry
+
+
 @dataclass
 class _Match:
     region: Region
@@ -164,20 +203,27 @@ class _Run:
     program: ExportedProgram
     report: Report
     verified: bool
-    questions: Callable[[], Questions]
+    asking: Asking
     answers: dict[tuple[int, str], Found | Reason] = field(default_factory=dict)
     proofs: dict[tuple[int, str, str], _Traced | str] = field(default_factory=dict)
     own: set[int] = field(default_factory=set)
     """Answers that hold for what this program's constants and positions are."""
+    reading: tuple[GraphView, Questions] | None = None
+    """What is known of the graph as it stands; None once it was rewritten."""
+    ended: bool = False
+    """Is the time over?"""
+
+    def __post_init__(self) -> None:
+        self.suppose = Suppositions(self.program, self.asking)
 
     def apply(self, pattern: Pattern) -> None:
         """Match the whole graph against one pattern, then rewrite it."""
-        view = GraphView(self.program.graph)
-        ask = self.questions()
+        view, ask = self.reading = self.reading or (GraphView(self.program.graph), self.asking.of(self.program))
         matches: list[_Match] = []
         taken: set[Node] = set()
         try:
-            for proposal in self._guarded(pattern, self._timed("propose", pattern.propose(view, ask))):
+            ask.check_time()
+            for proposal in self._guarded(pattern, self._timed("propose", lambda: pattern.propose(view, ask))):
                 ask.check_time()
                 if proposal.anchor not in taken:
                     match = self._decide(pattern, proposal, ask, taken)
@@ -185,18 +231,35 @@ class _Run:
                         matches.append(match)
                         taken.update(match.region.computed)
         except OutOfTime:
-            why = "the search ended here: its time was over (fuse(budget=…) gives it more)"
+            self.ended = True
+            why = "the search ended here, and what comes after it was not looked for: its time was over (budget=…)"
             self._note(pattern, "near miss", (), None, reason=why)
-        with self._clock("rewrite"):
-            self._rewrite(matches)
+        except Exception as error:  # what it proposes or answers is not what it should be
+            self._note(pattern, "near miss", (), None, reason=failed(pattern, "failed", error))
+        raised = ask.settled.get(("raised", id(pattern)))
+        if not matches and raised is not None and ("ran", id(pattern)) not in ask.settled:
+            why = f"the example raised {said(raised)} for every region"
+            self._note(pattern, "near miss", (), None, reason=why)
+        if not matches:
+            return
+        try:
+            with self._clock("rewrite"):
+                self._rewrite(matches)
+            self.reading = None
+        except Exception as error:
+            why = failed(pattern, "failed while the graph was rewritten", error)
+            self._note(pattern, "refused", (), None, reason=why)
+            raise _Broken(pattern, self.report.entries[-1]) from error
 
     def _decide(self, pattern: Pattern, proposal: Proposal, ask: Questions, taken: set[Node]) -> _Match | None:
         """The best region around one anchor that is the operator and proves it; else why not."""
         found: list[tuple[Region, Found]] = []
         nearest: tuple[Reason, tuple[Node, ...]] | None = None
+        near: list[tuple[int, Region]] = []
         if proposal.missed is not None:
             nearest = (proposal.missed, proposal.nodes or (proposal.anchor,))
-        for region in self._guarded(pattern, self._timed("propose", proposal.regions), proposal.anchor):
+        for region in self._guarded(pattern, self._timed("propose", lambda: proposal.regions), proposal.anchor):
+            ask.check_time()
             if taken & region.computed:
                 continue
             answer = self._recognise(pattern, region, ask)
@@ -206,7 +269,10 @@ class _Run:
                     body = self._prove(pattern, region, answer, ask)
                     if isinstance(body, _Traced):
                         return _Match(region, answer, body)
-            elif nearest is None or answer.closeness > nearest[0].closeness:
+                continue
+            if answer.closeness:
+                near.append((answer.closeness, region))
+            if nearest is None or answer.closeness > nearest[0].closeness:
                 nearest = (answer, region.nodes)
         refusal: tuple[str, Region, Found] | None = None
         for region, answer in sorted(found, key=lambda pair: (not pair[0].closed, -pair[1].rank)):
@@ -219,6 +285,7 @@ class _Run:
             refusal = refusal or (body, region, answer)
         if refusal is not None:
             why, region, answer = refusal
+            why = self.suppose.refused(pattern, region, ask, why, name_of("", why, None))
             self._note(
                 pattern,
                 "refused",
@@ -227,7 +294,13 @@ class _Run:
                 reason=why,
                 parameters=_named(answer.parameters, region),
             )
-        elif nearest is not None and nearest[0].closeness >= NEAR:
+            return None
+        regions = [region for _, region in sorted(near, key=lambda pair: -pair[0])]
+        told = nearest is not None and nearest[0].closeness >= NEAR
+        only = self.suppose(pattern, regions, ask, nearest[0].text if told and nearest else None)
+        if only is not None:
+            self._note(pattern, "near miss", regions[0].nodes, proposal.anchor, reason=only)
+        elif told and nearest is not None:
             self._note(pattern, "near miss", nearest[1], proposal.anchor, reason=nearest[0].text)
         return None
 
@@ -239,12 +312,14 @@ class _Run:
             ask.read_leaves = False
             try:
                 answer = pattern.recognise(region, ask)
+                if not isinstance(answer, (Found, Reason)):
+                    raise TypeError(f"it answered {answer!r}, neither Found nor Reason")
             except CannotEvaluate as error:
                 answer = Reason(str(error))
             except OutOfTime:
                 raise
             except Exception as error:  # a pattern (a user's, say) that fails must not take the export down
-                answer = Reason(f"could not be asked: {type(error).__name__}: {error}", NEAR)
+                answer = Reason(failed(pattern, "could not be asked", error), NEAR)
             if ask.read_leaves:
                 key = _own_key(pattern, region, ask)
                 self.own.add(id(answer))
@@ -275,7 +350,7 @@ class _Run:
             except OutOfTime:
                 raise
             except Exception as error:  # whatever a pattern or its replacement does, the export goes on
-                result = f"could not be compared: {type(error).__name__}: {error}"
+                result = failed(pattern, "could not be compared", error)
             self.proofs[own if ask.read_leaves else general] = result
             return result
 
@@ -287,6 +362,9 @@ class _Run:
             self.report.entries.append(
                 Entry(
                     operator=match.found.operator,
+                    name=name_of(match.found.operator, match.found.decomposed, match.region.output)
+                    if match.found.decomposed is not None
+                    else None,
                     status="fused" if match.found.decomposed is None else "decomposed",
                     reason=match.found.decomposed,
                     nodes=match.region.names,
@@ -311,7 +389,8 @@ class _Run:
     ) -> None:
         self.report.entries.append(
             Entry(
-                operator=pattern.operator,
+                operator=str(pattern.operator),
+                name=name_of(str(pattern.operator), reason, anchor),
                 status=status,
                 nodes=tuple(n.name for n in nodes),
                 parameters=parameters or {},
@@ -325,8 +404,10 @@ class _Run:
         """Pass items on; where making one fails, say so and stop: a pattern must not take the export down."""
         try:
             yield from items
+        except OutOfTime:
+            raise
         except Exception as error:
-            why = f"could not propose: {type(error).__name__}: {error}"
+            why = failed(pattern, "could not propose", error)
             nodes = (anchor,) if anchor is not None else ()
             self._note(pattern, "near miss", nodes, anchor, reason=why)
 
@@ -338,9 +419,10 @@ class _Run:
         finally:
             self.report.seconds[stage] = self.report.seconds.get(stage, 0.0) + time.perf_counter() - started
 
-    def _timed(self, stage: str, items: Iterable[T]) -> Iterator[T]:
+    def _timed(self, stage: str, make: Callable[[], Iterable[T]]) -> Iterator[T]:
         """Pass items on, counting the time it takes to make them."""
-        iterator = iter(items)
+        with self._clock(stage):
+            iterator = iter(make())
         while True:
             with self._clock(stage):
                 try:

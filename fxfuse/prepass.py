@@ -24,7 +24,7 @@ from torch.export import ExportedProgram
 from fxfuse.errors import FxfuseError
 from fxfuse.flex.capture import flex_capture
 from fxfuse.fusion import fuse
-from fxfuse.options import Options
+from fxfuse.options import BUDGET, Options
 from fxfuse.recognise.answers import Pattern
 from fxfuse.recognise.flex.choices import FlexCalls, Windows
 from fxfuse.recognise.questions import BlockMasks
@@ -51,6 +51,9 @@ def prepass(
     block_mask: BlockMasks = "check",
     flex_attention: FlexCalls = "standard",
     windows: Windows = "mask",
+    frozen: bool | None = None,
+    accept: Sequence[str] = (),
+    budget: float = BUDGET,
 ) -> Callable[[T], T]: ...
 @overload
 def prepass(
@@ -63,6 +66,9 @@ def prepass(
     block_mask: BlockMasks = "check",
     flex_attention: FlexCalls = "standard",
     windows: Windows = "mask",
+    frozen: bool | None = None,
+    accept: Sequence[str] = (),
+    budget: float = BUDGET,
 ) -> T: ...
 def prepass(
     target: Any = None,
@@ -74,6 +80,9 @@ def prepass(
     block_mask: BlockMasks = "check",
     flex_attention: FlexCalls = "standard",
     windows: Windows = "mask",
+    frozen: bool | None = None,
+    accept: Sequence[str] = (),
+    budget: float = BUDGET,
 ) -> Any:
     """Fuse what `target` exports.
 
@@ -87,6 +96,10 @@ def prepass(
         block_mask: what of a `BlockMask` counts in flex_attention; see `fxfuse.fuse`.
         flex_attention: what a call of flex_attention becomes; see `fxfuse.fuse`.
         windows: what windows in flex_attention become; see `fxfuse.fuse`.
+        frozen: do persistent buffers keep what they hold? None is no for a function, whose program can still be given
+            other buffers, and yes for a module on its way to ONNX.
+        accept: refusals to overrule by name; see `fxfuse.fuse`.
+        budget: seconds after which the search ends; see `fxfuse.fuse`.
 
     Returns:
         For a function another of the same name and signature, which returns the program fused, and raises FxfuseError
@@ -97,7 +110,7 @@ def prepass(
     Raises:
         FxfuseError: bad options, or a target that is none of these.
     """
-    options = Options(opset, patterns, verify, block_mask, flex_attention, windows)
+    options = Options(opset, patterns, verify, block_mask, flex_attention, windows, frozen, accept, budget)
     return functools.partial(_apply, options) if target is None else _apply(options, target)
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``fxfuse export``, ``inspect``, ``repair``, ``patterns`` and ``parity``."""
+"""The command line: ``fxfuse export``, ``inspect``, ``repair``, ``verify``, ``patterns`` and ``parity``."""
 
 from __future__ import annotations
 

@@ -8,6 +8,8 @@ from typing import get_args
 
 from fxfuse.cli import commands
 from fxfuse.cli.parity import parity
+from fxfuse.cli.two_programs import verify
+from fxfuse.options import BUDGET
 from fxfuse.recognise.flex.choices import FlexCalls, Windows
 
 SOURCES = """\
@@ -34,6 +36,14 @@ mended are
 both files are then run against each other in ONNX Runtime
 
 exit codes: 0 done, or nothing to mend; 2 bad input; 3 the mended model does not compute what the original does
+"""
+
+PROGRAMS = """\
+ORIGINAL is fused again and every region proven; each node of FUSED has to compute a value that is proven, and what it
+returns and writes has to be ORIGINAL's. Weights, constants, sizes and their ranges are compared too. Nothing that the
+run which made FUSED wrote of it is read.
+
+exit codes: 0 proven; 2 bad input; 3 the two differ, or could not be proven to be the same
 """
 
 
@@ -92,6 +102,10 @@ def parser() -> argparse.ArgumentParser:
     repair.add_argument("model", type=Path, metavar="MODEL", help="an ONNX file of opset 23 or later")
     repair.add_argument("--out", required=True, type=Path, metavar="FILE", help="the file to write")
     repair.add_argument("--no-parity", dest="parity", action="store_false", help="do not run it against the original")
+    check = command("verify", verify, "prove a fused program against its original again, from the two files", PROGRAMS)
+    check.add_argument("original", type=Path, metavar="ORIGINAL.pt2", help="the program as torch.export captured it")
+    check.add_argument("fused", type=Path, metavar="FUSED.pt2", help="the program that fxfuse.fuse made of it")
+    check.add_argument("--report", type=Path, metavar="FILE", help="also write what was proven here, as .json")
     command("patterns", commands.patterns, "list the catalogue")
     compare = command("parity", parity, "compare eager, composite, Triton and ONNX Runtime with float64", PARITY)
     _model(compare, "?")
@@ -119,12 +133,30 @@ def _source(sub: argparse.ArgumentParser) -> None:
         help="what windows in flex_attention become: part of the mask, or attributes of Attention (opset 25)",
     )
     sub.add_argument(
+        "--accept",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="overrule a refusal, by the name that the report gives it: clamp@model.py:12; repeatable",
+    )
+    _budget(sub)
+    sub.add_argument(
         "--report",
         type=Path,
         action="append",
         default=[],
         metavar="FILE",
         help="also write the report here: a page (.html) or data (.json); repeatable",
+    )
+
+
+def _budget(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--budget",
+        type=float,
+        default=BUDGET,
+        metavar="SECONDS",
+        help=f"how long to look for more to fuse (default {BUDGET:g})",
     )
 
 

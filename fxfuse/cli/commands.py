@@ -25,6 +25,7 @@ from fxfuse.onnx.exporter import lifted_program, translate
 from fxfuse.onnx.files import move_into, save, staging
 from fxfuse.onnx.state import name_states
 from fxfuse.ops.registry import check_opset
+from fxfuse.options import BUDGET, check_accept, check_budget
 from fxfuse.parity import shape_cases
 from fxfuse.recognise.catalogue import catalogue
 from fxfuse.recognise.flex.choices import check_windows
@@ -153,6 +154,9 @@ def fusing(arguments: argparse.Namespace) -> dict[str, Any]:
         "opset": arguments.opset,
         "flex_attention": arguments.flex_attention,
         "windows": arguments.windows,
+        "frozen": True,  # what is written holds the values of the buffers
+        "accept": arguments.accept,
+        "budget": arguments.budget,
     }
 
 
@@ -160,6 +164,8 @@ def request_of(arguments: argparse.Namespace) -> source.Request:
     """Everything that can be wrong with the arguments alone, before any of the long work."""
     check_opset(arguments.opset)
     check_windows(getattr(arguments, "windows", "mask"), arguments.opset)
+    check_accept(getattr(arguments, "accept", ()))
+    check_budget(getattr(arguments, "budget", BUDGET))
     return source.Request(
         arguments.source,
         source.parse_dtype(arguments.dtype),

@@ -21,6 +21,7 @@ from fxfuse.errors import FxfuseError
 from fxfuse.onnx.choices import check_choices
 from fxfuse.onnx.genai import check_form
 from fxfuse.ops.registry import check_opset
+from fxfuse.options import check_accept, check_budget
 from fxfuse.report.record import dumps
 
 
@@ -49,6 +50,8 @@ def check_options(arguments: argparse.Namespace) -> None:
             if value not in ("standard", "mask"):
                 raise FxfuseError(f"{option} does not apply to a graph with a cache", where=arguments.source)
         check_opset(arguments.opset)
+        check_accept(arguments.accept)
+        check_budget(arguments.budget)
         if arguments.package == "genai":
             check_form(arguments.cache or "auto")
         check_choices(one_token=arguments.pair, **_choices(arguments))
@@ -104,7 +107,7 @@ def export_generation(arguments: argparse.Namespace, out: Console, err: Console)
         from fxfuse.runtime.eager import EagerSession
 
         with stages.stage("export"):
-            options = _choices(arguments)
+            options = _choices(arguments) | _fusing(arguments)
             prefill = export_decoder(model, **options)
             decode = export_step(model, **options) if arguments.pair else None
         report = fxfuse.report(decode or prefill)
@@ -163,6 +166,11 @@ def _choices(arguments: argparse.Namespace) -> dict[str, Any]:
         "sinks": arguments.sinks,
         "window": arguments.window,
     }
+
+
+def _fusing(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of `export_decoder` that are those of `fxfuse.fuse`."""
+    return {"accept": arguments.accept, "budget": arguments.budget}
 
 
 def load_model(arguments: argparse.Namespace, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any], list[str]]:

@@ -115,16 +115,25 @@ def _saved(path: Path, request: Request) -> Loaded:
     for option, given in (("--dtype", request.dtype), ("--set", request.options), ("--checkpoint", request.checkpoint)):
         if given:
             raise FxfuseError(f"{option} does not apply to a saved program: it holds its own", where=str(path))
+    return Loaded(saved_program(path))
+
+
+def saved_program(path: Path) -> ExportedProgram:
+    """The program in a file.
+
+    Raises:
+        FxfuseError: there is no such file, or it is none that torch.export.save wrote.
+    """
     if not path.is_file():
         raise FxfuseError("no such file", where=str(path))
     try:
-        program = torch.export.load(path)
+        program: ExportedProgram = torch.export.load(path)
     except Exception as error:  # whatever zipfile, json, pickle or torch raise on what is no archive of theirs
         raise FxfuseError(
             f"not a program saved with torch.export.save: {type(error).__name__}: {_first_line(error)}",
             where=str(path),
         ) from error
-    return Loaded(program)
+    return program
 
 
 def _factory(module: str, name: str, request: Request) -> Loaded:

@@ -11,6 +11,7 @@ from fxfuse.cli.verify import Check
 from fxfuse.recognise.answers import Pattern
 from fxfuse.repair import Repaired
 from fxfuse.report.model import Report
+from fxfuse.report.proven import lines as proofs
 from fxfuse.report.text import tallies, unfused
 
 
@@ -30,6 +31,8 @@ def show_report(console: Console, report: Report) -> None:
         counts = (str(count) if count else "–" for count in numbers)
         table.add_row(escape(row.operator), *counts, escape(row.parameters))
     console.print(table) if table.row_count else console.print("Nothing to fuse was found.")
+    for line in proofs(report):
+        console.print(line, markup=False, highlight=False)
     for case in unfused(report):
         times = f" ×{case.count}" if case.count > 1 else ""
         console.print(f"{case.status}: {case.operator}{times}: {case.reason}", markup=False, highlight=False)

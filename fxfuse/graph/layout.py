@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fxfuse.graph.view import CAST, fake, op_name, tensor
+from fxfuse.graph.view import CAST, fake, op_name, size_text, tensor
 
 RESHAPES = frozenset(["view", "reshape", "flatten", "unflatten", "_unsafe_view", "unsqueeze", "squeeze"])
 """Operators that keep the order of the elements."""
@@ -115,6 +115,6 @@ def _axes(node: Node, rank: int) -> set[int]:
     return {a % rank for a in node.args[1:3] if isinstance(a, int)}
 
 
-def _geometry(node: Node) -> tuple[str, str]:
+def _geometry(node: Node) -> tuple[tuple[str, ...], tuple[str, ...]]:
     value = fake(node)
-    return str(tuple(value.shape)), str(value.stride())
+    return tuple(map(size_text, value.shape)), tuple(map(size_text, value.stride()))

@@ -6,7 +6,6 @@ import copy
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
 
 from fxfuse.errors import FxfuseError
 
@@ -45,10 +44,8 @@ def copy_program(program: ExportedProgram) -> ExportedProgram:
     for old, new in seen.items():
         new.name = old.name  # not `_rename`: it refuses names of Python builtins, and an input may be called `input`
     graph._codegen = copy.deepcopy(program.graph._codegen)
-    module = GraphModule(program.graph_module, graph)
-    module.meta.update(program.graph_module.meta)
-    return ExportedProgram(
-        root=module,
+    copied = ExportedProgram(
+        root=program.graph_module,
         graph=graph,
         graph_signature=copy.deepcopy(program.graph_signature),
         state_dict=program.state_dict,
@@ -58,3 +55,5 @@ def copy_program(program: ExportedProgram) -> ExportedProgram:
         constants=program.constants,
         verifiers=program.verifiers,
     )
+    copied.graph_module.meta.update(program.graph_module.meta)
+    return copied

@@ -34,6 +34,8 @@ class Region:
     """Integers are drawn below this, or below what this says for some `Sizes`: what they index has so many rows."""
     beyond: tuple[tuple[Any, int], ...] = ()
     """Symbols and sizes for them at which every number that the region mentions matters: a window, a prefix."""
+    ascending: frozenset[Node] = frozenset()
+    """Inputs whose rows ascend, or what searches them says nothing."""
     beside: tuple[Node, ...] = ()
     """Values computed on the way that the replacement gives too, after the output."""
 
@@ -108,9 +110,9 @@ def between(
     What is `given` is read as it is, though it may be computed from a source too (a mask made of v).
 
     None where a node on the way is not `allowed`, is random or writes in place, where the region has more than
-    `limit` nodes, or where a source does not reach the output.
+    `limit` nodes, or where a source does not reach the output or is no tensor (what `split` gives, whole).
     """
-    if tensor(output) is None or output in sources:
+    if tensor(output) is None or output in sources or any(tensor(s) is None for s in sources):
         return None
     first = min(view.order[s] for s in sources)
     depends: dict[Node, bool] = dict.fromkeys(given, False) | dict.fromkeys(sources, True)

@@ -19,6 +19,8 @@ from fxfuse.graph.view import ASSERTIONS, fake, is_pure, mutated, op_name, touch
 
 KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "custom")
 INSERTED = "fxfuse_inserted"
+STANDS_FOR = "fxfuse_stands_for"
+"""Of a node that was inserted for a value: its own name, for metadata is copied, and that of the value's node."""
 
 
 class Guarded(Exception):
@@ -87,6 +89,7 @@ class Splicer:
         provenance = {k: output.meta[k] for k in KEPT_META if k in output.meta}
         point = output
         results: list[Node] = []
+        body_nodes: set[Node] = set()
         for node in body.nodes:
             if node.op == "placeholder":
                 old = next(sources)
@@ -102,6 +105,7 @@ class Splicer:
                 new.meta[INSERTED] = True
                 env[node] = point = new
                 self._inserted.append(new)
+                body_nodes.add(new)
         for old, new in zip(region.outputs, results, strict=True):
             old.replace_all_uses_with(
                 new,
@@ -111,6 +115,8 @@ class Splicer:
             )
             self._rename_output(old, new)
             self.replaced[old] = new
+            if new in body_nodes:
+                new.meta[STANDS_FOR] = (new.name, old.meta.get(STANDS_FOR, (old.name, old.name))[1])
         self._dead.extend(region.nodes)
         self._dead.extend(region.others)
         # What the capture computed beside the region and never read (the repeats of `enable_gqa`).

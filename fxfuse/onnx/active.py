@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from fxfuse.errors import FxfuseWarning
+from fxfuse.errors import FxfuseWarning, callers_level
 from fxfuse.options import Options
 
 
@@ -54,11 +53,3 @@ def within(active: Active | None) -> Iterator[None]:
         yield
     finally:
         _context.reset(token)
-
-
-def callers_level() -> int:
-    """`stacklevel` of the code that called torch or fxfuse, for a warning of the function that asks."""
-    level, frame, inside = 1, sys._getframe(1), ("torch", "fxfuse", "contextlib")
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in inside:
-        level, frame = level + 1, frame.f_back
-    return level

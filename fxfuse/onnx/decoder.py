@@ -16,6 +16,7 @@ What the cache's tensors are called, in layer 3:
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -30,7 +31,7 @@ from fxfuse.onnx.ring_cache import make_rings
 from fxfuse.onnx.scaled_query import scale_queries
 from fxfuse.onnx.static_cache import Profile, describe, make_static
 from fxfuse.onnx.streaming_cache import make_streaming
-from fxfuse.options import DEFAULT_OPSET
+from fxfuse.options import BUDGET, DEFAULT_OPSET, check_accept, check_budget
 
 _CACHE = re.compile(r"(?P<way>input|output)\.past_key_values\.layers\.(?P<layer>\d+)\.(?P<what>key|value)s")
 _WINDOW = "._sliding_window_tensor"
@@ -53,6 +54,8 @@ def export_decoder(
     one_token: bool = False,
     sinks: int | None = None,
     window: int | None = None,
+    accept: Sequence[str] = (),
+    budget: float = BUDGET,
 ) -> ir.Model:
     """The graph of `model`, a `PreTrainedModel` that generates text from text, with its cache as inputs and outputs.
 
@@ -72,6 +75,8 @@ def export_decoder(
             Static, sliding and streaming caches have the same layout in both graphs, which take turns on one cache.
         sinks: of a streaming cache, how many of the first tokens are kept; None: 4.
         window: of a streaming cache, how many of the last are.
+        accept: refusals to overrule by name; see `fxfuse.fuse`.
+        budget: seconds after which the search for more to fuse ends; see `fxfuse.fuse`.
 
     Raises:
         FxfuseError: a model that is no such, a cache that is not one key and one value a layer (with `names` other than
@@ -87,9 +92,11 @@ def export_decoder(
         sinks=sinks,
         window=window,
     )
+    check_accept(accept)
+    check_budget(budget)
     windows = windows_of(model) if cache == "sliding" else {}
     export = _of_torchtune if torchtune.is_decoder(model) else _of_transformers
-    program = export(model, opset, names, one_token)
+    program = export(model, opset, names, one_token, {"accept": tuple(accept), "budget": budget})
     _name_axes(program)
     simplify_padding(program)
     if ragged:
@@ -126,16 +133,16 @@ def windows_of(model: Any) -> dict[int, int]:
     return windows
 
 
-def _of_torchtune(model: Any, opset: int, names: Names, one_token: bool) -> ir.Model:
+def _of_torchtune(model: Any, opset: int, names: Names, one_token: bool, fusing: dict[str, Any]) -> ir.Model:
     if names == "hf":
         raise FxfuseError("a model of torchtune has no names of transformers", where="names", hint='names="optimum"')
-    return torchtune.export_growing(model, opset=opset, one_token=one_token)
+    return torchtune.export_growing(model, opset=opset, one_token=one_token, **fusing)
 
 
-def _of_transformers(model: Any, opset: int, names: Names, one_token: bool) -> ir.Model:
+def _of_transformers(model: Any, opset: int, names: Names, one_token: bool, fusing: dict[str, Any]) -> ir.Model:
     from fxfuse.onnx.transformers import FxfuseConfig, FxfuseExporter
 
-    config = FxfuseConfig(dynamic=True, opset_version=opset)
+    config = FxfuseConfig(dynamic=True, opset_version=opset, **fusing)
     stage, inputs = _decode_stage(model, one_token)
     program: ir.Model = FxfuseExporter().export(stage, inputs, config).program
     if names != "hf":

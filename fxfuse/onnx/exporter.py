@@ -51,6 +51,9 @@ def export(
     block_mask: BlockMasks | None = None,
     flex_attention: FlexCalls | None = None,
     windows: Windows | None = None,
+    frozen: bool | None = None,
+    accept: Sequence[str] | None = None,
+    budget: float | None = None,
     custom_translation_table: dict[Callable[..., Any], Callable[..., Any]] | None = None,
     export_params: bool = True,
     keep_initializers_as_inputs: bool = False,
@@ -88,6 +91,12 @@ def export(
             `onnx.inliner` has inlined its body.
         windows: what windows in flex_attention become, see `fxfuse.fuse`; None means what the module was marked with,
             or else "mask".
+        frozen: do persistent buffers keep what they hold? None means what the module was marked with, or else yes: the
+            file holds their values.
+        accept: refusals to overrule, by the names that the report gives them, see `fxfuse.fuse`; None means those that
+            the module was marked with.
+        budget: seconds after which the search for more to fuse ends; None means what the module was marked with, or
+            else 60.
         custom_translation_table: translations beside fxfuse's own; on the same operator these win.
         verify: torch.onnx's own check of the written graph in ONNX Runtime (needs the `ort` extra).
 
@@ -114,6 +123,9 @@ def export(
         block_mask or marked.block_mask,
         flex_attention or marked.flex_attention,
         windows or marked.windows,
+        marked.frozen if frozen is None else frozen,
+        marked.accept if accept is None else accept,
+        marked.budget if budget is None else budget,
     )
     opset = as_opset(marked.opset if opset_version is None else opset_version)
     lifted = lifted_program(model, args, kwargs, dynamic_shapes)
@@ -249,6 +261,7 @@ def check_no_flex_attention(fused: ExportedProgram) -> None:
             entries: list[Any] = []
             with suppress(FxfuseError):  # a program that was fused in another process has no report
                 entries = [e for e in fxfuse.report(fused) if e.reason is not None and node.name in e.nodes]
+                entries += [e for e in fxfuse.report(fused) if not e.nodes and e.reason is not None]  # why it ended
             why = entries[0].reason if entries else "no pattern looked at it"
             where = ", ".join(filter(None, (node.name, source_line(node))))
             raise FxfuseError(f"flex_attention cannot be exported: {why}", where=where)

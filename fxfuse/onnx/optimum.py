@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,7 +18,7 @@ from fxfuse.onnx.choices import Names
 from fxfuse.onnx.decoder import export_decoder
 from fxfuse.onnx.files import move_into, staging
 from fxfuse.ops.registry import check_opset
-from fxfuse.options import DEFAULT_OPSET
+from fxfuse.options import BUDGET, DEFAULT_OPSET
 from fxfuse.parity import OnnxRuntime, compare, float32_twin
 from fxfuse.report import Report
 
@@ -33,6 +34,8 @@ def export_pretrained(
     names: Names = "optimum",
     dtype: Dtype = "auto",
     trust_remote_code: bool = False,
+    accept: Sequence[str] = (),
+    budget: float = BUDGET,
 ) -> Report:
     """Writes ``model.onnx`` (its weights beside it), the configurations and the tokenizer to the folder `out`.
 
@@ -42,6 +45,8 @@ def export_pretrained(
         model: a folder, or the name of a model on the Hub.
         names: see `fxfuse.onnx.decoder`.
         dtype: of the weights; "auto" is what the checkpoint is in.
+        accept: refusals to overrule by name; see `fxfuse.fuse`.
+        budget: seconds after which the search for more to fuse ends; see `fxfuse.fuse`.
 
     Raises:
         FxfuseError: a model that cannot be loaded or exported, or a folder that cannot be written.
@@ -57,7 +62,7 @@ def export_pretrained(
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **options).eval()
     except (OSError, ValueError) as error:
         raise FxfuseError(f"the model cannot be loaded: {error}", where=model) from error
-    program = export_decoder(loaded, opset=opset, names=names)
+    program = export_decoder(loaded, opset=opset, names=names, accept=accept, budget=budget)
     target = Path(out)
     with staging(target, MODEL) as folder:
         ir.save(program, folder / MODEL, external_data=MODEL + ".data")

@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, cast
 
-from fxfuse.errors import FxfuseError, FxfuseWarning
+from fxfuse.errors import FxfuseError, FxfuseWarning, callers_level
 from fxfuse.onnx import hooks
-from fxfuse.onnx.active import Active, callers_level, for_process, within
-from fxfuse.options import Options
+from fxfuse.onnx.active import Active, for_process, within
+from fxfuse.options import BUDGET, Options
 from fxfuse.recognise.answers import Pattern
 from fxfuse.recognise.flex.choices import FlexCalls, Windows
 from fxfuse.recognise.questions import BlockMasks
@@ -47,6 +47,9 @@ def install(
     block_mask: BlockMasks = "check",
     flex_attention: FlexCalls = "standard",
     windows: Windows = "mask",
+    frozen: bool = True,
+    accept: Sequence[str] = (),
+    budget: float = BUDGET,
 ) -> None:
     """From now on ``torch.onnx.export(..., dynamo=True)`` fuses, in every thread, until `uninstall`.
 
@@ -59,6 +62,9 @@ def install(
         block_mask: what of a `BlockMask` counts in flex_attention; see `fxfuse.fuse`.
         flex_attention: what a call of flex_attention becomes; see `fxfuse.fuse`.
         windows: what windows in flex_attention become; see `fxfuse.fuse`.
+        frozen: persistent buffers keep what they hold, as they do in a file.
+        accept: refusals to overrule by name; see `fxfuse.fuse`.
+        budget: seconds after which the search ends; see `fxfuse.fuse`.
 
     An export at an opset outside 23 to 25 (torch's default is 20), or one that fails when it is fused, is done as if
     fxfuse were not installed; one `FxfuseWarning` says why.
@@ -67,7 +73,7 @@ def install(
         FxfuseError: an option is not what it should be.
     """
     global _installed
-    active = activation(patterns, prove, block_mask, flex_attention, windows)
+    active = activation(patterns, prove, block_mask, flex_attention, windows, frozen, accept, budget)
     with _lock:
         if not _installed:
             _acquire()
@@ -93,6 +99,9 @@ def enabled(
     block_mask: BlockMasks = "check",
     flex_attention: FlexCalls = "standard",
     windows: Windows = "mask",
+    frozen: bool = True,
+    accept: Sequence[str] = (),
+    budget: float = BUDGET,
 ) -> Iterator[None]:
     """Within the block ``torch.onnx.export(..., dynamo=True)`` fuses; the arguments are those of `install`.
 
@@ -102,7 +111,7 @@ def enabled(
     Raises:
         FxfuseError: an option is not what it should be.
     """
-    active = activation(patterns, prove, block_mask, flex_attention, windows)
+    active = activation(patterns, prove, block_mask, flex_attention, windows, frozen, accept, budget)
     with _lock:
         _acquire()
     try:
@@ -119,11 +128,14 @@ def activation(
     block_mask: BlockMasks = "check",
     flex_attention: FlexCalls = "standard",
     windows: Windows = "mask",
+    frozen: bool = True,
+    accept: Sequence[str] = (),
+    budget: float = BUDGET,
 ) -> Active:
     """The arguments of `install` and `enabled`, checked."""
     if prove not in ("on", "off"):
         raise FxfuseError(f"unknown prove={prove!r}", where="prove", hint='"on" or "off"')
-    return Active(Options(None, patterns, prove, block_mask, flex_attention, windows))
+    return Active(Options(None, patterns, prove, block_mask, flex_attention, windows, frozen, accept, budget))
 
 
 def _acquire() -> None:

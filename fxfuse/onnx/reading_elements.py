@@ -74,6 +74,11 @@ def held(terms: Terms, term: Term | None, dtype: torch.dtype) -> Term | None:
     return term if exact or arithmetic.numbers(term) is not None else None
 
 
+def _as_it_is(terms: Terms, term: Term, dtype: torch.dtype) -> Term:
+    """Not held yet: `held` does that for the whole result."""
+    return term
+
+
 def _result(reader: Reader, node: ir.Node) -> torch.dtype:
     return reader.type(node.outputs[0])
 
@@ -164,6 +169,8 @@ def _cast(reader: Reader, node: ir.Node, operands: Operands) -> Term | None:
     before, after = reader.type(source), _result(reader, node)
     if after in _INTEGERS and operands[0].kind == "real" and not math.isfinite(operands[0].number or 0):
         return None
+    if after in _INTEGERS and operands[0].kind != "real":
+        return held(reader.terms, reader.terms.as_int(operands[0]), after) if before != after else operands[0]
     found = arithmetic.narrowed(reader.terms, operands[0], before, after)
     exact = found if after not in _FLOATS and after.is_floating_point else held(reader.terms, found, after)
     return exact if before != after else found
@@ -203,10 +210,10 @@ def _is_nan(reader: Reader, node: ir.Node, operands: Operands) -> Term | None:
 
 
 STEPS: dict[str, Step] = {
-    "Add": _folds(lambda t, dtype, x, y: arithmetic.plus(t, dtype, x, y)),
-    "Sum": _folds(lambda t, dtype, x, y: arithmetic.plus(t, dtype, x, y)),
-    "Sub": _folds(lambda t, dtype, x, y: arithmetic.plus(t, dtype, x, y, -1)),
-    "Mul": _folds(arithmetic.times),
+    "Add": _folds(lambda t, dtype, x, y: arithmetic.plus(t, dtype, x, y, keep=_as_it_is)),
+    "Sum": _folds(lambda t, dtype, x, y: arithmetic.plus(t, dtype, x, y, keep=_as_it_is)),
+    "Sub": _folds(lambda t, dtype, x, y: arithmetic.plus(t, dtype, x, y, -1, keep=_as_it_is)),
+    "Mul": _folds(lambda t, dtype, x, y: arithmetic.times(t, dtype, x, y, keep=_as_it_is)),
     "Div": _folds(_over),
     "Max": _folds(lambda t, dtype, x, y: arithmetic.extreme(t, x, y, largest=True)),
     "Min": _folds(lambda t, dtype, x, y: arithmetic.extreme(t, x, y, largest=False)),

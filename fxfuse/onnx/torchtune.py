@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fxfuse.errors import FxfuseError
 from fxfuse.onnx.exporter import export
-from fxfuse.options import DEFAULT_OPSET
+from fxfuse.options import BUDGET, DEFAULT_OPSET
 
 BATCH, NEW, PAST = "batch_size", "sequence_length", "past_sequence_length"
 
@@ -29,8 +29,19 @@ def is_decoder(model: object) -> bool:
     return "torchtune.TransformerDecoder" in names
 
 
-def export_growing(model: nn.Module, *, opset: int = DEFAULT_OPSET, one_token: bool = False) -> ir.Model:
+def export_growing(
+    model: nn.Module,
+    *,
+    opset: int = DEFAULT_OPSET,
+    one_token: bool = False,
+    accept: Sequence[str] = (),
+    budget: float = BUDGET,
+) -> ir.Model:
     """The graph of a `TransformerDecoder` whose cache grows. `model` is not changed; its caches, if any, are not used.
+
+    Args:
+        accept: refusals to overrule by name; see `fxfuse.fuse`.
+        budget: seconds after which the search for more to fuse ends; see `fxfuse.fuse`.
 
     Raises:
         FxfuseError: a model with other layers than self-attention, in training mode, or that cannot be captured.
@@ -47,6 +58,8 @@ def export_growing(model: nn.Module, *, opset: int = DEFAULT_OPSET, one_token: b
         stage.sample(1 if one_token else 3),
         dynamic_shapes=axes,
         opset_version=opset,
+        accept=accept,
+        budget=budget,
         input_names=["input_ids", "attention_mask", "position_ids", *pasts],
         output_names=["logits", *(name.replace("past_key_values", "present") for name in pasts)],
     )

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from fxfuse.errors import FxfuseError
 from fxfuse.onnx.plugin import activation, enabled
 from fxfuse.ops.registry import check_opset
-from fxfuse.options import DEFAULT_OPSET
+from fxfuse.options import BUDGET, DEFAULT_OPSET
 from fxfuse.recognise.answers import Pattern
 
 try:
@@ -40,23 +40,25 @@ NAME = "fxfuse"
 
 @dataclass
 class FxfuseConfig(OnnxConfig):  # type: ignore[misc]
-    """`OnnxConfig` at opset 24; `patterns` and `prove` are those of `fxfuse.onnx.export`.
+    """`OnnxConfig` at opset 24; `patterns`, `prove`, `accept` and `budget` are those of `fxfuse.onnx.export`.
 
     Raises:
-        FxfuseError: an opset without the fused operators, `ort_fusions`, or bad `patterns` or `prove`.
+        FxfuseError: an opset without the fused operators, `ort_fusions`, or an option that is none.
     """
 
     export_format: str = NAME
     opset_version: int | None = DEFAULT_OPSET
     patterns: Sequence[Pattern] | None = None
     prove: Literal["on", "off"] = "on"
+    accept: Sequence[str] = ()
+    budget: float = BUDGET
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.opset_version is None:
             self.opset_version = DEFAULT_OPSET
         check_opset(self.opset_version)
-        activation(self.patterns, self.prove)
+        activation(self.patterns, self.prove, accept=self.accept, budget=self.budget)
         if self.ort_fusions is not None:
             raise FxfuseError(
                 "ort_fusions writes operators of ONNX Runtime's own, fxfuse the standard ones",
@@ -74,7 +76,7 @@ class FxfuseExporter(OnnxExporter):  # type: ignore[misc]
     def export_program(
         self, model: Any, sample_inputs: MutableMapping[str, Any], config: FxfuseConfig
     ) -> tuple[Any, Any]:
-        with enabled(patterns=config.patterns, prove=config.prove):
+        with enabled(patterns=config.patterns, prove=config.prove, accept=config.accept, budget=config.budget):
             program: tuple[Any, Any] = super().export_program(model, sample_inputs, config)
         return program
 

@@ -17,6 +17,10 @@ from torch import Tensor
 from fxfuse.ops.attention_arguments import Attributes, Inputs, Maybe, Sizes
 from fxfuse.ops.registry import equal, onnx_float
 
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
+"""Not by its name in torch.nn.functional, which exporters replace while they work (transformers' exporter_onnx.py,
+`_patch_sdpa`, zeroes rows that see nothing)."""
+
 
 class Problem(NamedTuple):
     """A call with heads split and the past joined on: all tensors have four dims."""
@@ -179,7 +183,7 @@ def sdpa(p: Problem, a: Attributes) -> Tensor:
         return p.Q.new_zeros(B, Hq, Sq, p.V.shape[3])
     causal = a.is_causal and not (p.lengths is None and p.offset >= T - 1)
     if causal and p.mask is None and p.lengths is None and p.offset == 0:
-        return F.scaled_dot_product_attention(p.Q, p.K, p.V, is_causal=True, scale=a.scale, enable_gqa=Hq != Hkv)
+        return SDPA(p.Q, p.K, p.V, is_causal=True, scale=a.scale, enable_gqa=Hq != Hkv)
     mask = combined(p, int(causal))
     if Sq > 1 or Hq == Hkv:
         return sdpa_call(p.Q, p, mask, a)
@@ -191,7 +195,7 @@ def sdpa(p: Problem, a: Attributes) -> Tensor:
 
 def sdpa_call(Q: Tensor, p: Problem, mask: Maybe, a: Attributes) -> Tensor:
     gqa = Q.shape[1] != p.K.shape[1]
-    y = F.scaled_dot_product_attention(Q, p.K, p.V, mask, scale=a.scale, enable_gqa=gqa)
+    y = SDPA(Q, p.K, p.V, mask, scale=a.scale, enable_gqa=gqa)
     # PyTorch's CPU kernels give 0 to a query that sees nothing; not every CUDA kernel promises it.
     return y if mask is None or y.device.type == "cpu" else y.masked_fill(sees_nothing(mask), 0.0)
 

@@ -1,8 +1,8 @@
 """Which operators are analytic, so that two of their compositions that agree on an open set agree everywhere.
 
-The list is short and written out; everything that is not on it is a break (`fxfuse.proof.breaks`). Quotients, logarithms
-and roots are analytic on either side of where their argument vanishes: draws of both signs and of every magnitude meet
-each side.
+The list is short and written out; everything that is not on it is a break (`fxfuse.proof.breaks`). Quotients,
+logarithms and roots are analytic on either side of where their argument vanishes: draws of both signs and of every
+magnitude meet each side.
 """
 
 from __future__ import annotations
@@ -70,7 +70,6 @@ _SMOOTH = frozenset(
         "conj",
         "_conj",
         "resolve_conj",
-        "angle",
         "sinc",
         "logit",
         "xlogy",

@@ -1,8 +1,8 @@
 """What operators mean for terms, whichever graph they stand in: of operands that are read, the result, or None where it
 is not exact.
 
-Whole numbers are exact in float32 and float64 too (positions stay below 2²⁴). The type that is given is that of the
-operator's result, in which it computes.
+Whole numbers are exact in floats too, as far as these hold them. The type that is given is that of the operator's
+result, in which it computes; what it makes of whole numbers is up to who reads, and is `kept` unless said.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ _EXACT = 2**53
 LEAVES = 16
 """Constants that a term may choose from, to be computed with one by one."""
 _WRAPS = {torch.int8: (8, True), torch.uint8: (8, False), torch.int16: (16, True)}
-_COUNTS_TO = {torch.float16: 11, torch.bfloat16: 8}
+_COUNTS_TO = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24, torch.float64: 53}
+
+Keep = Callable[[Terms, Term, torch.dtype], "Term | None"]
+"""What a type makes of a whole number; None where that is not exact."""
 
 
 def float_number(terms: Terms, value: float) -> Term:
@@ -32,6 +35,68 @@ def float_number(terms: Terms, value: float) -> Term:
 def rounded_number(terms: Terms, value: float, dtype: torch.dtype) -> Term:
     """A constant as a type of floats holds it."""
     return float_number(terms, float(torch.tensor(value, dtype=torch.float64).to(dtype)))
+
+
+# ---- types
+
+
+def holds(term: Term, dtype: torch.dtype) -> bool:
+    """Does the type hold this whole number exactly, for all positions?"""
+    low, high = term.reach
+    if dtype.is_floating_point:
+        limit = 1 << _COUNTS_TO.get(dtype, 0)
+        return -limit <= low and high <= limit
+    return torch.iinfo(dtype).min <= low and high <= torch.iinfo(dtype).max
+
+
+def kept(terms: Terms, term: Term, dtype: torch.dtype) -> Term | None:
+    """The result of whole arithmetic in this type: narrow integers wrap; None where it may not be exact."""
+    if dtype in _WRAPS:
+        return narrowed(terms, term, torch.int64, dtype)
+    return term if holds(term, dtype) else None
+
+
+def narrowed(t: Terms, term: Term, source: torch.dtype, target: torch.dtype) -> Term:
+    """A cast of what is read.
+
+    Whole numbers wrap in int8, uint8 and int16, and are rounded by floats that do not hold them.
+    """
+    if source == target:
+        return term
+    if target == torch.bool:
+        return t.as_bool(term)
+    if target.is_complex or source.is_complex:
+        raise Unreadable("a complex number")
+    if target.is_floating_point:
+        term = t.as_int(term)
+        if term.number is not None:
+            return rounded_number(t, term.number, target)
+        if term.op == "apply" and term.args[0] == "nan":
+            return term
+        if term.op == "apply" and term.args[0] == "neg":  # rounding is the same on either side of 0
+            return t.negative(narrowed(t, term.args[1], source, target))
+        wider = target in (torch.float32, torch.float64) and (
+            not source.is_floating_point or torch.finfo(target).bits >= torch.finfo(source).bits
+        )
+        if holds(term, target) if term.kind == "int" else wider:
+            return term
+        if term.op == "choose":
+            condition, x, y = term.args
+            return t.choose(condition, narrowed(t, x, source, target), narrowed(t, y, source, target))
+        return t.apply(f"to {target}", (term,), "real")
+    if term.kind == "real":
+        if term.op == "choose":
+            condition, x, y = term.args
+            return t.choose(condition, narrowed(t, x, source, target), narrowed(t, y, source, target))
+        if term.number is not None and math.isfinite(term.number) and holds(t.number(int(term.number)), target):
+            return t.number(int(term.number))
+        return t.apply(f"to {target}", (term,), "int")
+    term = t.as_int(term)
+    if target in _WRAPS:
+        bits, signed = _WRAPS[target]
+        half = 2 ** (bits - 1) if signed else 0
+        return t.subtract(t.remainder(t.add(term, t.number(half)), 2**bits), t.number(half))
+    return term if holds(term, target) else t.apply(f"to {target}", (term,), "int")
 
 
 # ---- constants
@@ -61,10 +126,20 @@ def both(terms: Terms, x: Term, y: Term, combine: Callable[[Any, Any], Term]) ->
     return combine(x.args[0], y.args[0])
 
 
-def folded(terms: Terms, dtype: torch.dtype, x: Term, y: Term, function: Callable[[Any, Any], Any]) -> Term | None:
+def folded(
+    terms: Terms,
+    dtype: torch.dtype,
+    x: Term,
+    y: Term,
+    function: Callable[[Any, Any], Any],
+    *,
+    divides: bool = False,
+) -> Term | None:
     """Constants computed as PyTorch computes them, in this type."""
 
     def combine(a: Any, b: Any) -> Term:
+        if divides and b == 0:
+            raise Unreadable("a quotient by zero, which has a sign")
         first, second = (torch.tensor(float(v), dtype=torch.float64).to(dtype) for v in (a, b))
         value = function(first, second).item()
         return float_number(terms, value) if value == value else terms.apply("nan", (), "real")
@@ -75,7 +150,7 @@ def folded(terms: Terms, dtype: torch.dtype, x: Term, y: Term, function: Callabl
 # ---- numbers
 
 
-def plus(terms: Terms, dtype: torch.dtype, x: Term, y: Term, sign: int = 1) -> Term | None:
+def plus(terms: Terms, dtype: torch.dtype, x: Term, y: Term, sign: int = 1, keep: Keep = kept) -> Term | None:
     """x + y, or x - y for a sign of -1."""
     if dtype.is_floating_point and dtype not in (torch.float32, torch.float64):
         return None
@@ -88,7 +163,7 @@ def plus(terms: Terms, dtype: torch.dtype, x: Term, y: Term, sign: int = 1) -> T
         if found is not None:
             return found
     if x.kind == y.kind == "int":
-        return terms.add(x, y) if sign > 0 else terms.subtract(x, y)
+        return keep(terms, terms.add(x, y) if sign > 0 else terms.subtract(x, y), dtype)
     if y.number == 0:
         return x
     if x.number == 0 and sign > 0:
@@ -96,7 +171,7 @@ def plus(terms: Terms, dtype: torch.dtype, x: Term, y: Term, sign: int = 1) -> T
     return folded(terms, dtype, x, y, function)
 
 
-def times(terms: Terms, dtype: torch.dtype, x: Term, y: Term) -> Term:
+def times(terms: Terms, dtype: torch.dtype, x: Term, y: Term, keep: Keep = kept) -> Term:
     """A product of two elements, whatever call makes it."""
     t = terms
     if dtype == torch.bool:
@@ -104,7 +179,7 @@ def times(terms: Terms, dtype: torch.dtype, x: Term, y: Term) -> Term:
     x, y = t.as_int(x), t.as_int(y)
     for one, other in ((x, y), (y, x)):
         if one.op == "apply" and one.args[0] == "neg":
-            return t.negative(times(t, dtype, one.args[1], other))
+            return t.negative(times(t, dtype, one.args[1], other, keep))
         if one.number == 1:
             return other
         if one.number == -1 and other.kind == "real":
@@ -115,7 +190,9 @@ def times(terms: Terms, dtype: torch.dtype, x: Term, y: Term) -> Term:
     if x.kind == y.kind == "int":
         small = any(v.number is not None and abs(v.number) <= 16 for v in (x, y))
         if not floating or small or _is_gate(x) or _is_gate(y):  # no float holds every product of positions
-            return t.multiply(x, y)
+            exact = keep(t, t.multiply(x, y), dtype)
+            if exact is not None:
+                return exact
     whole = not floating and not dtype.is_complex
     ordered = tuple(sorted((x, y), key=lambda v: v.serial))
     return t.apply(f"product in {dtype}", ordered, "int" if whole else "real")
@@ -130,9 +207,10 @@ def over(
 ) -> Term | None:
     """x / y."""
     if rounded is None:
-        return x if y.number == 1 else folded(terms, dtype, x, y, lambda a, b: a / b)
+        return x if y.number == 1 else folded(terms, dtype, x, y, lambda a, b: a / b, divides=True)
     down = rounded == "floor" or x.bounds[0] >= 0
-    return terms.divide(x, int(y.number)) if _whole_by(x, y) and down else None
+    exact = _whole_by(x, y) and dtype not in (torch.float16, torch.bfloat16)
+    return terms.divide(x, int(y.number)) if exact and down else None
 
 
 def rest(terms: Terms, x: Term, y: Term, *, truncated: bool = False) -> Term | None:
@@ -199,54 +277,5 @@ def chosen(terms: Terms, dtype: torch.dtype, condition: Term, x: Term, y: Term) 
 
 
 def like(terms: Terms, dtype: torch.dtype, term: Term) -> Term:
-    """A number among the arguments takes the type of the result."""
-    if dtype == torch.bool:
-        return terms.as_bool(term)
-    if term.kind == "real" and term.number is not None and dtype.is_floating_point:
-        return rounded_number(terms, term.number, dtype)
-    return terms.as_int(term)
-
-
-# ---- types
-
-
-def narrowed(t: Terms, term: Term, source: torch.dtype, target: torch.dtype) -> Term:
-    """A cast of what is read.
-
-    Whole numbers wrap in int8, uint8 and int16, and are rounded in half precision; int32 and float32 hold every
-    position.
-    """
-    if source == target:
-        return term
-    if target == torch.bool:
-        return t.as_bool(term)
-    if target.is_complex or source.is_complex:
-        raise Unreadable("a complex number")
-    if target.is_floating_point:
-        term = t.as_int(term)
-        low, high = term.bounds
-        bits = _COUNTS_TO.get(target)
-        if term.number is not None:
-            return rounded_number(t, term.number, target)
-        if term.op == "apply" and term.args[0] == "neg":  # rounding is the same on either side of 0
-            return t.negative(narrowed(t, term.args[1], source, target))
-        if bits is None or (term.kind == "int" and -(2**bits) <= low and high <= 2**bits):
-            wider = not source.is_floating_point or torch.finfo(target).bits >= torch.finfo(source).bits
-            return term if wider or term.kind == "int" else t.apply(f"to {target}", (term,), "real")
-        if term.op == "choose":
-            condition, x, y = term.args
-            return t.choose(condition, narrowed(t, x, source, target), narrowed(t, y, source, target))
-        return t.apply(f"to {target}", (term,), "real")
-    if term.kind == "real":
-        if term.op == "choose":
-            condition, x, y = term.args
-            return t.choose(condition, narrowed(t, x, source, target), narrowed(t, y, source, target))
-        if term.number is not None and math.isfinite(term.number):
-            return t.number(int(term.number))
-        return t.apply(f"to {target}", (term,), "int")
-    term = t.as_int(term)
-    if target in _WRAPS:
-        bits, signed = _WRAPS[target]
-        half = 2 ** (bits - 1) if signed else 0
-        return t.subtract(t.remainder(t.add(term, t.number(half)), 2**bits), t.number(half))
-    return term
+    """What is chosen, for a result of this type."""
+    return terms.as_bool(term) if dtype == torch.bool else terms.as_int(term)

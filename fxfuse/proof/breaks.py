@@ -19,9 +19,7 @@ from torch.fx import Node
 from fxfuse.graph.source import place_of
 from fxfuse.graph.view import CAST, fake, op_name, tensor
 from fxfuse.proof.analytic import is_analytic
-
-Pieces = dict[str, Tensor]
-"""By name, where the piece ran: boolean, of the shape of the result."""
+from fxfuse.proof.pieces import Call, by_slice, out_of_range, pieces_of
 
 
 @dataclass
@@ -52,8 +50,10 @@ class Break:
 class Breaks:
     """The breaks of one region, and what ran of them in all draws so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, accept: frozenset[str] = frozenset()) -> None:
+        self._accept = accept
         self.found: dict[Any, Break] = {}
+        self._fresh: dict[Any, dict[tuple[str, tuple[int, ...]], Tensor]] = {}
         self.ran: set[tuple[str, str]] = set()
         """Of the last draw: breaks by name, and which of their pieces ran."""
         self.outside: str | None = None
@@ -63,6 +63,7 @@ class Breaks:
         """A new draw."""
         self.outside = None
         self.ran = set()
+        self._fresh = {}
 
     def record(self, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any], value: Any) -> None:
         """Note what ran of this call, and whether it left the range of its type."""
@@ -73,7 +74,7 @@ class Breaks:
 
     def note(self, key: Any, name: str, call: Call) -> None:
         """The same for a call that is no node."""
-        pieces, bound = _pieces(name, call)
+        pieces, bound = pieces_of(name, call)
         if pieces is None:
             return
         found = self.found.get(key)
@@ -82,16 +83,25 @@ class Breaks:
             found = self.found[key] = Break(
                 f"{name}@{where}" if where else name, name, key if isinstance(key, Node) else None
             )
-            found.beyond.update(_beyond(name, call))
+            found.beyond.update(out_of_range(name, call))
         if name in ("masked_fill", "where"):
             _note_fill(found, name, call)
             self._below_fill(found, name, call)
         for piece, ran in pieces.items():
-            slices = _slices(ran, bound)
+            slices = by_slice(ran, bound)
             if bool(slices.any()):
                 self.ran.add((found.name, piece))
             at = (piece, tuple(slices.shape))
-            found.met[at] = slices | found.met[at] if at in found.met else slices
+            here = self._fresh.setdefault(key, {})
+            here[at] = slices | here[at] if at in here else slices
+            found.met.setdefault(at, torch.zeros_like(slices))
+
+    def count(self) -> None:
+        """The last draw lies in the domain: what ran in it has run."""
+        for key, met in self._fresh.items():
+            known = self.found[key].met
+            for at, slices in met.items():
+                known[at] = known[at] | slices
 
     @property
     def missing(self) -> Iterator[tuple[Break, str]]:
@@ -111,16 +121,21 @@ class Breaks:
         if bool((size <= largest).all()):
             return
         operands = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()]
-        if all(bool(((o.abs() <= largest) | (o == -math.inf)).all()) for o in operands):
-            over = (size > largest) & ~value.isneginf() | value.isnan()
-            if any(bool((o == -math.inf).any()) for o in operands):
-                over = over & ~value.isnan()
-            if bool(over.any()):
-                self.outside = f"{node.name} overflows {declared.dtype}"
+        if not operands:
+            return
+        over = size > largest
+        if not all(bool((o.abs() <= largest).all()) for o in operands):
+            over = over & value.isfinite()  # of what is infinite already (a mask), infinity is no overflow
+        else:
+            over = over | value.isnan()
+        if bool(over.any()):
+            self.outside = f"{node.name} overflows {declared.dtype}"
 
     def _below_fill(self, found: Break, name: str, call: Call) -> None:
         """A fill far down masks, for scores above it."""
-        if found.fill is None or not math.isfinite(found.fill) or not masks(found):
+        if found.fill is None or not math.isfinite(found.fill):
+            return
+        if not masks(found) and found.name not in self._accept:
             return
         kept = call.args[0] if name == "masked_fill" else _other(call, found.fill)
         if isinstance(kept, Tensor) and kept.is_floating_point():
@@ -132,31 +147,23 @@ class Breaks:
                 self.outside = f"scores reach the fill of {found.name}"
 
 
-_SINGULAR = frozenset(["log", "log2", "log10", "log1p", "div", "true_divide", "reciprocal", "rsqrt", "divide", "logit"])
-"""They give infinity at 0 without an overflow."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """A call with its values."""
-
-    node: Node | None
-    args: Sequence[Any]
-    kwargs: Mapping[str, Any]
-    value: Any
-    schema: Any = None
-
-    def get(self, name: str, position: int | None = None) -> Any:
-        """An argument by its name in the schema."""
-        schema = self.schema or getattr(getattr(self.node, "target", None), "_schema", None)
-        if name in self.kwargs:
-            return self.kwargs[name]
-        for place, declared in enumerate(schema.arguments if schema is not None else ()):
-            if declared.name == name:
-                if place < len(self.args) and not declared.kwarg_only:
-                    return self.args[place]
-                return declared.default_value if declared.has_default_value() else None
-        return None
+_SINGULAR = frozenset(
+    [
+        "where",
+        "masked_fill",
+        "log",
+        "log2",
+        "log10",
+        "log1p",
+        "div",
+        "true_divide",
+        "reciprocal",
+        "rsqrt",
+        "divide",
+        "logit",
+    ]
+)
+"""They give infinity at 0, or where they are told to, without an overflow."""
 
 
 def masks(found: Break) -> bool:
@@ -164,190 +171,6 @@ def masks(found: Break) -> bool:
     from fxfuse.proof.claims import masks_from
 
     return found.fill is not None and found.fill <= masks_from(found.fill_dtype or torch.float32)
-
-
-def _tensor(value: Any, like: Tensor) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=like.dtype)
-
-
-def _bounded(x: Tensor, low: Any, high: Any) -> tuple[Pieces, Any]:
-    pieces: Pieces = {}
-    if low is not None:
-        pieces["below"] = x < _tensor(low, x)
-        pieces["above its lower bound"] = x > _tensor(low, x)
-    if high is not None:
-        pieces["above"] = x > _tensor(high, x)
-        pieces["below its upper bound"] = x < _tensor(high, x)
-    return pieces, [b for b in (low, high) if isinstance(b, Tensor) and b.dim()]
-
-
-_SIGNS = frozenset(
-    ["abs", "sign", "sgn", "leaky_relu", "elu", "selu", "celu", "prelu", "_prelu_kernel", "relu", "relu_"]
-)
-_RANGES = {"relu6": (0.0, 6.0), "hardtanh": None, "hardswish": (-3.0, 3.0), "hardsigmoid": (-3.0, 3.0)}
-_ROUNDS = frozenset(["floor", "ceil", "round", "trunc", "frac", "fix"])
-_COMPARES = frozenset(
-    ["gt", "lt", "ge", "le", "eq", "ne", "greater", "less", "greater_equal", "less_equal", "not_equal", "isclose"]
-)
-_WHOLE = frozenset(
-    [
-        "bitwise_and",
-        "bitwise_or",
-        "bitwise_xor",
-        "bitwise_not",
-        "bitwise_left_shift",
-        "bitwise_right_shift",
-        "__and__",
-        "__or__",
-        "__xor__",
-        "__lshift__",
-        "__rshift__",
-        "logical_and",
-        "logical_or",
-        "logical_xor",
-        "logical_not",
-    ]
-)
-_PICKS = frozenset(["index", "gather", "take_along_dim", "index_select", "embedding", "index_put", "index_copy"])
-_SLICED = frozenset(["slice_scatter", "select_scatter", "copy"])
-
-
-def _pieces(name: str, call: Call) -> tuple[Pieces | None, Any]:
-    """The pieces of a call and where each ran; and the tensors that its bound is given by. None: it has no pieces."""
-    x = call.args[0] if call.args else None
-    if name in CAST:
-        return _cast_pieces(call)
-    if name in ("clamp", "clip", "clamp_min", "clamp_max", "hardtanh") and isinstance(x, Tensor):
-        names = {"hardtanh": ("min_val", "max_val")}.get(name, ("min", "max"))
-        low = call.get(names[0]) if name != "clamp_max" else None
-        high = call.get(names[1]) if name != "clamp_min" else None
-        return _bounded(x, low, high)
-    if name in _RANGES and isinstance(x, Tensor):
-        return _bounded(x, *_RANGES[name])  # type: ignore[misc]
-    if name in _SIGNS and isinstance(x, Tensor):
-        return {"negative": x < 0, "positive": x > 0}, ()
-    if name in ("hardshrink", "softshrink") and isinstance(x, Tensor):
-        size = call.get("lambd")
-        return {"within": x.abs() < size, "above": x > size, "below": x < -size}, ()
-    if name == "threshold" and isinstance(x, Tensor):
-        return {"below": x < call.get("threshold"), "above": x > call.get("threshold")}, ()
-    if name == "softplus" and isinstance(x, Tensor):
-        scaled = x * call.get("beta")
-        return {"curved": scaled < call.get("threshold"), "straight": scaled > call.get("threshold")}, ()
-    if name in ("maximum", "minimum", "fmax", "fmin", "max", "min") and len(call.args) > 1:
-        y = _tensor(call.args[1], call.args[0])
-        smaller = [t for t in (x, y) if isinstance(t, Tensor) and t.numel() < call.value.numel()]
-        return {"the first": (x > y).expand(call.value.shape), "the second": (x < y).expand(call.value.shape)}, smaller
-    if name in ("where", "masked_fill"):
-        condition = x if name == "where" else call.args[1]
-        if len(call.args) < 3 or not isinstance(condition, Tensor):
-            return {"a search": torch.zeros((), dtype=torch.bool)}, ()
-        taken = condition.expand(call.value.shape)
-        return {"true": taken, "false": ~taken}, ()
-    if name in _COMPARES and isinstance(call.value, Tensor):
-        smaller = [t for t in call.args[:2] if isinstance(t, Tensor) and t.dim() and t.numel() < call.value.numel()]
-        return {"true": call.value, "false": ~call.value}, smaller
-    if name in ("isnan", "isinf", "isfinite", "isneginf", "isposinf"):
-        return {"true": call.value, "false": ~call.value}, ()
-    if name == "nan_to_num" and isinstance(x, Tensor):
-        return {"not a number": x.isnan(), "infinite": x.isinf()}, ()
-    if name in _ROUNDS and isinstance(x, Tensor):
-        return {"a fraction": x != x.trunc(), "beyond one": x.abs() >= 1, "negative": x < 0}, ()
-    if name in ("floor_divide", "remainder", "fmod", "div", "divide") and isinstance(x, Tensor):
-        over = (x / _tensor(call.args[1], x)).abs()
-        return {"within": over < 1, "beyond": over >= 1, "negative": x < 0}, ()
-    if name in _WHOLE or name in _PICKS or name in _SLICED:
-        return {}, ()  # what they are of is drawn over its whole range
-    if name == "pow":
-        return {"a power that varies": torch.zeros((), dtype=torch.bool)}, ()
-    return {f"{name}, of which nothing is known": torch.zeros((), dtype=torch.bool)}, ()
-
-
-def _cast_pieces(call: Call) -> tuple[Pieces | None, Any]:
-    """Casts to whole numbers cut off; casts of them to a narrower type wrap or round."""
-    if call.node is None:
-        return None, ()
-    source: Any = call.node.args[0]
-    before, after = fake(source).dtype, fake(call.node).dtype
-    x = call.args[0]
-    if before == after or not isinstance(x, Tensor):
-        return None, ()
-    if after == torch.bool:
-        return {"zero": x == 0, "not zero": x != 0}, ()
-    if after.is_floating_point or after.is_complex:
-        if before.is_floating_point or before.is_complex or before == torch.bool:
-            return None, ()
-        limit = 2.0 ** (-math.log2(torch.finfo(after).eps) + 1)
-        return ({"rounded": x.abs() > limit} if after in (torch.float16, torch.bfloat16) else None), ()
-    if before.is_floating_point:
-        return {"a fraction": x != x.trunc(), "whole": x == x.trunc(), "negative": x < 0}, ()
-    if before == torch.bool or torch.iinfo(after).bits >= 32:
-        return None, ()
-    info = torch.iinfo(after)
-    return {"wrapped": (x < info.min) | (x > info.max), "held": (x >= info.min) & (x <= info.max)}, ()
-
-
-def _beyond(name: str, call: Call) -> dict[str, str]:
-    """Pieces that lie outside the range of the type that is worked in."""
-    node = call.node
-    if node is None or not isinstance(call.value, Tensor):
-        return {}
-    x = call.args[0] if call.args else None
-    source = next((a for a in node.args if isinstance(a, Node) and tensor(a) is not None), None)
-    dtype = None if source is None else fake(source).dtype
-    if dtype is None or not dtype.is_floating_point or not isinstance(x, Tensor):
-        return {}
-    limit = torch.finfo(dtype).max * 0.999
-    found: dict[str, str] = {}
-    why = f"the bound lies at the end of {dtype}'s range"
-    if name in ("clamp", "clip", "clamp_min", "clamp_max", "hardtanh"):
-        names = {"hardtanh": ("min_val", "max_val")}.get(name, ("min", "max"))
-        low = call.get(names[0]) if name != "clamp_max" else None
-        high = call.get(names[1]) if name != "clamp_min" else None
-        if low is not None and bool((_tensor(low, x) <= -limit).all()):
-            found["below"] = why
-        if high is not None and bool((_tensor(high, x) >= limit).all()):
-            found["above"] = why
-    if name in ("maximum", "minimum", "fmax", "fmin", "max", "min") and len(call.args) > 1:
-        y = call.args[1]
-        if isinstance(y, Tensor) and bool((y.abs() >= limit).all()):
-            found["the second"] = why
-    if name in ("gt", "lt", "ge", "le") and len(call.args) > 1:
-        y = _tensor(call.args[1], x)
-        if bool((y.abs() >= limit).all()):
-            high = bool((y > 0).all())
-            found["true" if high == (name in ("gt", "ge")) else "false"] = why
-    return found
-
-
-FINITE = "inputs are finite, and what is computed of them does not overflow"
-
-
-_FINITE_ASKED = frozenset(["isnan", "isinf", "isposinf", "isneginf"])
-_EITHER = frozenset(["logical_or", "bitwise_or", "__or__", "any"])
-
-
-def _asks_whether_finite(condition: Any) -> bool:
-    """Is the condition that something is infinite or not a number?"""
-    if not isinstance(condition, Node):
-        return False
-    if op_name(condition) in _EITHER:
-        return all(_asks_whether_finite(i) for i in condition.all_input_nodes)
-    return op_name(condition) in _FINITE_ASKED
-
-
-def unreachable(one: Break, piece: str) -> str | None:
-    """Why a piece that never ran cannot run, by a named rule; None where no rule says so."""
-    if one.what in ("where", "masked_fill") and piece == "true" and one.node is not None:
-        if _asks_whether_finite(one.node.args[0 if one.what == "where" else 1]):
-            return FINITE
-    if one.what in ("isnan", "isinf", "isposinf", "isneginf") and piece == "true":
-        return FINITE
-    if one.what == "isfinite" and piece == "false":
-        return FINITE
-    if one.what == "nan_to_num":
-        return FINITE
-    return None
 
 
 def _note_fill(found: Break, name: str, call: Call) -> None:
@@ -371,20 +194,6 @@ def _other(call: Call, fill: float) -> Any:
         if isinstance(value, Tensor) and value.numel() > 1:
             return value
     return None
-
-
-def _slices(ran: Tensor, bound: Any) -> Tensor:
-    """Did the piece run, for each slice along the axes that the bound varies over?"""
-    if not bound or ran.dim() == 0:
-        return ran.any()
-    rank = ran.dim()
-    kept = set()
-    for b in bound:
-        for axis in range(b.dim()):
-            if b.shape[axis] > 1 and b.shape[axis] == ran.shape[rank - b.dim() + axis]:
-                kept.add(rank - b.dim() + axis)
-    others = [a for a in range(rank) if a not in kept]
-    return ran if not others else ran.any(dim=others) if len(others) > 1 else ran.any(dim=others[0])
 
 
 def coarse_casts(nodes: Sequence[Node], out: torch.dtype) -> Iterator[Node]:

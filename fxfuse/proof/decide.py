@@ -15,8 +15,6 @@ from fxfuse.proof.terms import Term, Terms
 
 MILLISECONDS = 2000
 _INFINITE = 10**45
-_COMPARISONS = ("at_most", "equal")
-"""Said of only if nothing else is unknown: what they compare is."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +53,8 @@ def always(terms: Terms, condition: Term, given: Iterable[Term] = (), *, smalles
     sides = [side for side in given if side is not terms.true]
     if terms.every(sides) is terms.false:
         return Holds("by structure")
-    unknowns = [t for t in condition.walk() if t.op in ("apply", "given")]
-    unknown = next((t for t in unknowns if t.args[0] not in _COMPARISONS), next(iter(unknowns), None))
+    steps = [t for t in condition.walk() if t.op in ("apply", "given")]
+    unknown = next((t for t in steps if t.args[0] not in _OUR_OWN), steps[0] if steps else None)
     try:
         import z3  # type: ignore[import-untyped, unused-ignore]
     except ImportError:
@@ -100,6 +98,10 @@ def _smaller(z3: Any, solver: Any, writer: _Writer, name: str, values: dict[str,
             low = middle
     solver.add(variable == high)
     return values
+
+
+_OUR_OWN = frozenset(["at_most", "equal", "neg"])
+"""What is said of steps that are not known; no step of the program."""
 
 
 def _said(term: Term) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,8 +31,8 @@ class Variant:
     """1: all sources are positive; -1: the first is, the others are negative."""
     special: tuple[float, ...] = ()
     """Numbers that some elements are set to."""
-    large: tuple[int, ...] = ()
-    """A size for the symbols of the region, where they admit it."""
+    large: tuple[tuple[Any, int], ...] = ()
+    """Sizes for symbols of the region."""
 
     @property
     def magnitude(self) -> float:
@@ -47,6 +48,24 @@ BASE = (
     Variant("beside large", scale=30.0, others=1e3),
 )
 """Always run: of analytic functions these are the proof."""
+GENTLE = (Variant("multiples", 3), Variant("multiples, small", 3, 0.1), Variant("half", 0, 0.5))
+"""Run where too few of those could be: sizes that must divide, a type that overflows early."""
+BELOW = (
+    Variant("scores below 0", scale=3.0, signs=-1),
+    Variant("scores far below 0", scale=10.0, signs=-1),
+)
+"""Run for what averages: sums of exponentials that are no larger than a number added to them."""
+
+
+def at_numbers(numbers: Sequence[float]) -> Iterator[Variant]:
+    """Magnitudes at which a number of the region shows: its own, and its root, for what is squared."""
+    scales = {}
+    for number in numbers:
+        for scale in (abs(number), abs(number) ** 0.5):
+            if 1e-30 < scale < 1e9 and not 1e-6 <= scale <= 1e3:
+                scales[f"{scale:.0e}"] = scale
+    for text, scale in list(scales.items())[:12]:
+        yield Variant(f"at {text}", scale=scale)
 
 
 def searches(sources: int, inputs: int, literals: Sequence[float]) -> Iterator[Variant]:

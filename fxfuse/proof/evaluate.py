@@ -140,7 +140,9 @@ class Evaluator:
 
     def _accepted(self, node: Node, name: str, args: Any) -> torch.Tensor | None:
         """What an accepted break lets through: its operand, as if it had no bounds."""
-        if name not in _BOUNDS or f"{name}@{place_of(node)}" not in self.accept:
+        from fxfuse.proof.accepted import BOUNDS
+
+        if name not in BOUNDS or f"{name}@{place_of(node)}" not in self.accept:
             return None
         first: torch.Tensor = args[0]
         return first
@@ -234,12 +236,6 @@ def _default_epsilon(dtype: torch.dtype) -> float:
     Source: `rms_norm_composite` in aten/src/ATen/native/layer_norm.cpp of PyTorch.
     """
     return torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-
-
-_BOUNDS = frozenset(
-    ["clamp", "clamp_min", "clamp_max", "clip", "hardtanh", "relu6", "relu", "maximum", "minimum", "nan_to_num"]
-)
-"""Breaks that are the identity between their bounds."""
 
 
 def _is_complex(value: Any) -> bool:

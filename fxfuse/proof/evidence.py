@@ -49,8 +49,9 @@ class Evidence:
             parts.append("breaks: " + ", ".join(_said(b) for b in self.breaks))
         parts.extend(self.claims)
         parts.extend(self.differences)
-        if self.accepted:
-            parts.append("accepted: " + ", ".join(self.accepted))
+        said = " ".join(self.differences)
+        if unsaid := [name for name in self.accepted if name not in said]:
+            parts.append("accepted: " + ", ".join(unsaid))
         return "; ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Breaks of sizes: operators that do not act alike at every size, and whether both their sides were met.
 
-Elementwise operators, reductions and products treat a long axis as they treat a short one. `min(S, 64)`, `S // 64`, and a
-slice up to a number that is written, do not.
+Elementwise operators, reductions and products treat a long axis as they treat a short one. `min(S, 64)`, `S // 64`,
+and a slice up to a number that is written, do not.
 """
 
 from __future__ import annotations

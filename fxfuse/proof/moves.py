@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from fxfuse.graph.view import argument, fake, op_name
-from fxfuse.proof.arithmetic import times
+from fxfuse.proof.arithmetic import kept, narrowed, times
 from fxfuse.proof.terms import Term, Unreadable
 from fxfuse.proof.views import is_one as _one
 from fxfuse.proof.views import reshaped
@@ -72,7 +72,9 @@ def _permute(reader: Reader, node: Node, index: Index) -> Term:
         order = [axis_of(d, rank) for d in given]
     else:
         order = list(range(rank))
-        if name in ("movedim", "moveaxis"):
+        if name == "numpy_T":
+            order.reverse()
+        elif name in ("movedim", "moveaxis"):
             pairs: Any = node.args[1:3]
             if not all(isinstance(p, int) for p in pairs):
                 return _fail(name)
@@ -177,11 +179,16 @@ def _join(reader: Reader, node: Node, index: Index) -> Term:
         if found is not None and inside is t.false:
             continue
         place = t.subtract(index[axis], begin)
-        if found is None or inside is t.true:
-            found = reader.read(part, (*index[:axis], place, *index[axis + 1 :]))
-        else:
-            found = t.choose(inside, reader.read(part, (*index[:axis], place, *index[axis + 1 :])), found)
+        here = _joined(reader, node, part, (*index[:axis], place, *index[axis + 1 :]))
+        found = here if found is None or inside is t.true else t.choose(inside, here, found)
     return found if found is not None else _fail("a concatenation of nothing")
+
+
+def _joined(reader: Reader, node: Node, part: Node, index: Index) -> Term:
+    """An element of a part, in the type of the whole."""
+    kinds = fake(part).dtype, fake(node).dtype
+    term = reader.read(part, index)
+    return term if kinds[0] == kinds[1] else narrowed(reader.terms, term, *kinds)
 
 
 def _stack(reader: Reader, node: Node, index: Index) -> Term:
@@ -191,21 +198,23 @@ def _stack(reader: Reader, node: Node, index: Index) -> Term:
     t = reader.terms
     place = index[axis]
     if place.number is not None:
-        return reader.read(parts[int(place.number)], rest)
-    found = reader.read(parts[-1], rest)
+        return _joined(reader, node, parts[int(place.number)], rest)
+    found = _joined(reader, node, parts[-1], rest)
     for number in range(len(parts) - 2, -1, -1):
-        found = t.choose(t.equal(place, t.number(number)), reader.read(parts[number], rest), found)
+        found = t.choose(t.equal(place, t.number(number)), _joined(reader, node, parts[number], rest), found)
     return found
 
 
 def _view(reader: Reader, node: Node, index: Index) -> Term:
     source = _source(node)
+    if fake(source).dtype != fake(node).dtype:
+        return _fail("a view as another type")
     return reader.read(source, reshaped(reader, list(fake(source).shape), list(fake(node).shape), index))
 
 
 def _repeat(reader: Reader, node: Node, index: Index) -> Term:
     source = _source(node)
-    shape: list[Any] = [1] * (len(index) - _rank(source)) + list(fake(source).shape)
+    shape = [1] * (len(index) - _rank(source)) + list(fake(source).shape)
     given: Any = node.args[1] if len(node.args) > 1 else ()
     times_each = [1] * (len(index) - len(given)) + list(given)
     places = []
@@ -293,24 +302,32 @@ def _cumsum(reader: Reader, node: Node, index: Index) -> Term:
     """Of what is one number along the axis."""
     axis = axis_of(node.args[1], len(index))
     t = reader.terms
-    anywhere = t.variable("any element")
-    term = t.as_int(reader.read(_source(node), (*index[:axis], anywhere, *index[axis + 1 :])))
-    if term.kind != "int" or "any element" in term.leaves:
+    with reader.anywhere() as place:
+        term = t.as_int(reader.read(_source(node), (*index[:axis], place, *index[axis + 1 :])))
+    if term.kind != "int" or not place.leaves.isdisjoint(term.leaves):
         return _fail("cumsum")
-    return t.multiply(term, t.add(index[axis], t.number(1)))
+    return kept(t, t.multiply(term, t.add(index[axis], t.number(1))), fake(node).dtype) or _fail("cumsum")
+
+
+def _whole(term: Term) -> Term:
+    return term if term.kind == "int" else _fail("a difference of fractions")
+
+
+_WRAPPED = (torch.bool, torch.int8, torch.uint8, torch.int16, torch.float16, torch.bfloat16)
+"""Differences in these are other numbers."""
 
 
 def _diff(reader: Reader, node: Node, index: Index) -> Term:
     """Of neighbours; an element before the first that goes on with the count is no exception."""
     given = dict(zip(("n", "dim", "prepend", "append"), node.args[1:], strict=False)) | dict(node.kwargs)
     axis = axis_of(given.get("dim", -1), len(index))
-    if given.get("n", 1) != 1 or given.get("append") is not None:
+    if given.get("n", 1) != 1 or given.get("append") is not None or fake(node).dtype in _WRAPPED:
         return _fail("diff")
     source, t = _source(node), reader.terms
     before = given.get("prepend")
 
     def element(place: Term) -> Term:
-        return t.as_int(reader.read(source, (*index[:axis], place, *index[axis + 1 :])))
+        return _whole(reader.read(source, (*index[:axis], place, *index[axis + 1 :])))
 
     one = t.number(1)
     if before is None:
@@ -319,7 +336,7 @@ def _diff(reader: Reader, node: Node, index: Index) -> Term:
         return _fail("diff")
     last = t.subtract(index[axis], one)
     steady = t.subtract(element(index[axis]), element(last))
-    first = reader.read(before, (*index[:axis], t.number(0), *index[axis + 1 :]))
+    first = _whole(reader.read(before, (*index[:axis], t.number(0), *index[axis + 1 :])))
     if element(t.number(-1)) is first:
         return steady
     return t.choose(t.equal(index[axis], t.number(0)), t.subtract(element(index[axis]), first), steady)
@@ -341,9 +358,8 @@ def _pieces(reader: Reader, node: Node, position: Any, index: Index) -> Term:
 
 def _outer(reader: Reader, node: Node, index: Index) -> Term:
     first, second = node.args[:2]
-    return times(
-        reader.terms, fake(node).dtype, reader.operand(first, (index[0],)), reader.operand(second, (index[1],))
-    )
+    one, two = reader.operand(first, (index[0],)), reader.operand(second, (index[1],))
+    return times(reader.terms, fake(node).dtype, one, two)
 
 
 def _matmul(reader: Reader, node: Node, index: Index) -> Term:

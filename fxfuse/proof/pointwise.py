@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,8 @@ from torch.fx import Node
 
 from fxfuse.graph.view import argument, fake, op_name, tensor
 from fxfuse.proof import arithmetic
-from fxfuse.proof.arithmetic import Comparison, float_number, like, numbers
-from fxfuse.proof.terms import Term
+from fxfuse.proof.arithmetic import Comparison, float_number, kept, like, narrowed, numbers
+from fxfuse.proof.terms import Term, Unreadable
 
 if TYPE_CHECKING:
     from fxfuse.proof.positions import Reader
@@ -22,7 +23,7 @@ Step = Callable[["Reader", Node, tuple[Term, ...]], "Term | None"]
 def _cast(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
     source = node.args[0]
     assert isinstance(source, Node)
-    return arithmetic.narrowed(reader.terms, reader.operand(source, index), fake(source).dtype, fake(node).dtype)
+    return narrowed(reader.terms, reader.operand(source, index), fake(source).dtype, fake(node).dtype)
 
 
 def of_constants(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
@@ -41,6 +42,10 @@ def of_constants(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | 
         held = torch.tensor(value, dtype=fake(source).dtype)
         args = [held if n == places[0] else a for n, a in enumerate(node.args)]
         result = node.target(*args, **node.kwargs).item()  # type: ignore[operator]
+        if value == 0 and held.is_floating_point() and math.isinf(result):
+            args[places[0]] = -held
+            if node.target(*args, **node.kwargs).item() != result:  # type: ignore[operator]
+                raise Unreadable(f"{op_name(node)} of zero, which has a sign")
         if isinstance(result, float):
             return float_number(reader.terms, result)
         return reader.terms.number(result)
@@ -49,13 +54,23 @@ def of_constants(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | 
 
 
 def _two(reader: Reader, node: Node, index: tuple[Term, ...]) -> tuple[Term, Term] | None:
+    from fxfuse.proof.positions import kind_of
+
     if len(node.args) < 2:
         return None
-    t = reader.terms
-    x, y = (reader.operand(a, index) for a in node.args[:2])
-    if fake(node).dtype != torch.bool:
-        x, y = t.as_int(x), t.as_int(y)
-    return x, y
+    dtype = fake(node).dtype
+    if dtype == torch.bool or dtype.is_complex:
+        x, y = (reader.operand(a, index) for a in node.args[:2])
+        return x, y
+    x, y = (in_type(reader, a, index, dtype) for a in node.args[:2])
+    return (x, y) if kind_of(dtype) == "real" or "real" not in (x.kind, y.kind) else None
+
+
+def in_type(reader: Reader, arg: Any, index: tuple[Term, ...], dtype: torch.dtype) -> Term:
+    """What a call that works in this type makes of an argument."""
+    from fxfuse.proof.positions import dtype_of
+
+    return narrowed(reader.terms, reader.operand(arg, index), dtype_of(arg), dtype)
 
 
 def _sum(sign: int, turned: bool = False) -> Step:
@@ -92,16 +107,31 @@ def _remainder(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | No
 def _shift(left: bool) -> Step:
     def step(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
         pair = _two(reader, node, index)
-        if pair is None or fake(node).dtype not in (torch.int64, torch.int32):
+        dtype = fake(node).dtype
+        if pair is None or dtype not in (torch.int64, torch.int32):
             return None
-        return arithmetic.shifted(reader.terms, *pair, left=left)
+        found = arithmetic.shifted(reader.terms, *pair, left=left)
+        return found if found is None or not left else kept(reader.terms, found, dtype)
 
     return step
 
 
+def _like_argument(arg: Any) -> Any:
+    """Something of the same type, for torch to say which type both are compared in."""
+    from fxfuse.proof.positions import dtype_of
+
+    dtype = dtype_of(arg)
+    if isinstance(arg, Node) and tensor(arg) is not None:
+        return torch.zeros((1,) * min(fake(arg).dim(), 1), dtype=dtype)
+    return False if dtype == torch.bool else 0 if dtype == torch.int64 else 0.0
+
+
 def _compared(name: Comparison) -> Step:
     def step(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
-        x, y = (reader.operand(a, index) for a in node.args[:2])
+        common = torch.result_type(*(_like_argument(a) for a in node.args[:2]))
+        if common.is_complex:
+            return None
+        x, y = (in_type(reader, a, index, common) for a in node.args[:2])
         return arithmetic.compared(reader.terms, name, x, y)
 
     return step
@@ -111,7 +141,7 @@ def _logic(name: str) -> Step:
     def step(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
         t = reader.terms
         if name == "masks" and fake(node).dtype != torch.bool:
-            return arithmetic.masked(reader.terms, *(reader.operand(a, index) for a in node.args[:2]))
+            return arithmetic.masked(t, *(in_type(reader, a, index, fake(node).dtype) for a in node.args[:2]))
         operands = [t.as_bool(reader.operand(a, index)) for a in node.args[:2]]
         if name == "not":
             return t.opposite(operands[0]) if fake(node).dtype == torch.bool else None
@@ -131,12 +161,20 @@ def _chosen(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
     t = reader.terms
     first, second, third = node.args
     condition, x, y = (first, second, third) if op_name(node) == "where" else (second, third, first)
-    kept = t.as_bool(reader.operand(condition, index))
-    if kept is t.true:
-        return like(t, fake(node).dtype, reader.operand(x, index))
-    if kept is t.false:
-        return like(t, fake(node).dtype, reader.operand(y, index))
-    return t.choose(kept, *(like(t, fake(node).dtype, reader.operand(v, index)) for v in (x, y)))
+    taken = t.as_bool(reader.operand(condition, index))
+    if taken is t.true:
+        return _like(reader, node, x, index)
+    if taken is t.false:
+        return _like(reader, node, y, index)
+    return t.choose(taken, *(_like(reader, node, v, index) for v in (x, y)))
+
+
+def _like(reader: Reader, node: Node, arg: Any, index: tuple[Term, ...]) -> Term:
+    """What is chosen takes the type of the result."""
+    dtype = fake(node).dtype
+    if dtype.is_complex:
+        return reader.operand(arg, index)
+    return like(reader.terms, dtype, in_type(reader, arg, index, dtype))
 
 
 def _clamped(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
@@ -144,11 +182,12 @@ def _clamped(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None
     low: Any = argument(node, "min") if name != "clamp_max" else None
     high: Any = argument(node, "max") if name != "clamp_min" else None
     t = reader.terms
-    x = t.as_int(reader.operand(node.args[0], index))
+    dtype = fake(node).dtype
+    x = t.as_int(in_type(reader, node.args[0], index, dtype))
     for bound, pick in ((low, t.maximum), (high, t.minimum)):
         if bound is None:
             continue
-        limit = t.as_int(reader.operand(bound, index))
+        limit = t.as_int(in_type(reader, bound, index, dtype))
         if "real" in (x.kind, limit.kind):
             return None
         x = pick(x, limit)
@@ -159,18 +198,21 @@ def _extreme(largest: bool) -> Step:
     def step(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
         if len(node.args) < 2 or not isinstance(node.args[1], Node) or tensor(node.args[1]) is None:
             return None
-        x, y = (reader.operand(a, index) for a in node.args[:2])
+        x, y = (in_type(reader, a, index, fake(node).dtype) for a in node.args[:2])
         return arithmetic.extreme(reader.terms, x, y, largest=largest)
 
     return step
 
 
 def _absolute(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
-    return arithmetic.absolute(reader.terms, reader.operand(node.args[0], index))
+    found = arithmetic.absolute(reader.terms, reader.operand(node.args[0], index))
+    return None if found is None else kept(reader.terms, found, fake(node).dtype)
 
 
 def _negative(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
-    return reader.terms.negative(reader.terms.as_int(reader.operand(node.args[0], index)))
+    x = reader.terms.as_int(reader.operand(node.args[0], index))
+    found = reader.terms.negative(x)
+    return kept(reader.terms, found, fake(node).dtype) if x.kind == "int" else found
 
 
 def _whole(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:

@@ -10,25 +10,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from fxfuse.graph.view import fake, op_name, tensor
+from fxfuse.graph.view import fake, mutated, op_name, tensor
 from fxfuse.graph.wrapped import wrapped
-from fxfuse.proof.arithmetic import float_number, narrowed, rounded_number
+from fxfuse.proof.arithmetic import float_number, narrowed
 from fxfuse.proof.moves import MOVES, axis_of
 from fxfuse.proof.pointwise import POINTWISE, of_constants
 from fxfuse.proof.tables import table_element
 from fxfuse.proof.terms import Kind, Term, Terms, Unreadable
 from fxfuse.proof.views import apart
+from fxfuse.proof.views import is_one as _one
 from fxfuse.proof.written import Writes
 
 _SAME = frozenset(["detach", "alias", "clone", "contiguous", "lift_fresh_copy", "detach_", "lift_fresh", "positive"])
 _FILLED = {"zeros": 0, "zeros_like": 0, "new_zeros": 0, "ones": 1, "ones_like": 1, "new_ones": 1}
-_FILLED_WITH = {"full": 1, "full_like": 1, "new_full": 2, "scalar_tensor": 0}
+_FILLED_WITH = {"fill": 1, "full": 1, "full_like": 1, "new_full": 2, "scalar_tensor": 0}
 _MOST = 20_000
 Index = tuple[Term, ...]
 
@@ -53,6 +55,8 @@ class Reader:
         """The sizes that indices are below."""
         self._levels: dict[int, Term] = {}
         """The index of each vmap level that is open."""
+        self._open = 0
+        """How many reads there are of any element of an axis, within one another."""
         self._writes: Writes | None = None
         self._blocks: list[_Block] = []
         """The subgraphs that are being read, each with what was known outside."""
@@ -83,7 +87,11 @@ class Reader:
             low, high = (
                 (0, math.inf) if allowed is None else (_bound(allowed.lower, 0), _bound(allowed.upper, math.inf))
             )
+            if low == 2:  # what torch writes for any size that it did not see to be 1; the program runs at 1 too
+                low = 1
             return t.variable(str(expr), max(low, 0), high)
+        if expr.is_number:
+            return t.apply(f"size {expr}", (), "real")
         parts = [self.symbolic(a) for a in expr.args]
         name = type(expr).__name__
         if expr.is_Add:
@@ -142,6 +150,15 @@ class Reader:
     def apart(self, flat: Term, size: Any) -> tuple[Term, Term] | None:
         """x and y of x · size + y, where y is known to be below the size."""
         return apart(self.terms, self._limits, flat, self.size(size))
+
+    @contextmanager
+    def anywhere(self) -> Iterator[Term]:
+        """A free index for any element along an axis; within another one it is another."""
+        self._open += 1
+        try:
+            yield self.terms.variable(f"any element {self._open}")
+        finally:
+            self._open -= 1
 
     # ---- elements
 
@@ -214,14 +231,13 @@ class Reader:
             return self._batch_dim(function, node, index)
         if name == "getitem":
             return self._item(node, index)
-        if name in _SAME:
+        if name in _SAME or (name.endswith("_") and mutated(node)):  # what writes in place gives back what it wrote to
             return self.operand(node.args[0], index)
         if name in _FILLED:
-            return self._constant(_FILLED[name], node)
+            return narrowed(self.terms, self.terms.number(_FILLED[name]), torch.int64, fake(node).dtype)
         if name in _FILLED_WITH:
             given = node.args[_FILLED_WITH[name]] if len(node.args) > _FILLED_WITH[name] else node.kwargs["fill_value"]
-            value_term = self.scalar(given)
-            return self._constant(value_term.number, node) if value_term.number is not None else value_term
+            return narrowed(self.terms, self.scalar(given), dtype_of(given), fake(node).dtype)
         if name == "arange":
             return self._counted(node, index)
         move = MOVES.get(name)
@@ -320,16 +336,6 @@ class Reader:
         found = self.terms.add(start, self.terms.multiply(step, index[0]))
         return narrowed(self.terms, found, torch.int64, fake(node).dtype)
 
-    def _constant(self, value: Any, node: Node) -> Term:
-        dtype = fake(node).dtype
-        if dtype == torch.bool:
-            return self.terms.number(bool(value))
-        if dtype.is_floating_point:
-            return rounded_number(self.terms, value, dtype)
-        if dtype.is_complex:
-            raise Unreadable("a complex number")
-        return self.terms.number(int(value))
-
 
 @dataclass(frozen=True)
 class _Block:
@@ -347,8 +353,14 @@ def kind_of(dtype: torch.dtype) -> Kind:
     return "real" if dtype.is_floating_point or dtype.is_complex else "int"
 
 
-def _one(size: Any) -> bool:
-    return isinstance(size, int) and size == 1
+def dtype_of(arg: Any) -> torch.dtype:
+    """The type that an argument of a call has: of a tensor, or of a number."""
+    value = arg.meta.get("val") if isinstance(arg, Node) else arg
+    if isinstance(value, torch.Tensor):
+        return value.dtype
+    if isinstance(value, (bool, torch.SymBool)):
+        return torch.bool
+    return torch.int64 if isinstance(value, (int, torch.SymInt)) else torch.float64
 
 
 def _bound(value: Any, default: float) -> float:
@@ -365,4 +377,4 @@ def depends_on_sizes(term: Term, index: Sequence[Term]) -> Iterator[str]:
     yield from sorted(term.leaves - own)
 
 
-__all__ = ["Index", "Reader", "Unreadable", "axis_of", "depends_on_sizes", "kind_of", "narrowed"]
+__all__ = ["Index", "Reader", "Unreadable", "axis_of", "depends_on_sizes", "dtype_of", "kind_of"]

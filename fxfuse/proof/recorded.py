@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxfuse.proof.analytic import analytic_call
-from fxfuse.proof.breaks import Breaks, Call
+from fxfuse.proof.breaks import Breaks
+from fxfuse.proof.pieces import Call
 
 
 def recorded(function: Callable[..., Any], inputs: list[Tensor], breaks: Breaks) -> None:

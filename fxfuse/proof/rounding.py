@@ -40,11 +40,12 @@ def rounding(region: Region, found: Found, form: Form, ask: Questions) -> Roundi
     Raises:
         Refused: farther than the operator's bound.
     """
-    from fxfuse.proof.prove import run_form
+    from fxfuse.proof.trials import run_form
 
     result = Rounding(0.0, 0.0)
     dtype = fake(region.output).dtype
     for number, variant in enumerate(_VARIANTS):
+        ask.check_time()
         working = ask.evaluator(0, exact=False, alike=region.alike)
         try:
             inputs = ask.inputs(region, working, 200 + number, from_leaves=found.from_leaves)
@@ -69,7 +70,7 @@ def rounding(region: Region, found: Found, form: Form, ask: Questions) -> Roundi
 
 def _differing(found: Found, expected: Tensor, reference: Tensor, unit: Tensor, actual: Tensor) -> tuple[float, float]:
     """The share of values of one output that differ, and by how many units at most."""
-    from fxfuse.proof.prove import same_shape
+    from fxfuse.proof.trials import same_shape
 
     dtype = expected.dtype
     same_shape(expected, actual)
@@ -121,13 +122,14 @@ def _rows(region: Region, found: Found, form: Form, ask: Questions, result: Roun
     Raises:
         Refused: they give something else.
     """
-    from fxfuse.proof.prove import run_form
+    from fxfuse.proof.trials import run_form
 
     dtype = fake(region.output).dtype
     floating = [p for p, _ in found.masks if fake(region.others[p]).dtype.is_floating_point]
     numbers = [float("-inf"), torch.finfo(dtype).min] if floating else [float("-inf")]
     for number in numbers:
         for seed, how in enumerate(ROWS):
+            ask.check_time()
             working = ask.evaluator(seed % 2, exact=False, alike=region.alike)
             try:
                 inputs = ask.inputs(region, working, 400 + seed, from_leaves=False)

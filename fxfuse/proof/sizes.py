@@ -89,6 +89,7 @@ class Sizes:
         low, high = (0, None) if allowed is None else (_bound(allowed.lower, 0) or 0, _bound(allowed.upper, None))
         if symbol in self._preset:
             wanted = self._preset[symbol]
+            low = 1 if low == 2 else low  # as the reader has it
             return max(low, wanted if high is None else min(high, wanted))
         if self._stretch and high is not None:
             return max(low, min(high, self._stretch))

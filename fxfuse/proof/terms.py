@@ -14,6 +14,8 @@ from typing import Any, Literal
 Kind = Literal["int", "bool", "real"]
 Bounds = tuple[float, float]
 EVERYTHING: Bounds = (-math.inf, math.inf)
+POSITIONS = 2**20
+"""No sequence is longer: what is computed of positions up to here is exact where its type holds it."""
 
 
 class Unreadable(Exception):
@@ -23,7 +25,7 @@ class Unreadable(Exception):
 class Term:
     """One term; made by a `Terms` only. `op` says what `args` are."""
 
-    __slots__ = ("args", "bounds", "kind", "leaves", "op", "serial")
+    __slots__ = ("args", "bounds", "kind", "leaves", "op", "reach", "serial")
 
     def __init__(self, op: str, args: tuple[Any, ...], kind: Kind, bounds: Bounds, serial: int) -> None:
         self.serial = serial
@@ -32,6 +34,8 @@ class Term:
         self.kind = kind
         self.bounds = bounds
         self.leaves: frozenset[str] = frozenset()
+        self.reach: Bounds = EVERYTHING
+        """The bounds of a whole number, for positions and sizes up to `POSITIONS`."""
 
     @property
     def number(self) -> Any:
@@ -73,12 +77,13 @@ class Terms:
         self.false = self.number(False)
 
     def _make(self, op: str, args: tuple[Any, ...], kind: Kind, bounds: Bounds = EVERYTHING) -> Term:
-        key = (op, args, kind)
+        key = (op, args, kind, bounds if op == "variable" else None)
         found = self._made.get(key)
         if found is None:
             found = Term(op, args, kind, bounds, len(self._made))
             own = frozenset([args[0]]) if op == "variable" else frozenset([args[0]]) if op == "given" else frozenset()
             found.leaves = own.union(*(c.leaves for c in found.children))
+            found.reach = _reach(found)
             self._made[key] = found
         return found
 
@@ -90,7 +95,7 @@ class Terms:
         return self._make("number", (value, type(value)), kind, (float(value), float(value)))
 
     def variable(self, name: str, low: float = 0, high: float = math.inf) -> Term:
-        """A whole number that is free between these bounds: a size, or an index."""
+        """A whole number that is free between these bounds: a size, or an index. With other bounds it is another."""
         return self._make("variable", (name,), "int", (low, high))
 
     def apply(self, name: str, args: tuple[Any, ...], kind: Kind) -> Term:
@@ -103,7 +108,8 @@ class Terms:
 
     # ---- whole numbers
 
-    def _linear(self, term: Term) -> tuple[int, dict[Term, int]]:
+    def linear(self, term: Term) -> tuple[int, dict[Term, int]]:
+        """A whole number as a constant, and how often it has each of its parts."""
         if term.op == "number":
             return int(term.args[0]), {}
         if term.op == "sum":
@@ -128,14 +134,14 @@ class Terms:
     def add(self, *terms: Term) -> Term:
         constant, parts = 0, dict[Term, int]()
         for term in terms:
-            own, more = self._linear(self.as_int(term))
+            own, more = self.linear(self.as_int(term))
             constant += own
             for part, factor in more.items():
                 parts[part] = parts.get(part, 0) + factor
         return self._sum(constant, parts)
 
     def scale(self, term: Term, by: int) -> Term:
-        constant, parts = self._linear(self.as_int(term))
+        constant, parts = self.linear(self.as_int(term))
         return self._sum(constant * by, {t: c * by for t, c in parts.items()})
 
     def subtract(self, first: Term, second: Term) -> Term:
@@ -160,7 +166,7 @@ class Terms:
         """Rounded down; `by` is positive."""
         if by == 1:
             return self.as_int(term)
-        constant, parts = self._linear(self.as_int(term))
+        constant, parts = self.linear(self.as_int(term))
         outside = {t: c // by for t, c in parts.items() if c % by == 0}
         rest = self._sum(constant % by, {t: c for t, c in parts.items() if c % by})
         whole = self._sum(constant // by, outside)
@@ -174,7 +180,7 @@ class Terms:
 
     def remainder(self, term: Term, by: int) -> Term:
         """The rest of `divide`."""
-        constant, parts = self._linear(self.as_int(term))
+        constant, parts = self.linear(self.as_int(term))
         rest = self._sum(constant % by, {t: c % by for t, c in parts.items() if c % by})
         if rest.number is not None:
             return self.number(int(rest.number) % by)
@@ -255,7 +261,7 @@ class Terms:
         return self.opposite(self.at_most(second, first))
 
     def equal(self, first: Term, second: Term) -> Term:
-        if first is second:
+        if first is second and (first.kind != "real" or first.op == "number"):  # what is not a number is no equal
             return self.true
         if first.op == "choose" and second.op == "number":
             condition, x, y = first.args
@@ -343,6 +349,28 @@ class Terms:
             first, second = self.as_int(first), self.as_int(second)
         bounds = (min(first.bounds[0], second.bounds[0]), max(first.bounds[1], second.bounds[1]))
         return self._make("choose", (condition, first, second), kind, bounds)
+
+
+def _reach(term: Term) -> Bounds:
+    """Between which numbers a term lies, where variables and what is not known count positions."""
+    low, high = term.bounds
+    if term.kind != "int":
+        return (0, 1) if term.kind == "bool" else (low, high)
+    if term.op == "sum":
+        parts = [sorted(_times(factor, e) for e in part.reach) for part, factor in term.args[1]]
+        own = term.args[0] + sum(e[0] for e in parts), term.args[0] + sum(e[1] for e in parts)
+    elif term.op == "product":
+        products = [_times(p, q) for p in term.args[0].reach for q in term.args[1].reach]
+        own = min(products), max(products)
+    elif term.op == "quotient":
+        ends = term.args[0].reach
+        own = _floor(ends[0] / term.args[1]), _floor(ends[1] / term.args[1])
+    elif term.op == "choose":
+        x, y = term.args[1].reach, term.args[2].reach
+        own = min(x[0], y[0]), max(x[1], y[1])
+    else:
+        own = (-POSITIONS, POSITIONS) if term.op != "number" else (low, high)
+    return max(low, own[0]), min(high, own[1])
 
 
 def _times(a: float, b: float) -> float:

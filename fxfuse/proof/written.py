@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch.fx import Graph, Node
 
-from fxfuse.graph.view import ASSERTIONS, bases, fake, is_size, mutated, op_name, storage_roots, tensor
+from fxfuse.graph.view import ASSERTIONS, bases, fake, is_size, mutated, op_name, storage_roots
 from fxfuse.graph.writes import shares_storage
 from fxfuse.proof.arithmetic import narrowed
 from fxfuse.proof.terms import Term, Unreadable
@@ -87,6 +86,8 @@ class Writes:
         self, reader: Reader, base: Node, target: Node, index: tuple[Term, ...]
     ) -> tuple[Term, tuple[Term, ...]]:
         """Is the element of `base` within the view `target` of it, and where there?"""
+        from fxfuse.proof.moves import at
+
         chain: list[Node] = []
         while target is not base:
             if not shares_storage(target):
@@ -100,9 +101,7 @@ class Writes:
             name, rank = op_name(view), len(place)
             if name == "select":
                 axis = int(view.args[1]) % rank  # type: ignore[arg-type]
-                wanted = reader.scalar(view.args[2])
-                if wanted.bounds[0] < 0:
-                    wanted = t.add(wanted, reader.shape(view.args[0])[axis])  # type: ignore[arg-type]
+                wanted = at(reader, view.args[0], axis, reader.scalar(view.args[2]))  # type: ignore[arg-type]
                 conditions.append(t.equal(place.pop(axis), wanted))
             elif name == "slice" and len(view.args) < 5:
                 axis = int(view.args[1]) % rank if len(view.args) > 1 else 0  # type: ignore[arg-type]
@@ -124,17 +123,13 @@ class Writes:
     def _written(self, reader: Reader, writer: Node, place: tuple[Term, ...]) -> Term:
         from fxfuse.proof.moves import MOVES
         from fxfuse.proof.pointwise import POINTWISE
+        from fxfuse.proof.positions import dtype_of
 
         name = op_name(writer)[:-1]
         target: Any = writer.args[0]
         if name in ("fill", "zero", "copy"):
             value = 0 if name == "zero" else writer.args[1]
-            source = fake(value).dtype if isinstance(value, Node) and tensor(value) is not None else None
-            term = reader.operand(value, place)
-            wide = fake(target).dtype
-            if source is None:
-                return reader.terms.as_bool(term) if wide == torch.bool else term
-            return narrowed(reader.terms, term, source, wide)
+            return narrowed(reader.terms, reader.operand(value, place), dtype_of(value), fake(target).dtype)
         step = POINTWISE.get(name)
         found = step(reader, writer, place) if step is not None else None
         if found is None and name in ("tril", "triu"):

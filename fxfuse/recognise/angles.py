@@ -1,4 +1,4 @@
-"""Do both rows of each pair use one angle? Their elements are followed to where they are computed, and compared there."""
+"""Do both rows of each pair use one angle? Their elements are followed to where they are computed."""
 
 from __future__ import annotations
 

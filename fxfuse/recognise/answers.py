@@ -109,3 +109,10 @@ class Pattern(Protocol):
         Regions of equal `Region.key` get one answer, unless it was found with the values of this program's leaves.
         """
         ...
+
+
+def is_pattern(value: object) -> bool:
+    """Is it a pattern, and not the class of one?"""
+    if isinstance(value, type) or not isinstance(value, Pattern):
+        return False
+    return isinstance(value.since_opset, int) and all(isinstance(t, str) for t in (value.name, value.operator))

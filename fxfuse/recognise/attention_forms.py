@@ -15,7 +15,7 @@ from fxfuse.recognise.answers import Form
 from fxfuse.recognise.attention_bias import Fill, bias, with_sinks
 from fxfuse.recognise.heads import Axes, Heads, statically_square
 from fxfuse.recognise.masks import Mask
-from fxfuse.recognise.questions import Questions
+from fxfuse.recognise.questions import Questions, may_change
 from fxfuse.recognise.scores import Scores
 
 
@@ -82,8 +82,11 @@ def is_causal_here(region: Region, scores: Scores, heads: Heads, ask: Questions)
     Also: how that was decided, or what it is that makes them none.
     """
     nodes = [region.others[m.index] for m in scores.masks]
-    if not nodes or not statically_square(region, heads) or any(map(ask.depends_on_input, nodes)):
+    if not nodes or not statically_square(region, heads):
         return False, ""
+    if any(map(ask.depends_on_input, nodes)):
+        buffers = ask.may_change(nodes)
+        return False, f"the mask is kept: {may_change(buffers)}" if buffers else ""
     length: Any = fake(region.sources[0]).shape[2 if heads.q == "BHSD" else 1]
     reader = ask.reader
     row, column = reader.place("query", length), reader.place("key", length)

@@ -24,7 +24,7 @@ from fxfuse.errors import FxfuseError
 from fxfuse.graph.region import Region, between
 from fxfuse.graph.view import GraphView, is_float, is_pure, op_name, tensor
 from fxfuse.proof.evaluate import CannotEvaluate
-from fxfuse.recognise.answers import Form, Found, Input, Proposal, Reason
+from fxfuse.recognise.answers import Found, Input, Proposal, Reason
 from fxfuse.recognise.catalogue import register
 from fxfuse.recognise.literals import literals
 from fxfuse.recognise.questions import Questions
@@ -80,6 +80,7 @@ class Example:
         best = float("inf")
         raised: Exception | None = None
         for order, scalars in islice(self._bindings(region), _MAX_BINDINGS):
+            ask.check_time()
             error = 0.0
             for inputs, expected in draws:
                 try:
@@ -88,6 +89,7 @@ class Example:
                 except Exception as problem:  # of tensors in the wrong order, say
                     raised = problem
                     break
+                ask.settled["ran", id(self)] = True
                 if not isinstance(actual, torch.Tensor) or actual.shape != expected.shape:
                     break
                 error = max(error, _apart(expected, actual))
@@ -102,7 +104,7 @@ class Example:
         if best < 0.3:
             return Reason(f"computes nearly the same as {self.name}: values differ by {best:.2g} of their size", 2)
         if raised is not None:
-            ask.settled.setdefault(("raised", self.name), f"{type(raised).__name__}: {raised}")
+            ask.settled.setdefault(("raised", id(self)), raised)
         return Reason("computes something else")
 
     def _draws(self, region: Region, ask: Questions) -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
@@ -129,7 +131,9 @@ class Example:
             for order in permutations(range(len(self.tensors))):
                 yield order, dict(zip(self.scalars, values, strict=True))
 
-    def _form(self, function: Callable[..., Any], order: tuple[int, ...], scalars: dict[str, float]) -> Form:
+    def _form(
+        self, function: Callable[..., Any], order: tuple[int, ...], scalars: dict[str, float]
+    ) -> Callable[..., torch.Tensor]:
         def replaced(*inputs: torch.Tensor) -> torch.Tensor:
             result: torch.Tensor = function(*(inputs[i] for i in order), **scalars)
             return result

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 
-from fxfuse.errors import FxfuseError
-from fxfuse.recognise.answers import Pattern
+from fxfuse.errors import FxfuseWarning, callers_level
+from fxfuse.recognise.answers import Pattern, is_pattern
 
 SHIPPED = ("rms_norm", "rotary_embedding", "attention", "flex_attention", "kv_cache", "cache_write")
 """Modules of `fxfuse.patterns`, in the order in which they are applied: attention looks through rotary embeddings, and
@@ -16,12 +17,23 @@ _registered: list[Pattern] = []
 
 
 def register(pattern: Pattern) -> None:
-    """Add a pattern to the catalogue of this process; one of the same name is replaced."""
-    _registered[:] = [p for p in _registered if p.name != pattern.name] + [pattern]
+    """Add a pattern to the catalogue of this process.
+
+    The same one again, from a cell of a notebook that was run twice, takes the place of the first. Another one of the
+    same name does not: both are tried, the older first.
+    """
+    same = _defined(pattern)
+    _registered[:] = [p for p in _registered if _defined(p) != same] + [pattern]
+
+
+def _defined(pattern: Pattern) -> tuple[str, str, str]:
+    """Its name, and where the function that is its example, or else its class, is defined."""
+    what = getattr(pattern, "function", type(pattern))
+    return pattern.name, getattr(what, "__module__", ""), getattr(what, "__qualname__", repr(what))
 
 
 def unregister(name: str) -> None:
-    """Take a registered pattern out again."""
+    """Take the registered patterns of this name out again."""
     _registered[:] = [p for p in _registered if p.name != name]
 
 
@@ -35,18 +47,23 @@ def catalogue() -> list[Pattern]:
 
     A user's pattern comes first: it is more specific than what it is made of.
 
-    Raises:
-        FxfuseError: a package's entry point cannot be loaded or is not a pattern.
+    What another package registers and cannot be loaded, or is no pattern, is left out, and an `FxfuseWarning` names it:
+    it must not take every export down.
     """
     found: list[Pattern] = list(_registered)
     for point in entry_points(group=GROUP):
         try:
             loaded = point.load()
         except Exception as error:
-            raise FxfuseError(
-                f"pattern {point.name} cannot be loaded: {error}", where=f"entry point {point.value}"
-            ) from error
-        if not isinstance(loaded, Pattern):
-            raise FxfuseError(f"{point.value} is not a pattern", where=f"entry point {point.name}")
+            _warn(point, f"cannot be loaded: {type(error).__name__}: {error}")
+            continue
+        if not is_pattern(loaded):
+            _warn(point, "is not a pattern")
+            continue
         found.append(loaded)
     return found + shipped()
+
+
+def _warn(point: EntryPoint, what: str) -> None:
+    where = f"entry point {point.name} = {point.value} of the group {GROUP}"
+    warnings.warn(f"a pattern was left out: the {where} {what}", FxfuseWarning, stacklevel=callers_level())

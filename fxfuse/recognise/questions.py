@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, Literal, get_args
 
@@ -19,7 +19,7 @@ from fxfuse.errors import FxfuseError
 from fxfuse.graph.flex import flex
 from fxfuse.graph.region import Region
 from fxfuse.graph.unread import vmaps_closed, with_brackets
-from fxfuse.graph.view import fake, is_random, is_size, mutated, op_name, static, tensor
+from fxfuse.graph.view import fake, is_random, is_size, mutated, op_name, size_text, static, tensor
 from fxfuse.graph.wrapped import flattened
 from fxfuse.graph.writes import Unclear, shares_storage, with_writes
 from fxfuse.proof.claims import one_number
@@ -41,6 +41,13 @@ def check_block_masks(block_mask: object) -> None:
 
 _INDEXED = {"index": 0, "embedding": 0, "index_select": 0, "gather": 0, "take_along_dim": 0}
 _LIMIT = 400
+
+
+def may_change(buffers: Sequence[str]) -> str:
+    """Why nothing is concluded from what these buffers hold, and what lets it be."""
+    names = ", ".join(map(repr, buffers))
+    are = f"the persistent buffer {names}" if len(buffers) == 1 else f"the persistent buffers {names}"
+    return f"load_state_dict may change {are} (frozen=True takes it for a constant)"
 
 
 class OutOfTime(Exception):
@@ -74,14 +81,14 @@ class Questions:
         self.flex_attention = flex_attention
         self.windows = windows
         self.accept = accept
-        self.overruled: set[str] = set()
-        """The names in `accept` that something was refused by."""
         self.settled: dict[Any, Any] = {}
         """What was found out about block masks, each once."""
         self._constants = _constants(program, frozen)
+        self._unfrozen = {} if frozen else _persistent(program)
         self.reader = Reader(self.ranges, self._constants)
         """Reads what the program computes of positions and sizes."""
-        self._alike = tuple(_lengths(program))
+        # Each pair once: every layer has one, and mostly all have the same.
+        self._alike = tuple({(size_text(a), size_text(b)): (a, b) for a, b in _lengths(program)}.values())
         self._until = until
         self._contents: dict[Node, str] = {}
         self.read_leaves = False
@@ -185,7 +192,12 @@ class Questions:
             if from_leaves
             else self.draws(region.others, evaluator, seed + 1, high=below)
         )
-        return sources + others
+        drawn = sources + others
+        if region.ascending:
+            drawn = [
+                t.sort(-1).values if n in region.ascending else t for n, t in zip(region.inputs, drawn, strict=True)
+            ]
+        return drawn
 
     def leaf_values(
         self, nodes: Iterable[Node], evaluator: Evaluator, seed: int, *, cover: bool = False, below: int | None = None
@@ -235,6 +247,19 @@ class Questions:
             return None
         return value
 
+    def may_change(self, nodes: Iterable[Node]) -> list[str]:
+        """The persistent buffers, by their paths, that keep the nodes from being constants."""
+        found: dict[str, None] = {}
+        for node in nodes:
+            try:
+                leaves = [n for n in _ancestors([node]) if n.op == "placeholder" and tensor(n) is not None]
+            except CannotEvaluate:
+                continue
+            unknown = [n.name for n in leaves if n.name not in self._constants]
+            if unknown and all(name in self._unfrozen for name in unknown):
+                found.update(dict.fromkeys(self._unfrozen[name] for name in unknown))
+        return list(found)
+
     def depends_on_input(self, node: Node) -> bool:
         """Does the value depend on anything but constants and sizes?"""
         self.read_leaves = True
@@ -267,6 +292,16 @@ def _constants(program: ExportedProgram, frozen: bool) -> dict[str, torch.Tensor
         if isinstance(value, torch.Tensor):
             found[spec.arg.name] = value
     return found
+
+
+def _persistent(program: ExportedProgram) -> dict[str, str]:
+    """Persistent buffers that nothing writes to: their paths by the names of their placeholders."""
+    written = {m.target for m in mutations(program)}
+    return {
+        spec.arg.name: str(spec.target)
+        for spec in program.graph_signature.input_specs
+        if spec.kind == InputKind.BUFFER and spec.persistent and spec.target not in written
+    }
 
 
 def _lengths(program: ExportedProgram) -> Iterator[tuple[Any, Any]]:

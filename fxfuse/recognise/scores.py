@@ -119,7 +119,9 @@ def _precisely(
     opposite[row, first], opposite[row, second] = x, -x
     answer = (f(opposite.reshape(f.shape), values) - bias).reshape(opposite.shape)[row]
     reached = float(answer[first] - answer[second]) / 2
-    return (softcap * math.atanh(reached / softcap) if softcap else reached) / x
+    if softcap and abs(reached) < softcap:
+        reached = softcap * math.atanh(reached / softcap)
+    return reached / x
 
 
 def _softcap(

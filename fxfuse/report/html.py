@@ -12,6 +12,7 @@ from markupsafe import Markup
 from fxfuse.report.drawing import hues, sides
 from fxfuse.report.layout import available
 from fxfuse.report.model import Report
+from fxfuse.report.proven import proven
 from fxfuse.report.text import fused_lines, tallies, unfused
 
 
@@ -61,6 +62,7 @@ def _body(report: Report, *, level: int, opened: bool) -> Markup:
         tallies=tallies(report),
         unfused=unfused(report),
         fused_lines=fused_lines(report),
+        proven=proven(report),
         hues=hues(report),
         drawings=drawings,
     )
@@ -93,5 +95,6 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["number"] = "{:.3g}".format
     environment.globals |= {"partition": _partition, "bars": _bars}
     return environment

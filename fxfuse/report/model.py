@@ -32,6 +32,9 @@ class Entry:
     """The model's source line: ``"modeling.py:42: return x * cos"``."""
     module: str | None = None
     """Path of the innermost ``nn.Module``: ``"layers.0.sa_norm"``."""
+    name: str | None = None
+    """What `fuse(accept=…)` knows the refusal by: ``"clamp@model.py:12"``, or ``"attention@model.py:12"`` where no
+    single call is to blame; the same in every run. None where it was fused, or where nothing is at one place."""
     evidence: Evidence | None = None
     """Why it is the same for every size, magnitude and value; None where nothing was fused, or not proven."""
 

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from fxfuse.graph.flex import OUTPUTS, Flex, flex
 from fxfuse.graph.region import Region
-from fxfuse.graph.view import GraphView, fake, static, tensor
+from fxfuse.graph.view import GraphView, fake, op_name, static, tensor
 from fxfuse.recognise.answers import Found, Reason
 from fxfuse.recognise.flex.choices import FlexCalls, Windows
 from fxfuse.recognise.flex.encoding import encode
@@ -51,7 +51,20 @@ def region_of(view: GraphView, call: Flex, taken: Node) -> Region:
         crop=_crop(query[1]),
         below=_rows(call),
         beyond=tuple(_beyond(call, (query[2], key[2]), query[0])),
+        ascending=frozenset(view.canonical(n) for n in _searched(call)),
     )
+
+
+def _searched(call: Flex) -> Iterator[Node]:
+    """Captured tensors that a mod searches: their rows ascend."""
+    for mod, first, buffers in ((call.score_mod, 5, call.score_buffers), (call.mask_mod, 4, call.mask_buffers)):
+        given = [n for n in mod.graph.nodes if n.op == "placeholder"][first:]
+        held = dict(zip(given, buffers, strict=False))
+        for node in mod.graph.nodes:
+            if op_name(node) in ("searchsorted", "bucketize"):
+                for operand in node.all_input_nodes:
+                    if isinstance(row := held.get(operand), Node):
+                        yield row
 
 
 def _crop(heads: Any) -> tuple[int, ...]:

@@ -32,6 +32,14 @@ class FxfuseExportCommand(BaseOptimumCLICommand):
         )
         dtypes = ("auto", "float32", "float16", "bfloat16")
         parser.add_argument("--dtype", choices=dtypes, default="auto", help="auto is what the model is in")
+        parser.add_argument(
+            "--accept",
+            action="append",
+            default=[],
+            metavar="NAME",
+            help="overrule a refusal, by the name that the report gives it: clamp@model.py:12; repeatable",
+        )
+        parser.add_argument("--budget", type=float, default=60.0, metavar="SECONDS", help="of looking for more to fuse")
         parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
     def run(self) -> None:
@@ -46,6 +54,8 @@ class FxfuseExportCommand(BaseOptimumCLICommand):
                 names=self.args.names,
                 dtype=self.args.dtype,
                 trust_remote_code=self.args.trust_remote_code,
+                accept=self.args.accept,
+                budget=self.args.budget,
             )
         except FxfuseError as error:
             print(f"error: {error}", file=sys.stderr)

@@ -1,0 +1,79 @@
+"""Which fusions of the original a fused program may be one of: read off the operators that it holds.
+
+Nothing here decides anything. A fusion that is not tried can only lead to a refusal.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx import Node
+
+from fxfuse.ops.registry import FIRST_OPSET, LAST_OPSET, OPS, PARTS
+from fxfuse.recognise.answers import Pattern
+from fxfuse.recognise.catalogue import catalogue
+
+_SEVERAL = {"attention_with_present": ("Attention", "KVCache")}
+"""Operators that come of more than one pattern."""
+
+
+def attempts(
+    original: ExportedProgram,
+    fused: ExportedProgram,
+    patterns: Sequence[Pattern] | None,
+    done: Sequence[ExportedProgram],
+) -> Iterator[dict[str, Any]]:
+    """Arguments of `fxfuse.fuse`, the likeliest first.
+
+    Args:
+        done: what came of those that were given so far. Parts of the patterns are tried where all of them fuse more.
+    """
+    called = [n for n in fused.graph.nodes if n.op == "call_function"]
+    every = catalogue() if patterns is None else list(patterns)
+    options = [
+        {"opset": LAST_OPSET if windows == "attributes" else 24, "windows": windows, "flex_attention": flex}
+        for windows in _windows(called)
+        for flex in _flex(called)
+    ]
+    persistent = any(s.kind is InputKind.BUFFER and s.persistent for s in original.graph_signature.input_specs)
+    for frozen in (False, True) if persistent else (False,):
+        for option in options:
+            yield {**option, "patterns": every, "frozen": frozen}
+            if _operators(done[-1]) != _operators(fused):
+                for some in _parts(every, called):
+                    yield {**option, "patterns": some, "frozen": frozen}
+
+
+def _operators(program: ExportedProgram) -> Counter[Any]:
+    return Counter(n.target for n in program.graph.nodes if n.op == "call_function")
+
+
+def _parts(every: list[Pattern], called: list[Node]) -> list[list[Pattern]]:
+    """The patterns whose operators occur; those of opset 23; all up to each, for what was fused only in part."""
+    names: set[str] = set()
+    for target in {n.target for n in called}:
+        op = OPS.get(target) or PARTS.get(target)  # type: ignore[call-overload]
+        if op is not None:
+            names.update(_SEVERAL.get(op.overload._schema.name.split("::")[1], (op.onnx_name,)))
+    own = {op.onnx_name for op in (OPS | PARTS).values()} | {"KVCache"}
+    some = [p for p in every if p.operator in names or p.operator not in own]
+    older = [p for p in every if p.since_opset <= FIRST_OPSET]
+    found: list[list[Pattern]] = []
+    for chosen in (some, older, *(every[:end] for end in range(1, len(every)))):
+        if chosen != every and chosen not in found:
+            found.append(chosen)
+    return found
+
+
+def _windows(called: list[Node]) -> list[str]:
+    bounded = any(n.kwargs.get(side, -1) != -1 for n in called for side in ("left_window_size", "right_window_size"))
+    return ["attributes", "mask"] if bounded else ["mask"]
+
+
+def _flex(called: list[Node]) -> list[str]:
+    held = any(n.target in PARTS for n in called)
+    return ["preview", "preview_only", "standard"] if held else ["standard"]
