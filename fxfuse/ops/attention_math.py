@@ -183,7 +183,8 @@ def sdpa(p: Problem, a: Attributes) -> Tensor:
         return p.Q.new_zeros(B, Hq, Sq, p.V.shape[3])
     causal = a.is_causal and not (p.lengths is None and p.offset >= T - 1)
     if causal and p.mask is None and p.lengths is None and p.offset == 0:
-        return SDPA(p.Q, p.K, p.V, is_causal=True, scale=a.scale, enable_gqa=Hq != Hkv)
+        causal_y: Tensor = SDPA(p.Q, p.K, p.V, is_causal=True, scale=a.scale, enable_gqa=Hq != Hkv)
+        return causal_y
     mask = combined(p, int(causal))
     if Sq > 1 or Hq == Hkv:
         return sdpa_call(p.Q, p, mask, a)
@@ -195,7 +196,7 @@ def sdpa(p: Problem, a: Attributes) -> Tensor:
 
 def sdpa_call(Q: Tensor, p: Problem, mask: Maybe, a: Attributes) -> Tensor:
     gqa = Q.shape[1] != p.K.shape[1]
-    y = SDPA(Q, p.K, p.V, mask, scale=a.scale, enable_gqa=gqa)
+    y: Tensor = SDPA(Q, p.K, p.V, mask, scale=a.scale, enable_gqa=gqa)
     # PyTorch's CPU kernels give 0 to a query that sees nothing; not every CUDA kernel promises it.
     return y if mask is None or y.device.type == "cpu" else y.masked_fill(sees_nothing(mask), 0.0)
 

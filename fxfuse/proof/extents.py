@@ -49,7 +49,8 @@ class Extents:
         self._sides: dict[tuple[str, Term], _Side] = {}
         self._unknown: str | None = None
         self._symbols: dict[str, Any] = {}
-        self._given = {_expression(d) for n in region.inputs for d in fake(n).shape if isinstance(d, torch.SymInt)}
+        dims: list[Any] = [d for n in region.inputs for d in fake(n).shape]
+        self._given = {d.node.expr for d in dims if isinstance(d, torch.SymInt)}
         for node in region.nodes:
             self._look(node)
 
@@ -152,7 +153,3 @@ class Extents:
         said = f"{name.lower()}@{place_of(node)}"
         if holds.number is not False:
             self._sides.setdefault((said, holds), _Side(said, holds))
-
-
-def _expression(size: Any) -> Any:
-    return size.node.expr

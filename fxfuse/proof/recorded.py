@@ -20,9 +20,9 @@ def recorded(function: Callable[..., Any], inputs: list[Tensor], breaks: Breaks)
         function(*inputs)
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, breaks: Breaks) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.breaks = breaks
         self.count = 0
 

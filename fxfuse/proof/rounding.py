@@ -57,8 +57,10 @@ def rounding(region: Region, found: Found, form: Form, ask: Questions) -> Roundi
             raise Refused(f"could not be run in {dtype}: {error}") from error
         if number and not all(bool(r.isfinite().all()) for r in results):
             continue  # it overflows: there is nothing to keep
-        exact, units = _references(region, working, inputs)
         ours = run_form(form, inputs, len(results))
+        if all(_identical(theirs, mine) for theirs, mine in zip(results, ours, strict=True)):
+            continue
+        exact, units = _references(region, working, inputs)
         for expected, reference, unit, actual in zip(results, exact, units, ours, strict=True):
             share, off = _differing(found, expected, reference, unit, actual)
             result.ulp = max(result.ulp, off)
@@ -66,6 +68,11 @@ def rounding(region: Region, found: Found, form: Form, ask: Questions) -> Roundi
     if found.masks and not found.from_leaves:
         _rows(region, found, form, ask, result)
     return result
+
+
+def _identical(expected: Tensor, actual: Tensor) -> bool:
+    alike = isinstance(actual, Tensor) and actual.dtype == expected.dtype and torch.equal(actual, expected)
+    return alike and bool(expected.isfinite().all())
 
 
 def _differing(found: Found, expected: Tensor, reference: Tensor, unit: Tensor, actual: Tensor) -> tuple[float, float]:

@@ -97,7 +97,7 @@ def _scores(anchor: Node) -> tuple[Product, bool] | None:
     assert isinstance(source, Node)
     seen, level = {source}, [source]
     transposed = False
-    for _ in range(16):
+    for _ in range(64):
         for node in level:
             if (found := product(node)) is not None:
                 return found, transposed

@@ -49,8 +49,12 @@ def _measure(region: Region, parts: Parts, evaluator: Evaluator, ask: Questions)
     f = read_weights(region, parts, evaluator, ask)
     if isinstance(f, Reason):
         return f
-    values = ask.draws(f.nodes, evaluator, 41)
-    bias, soft = _bias(f, values)
+    drawn = ask.draws(f.nodes, evaluator, 41)
+    for share in _KEPT:
+        values = [_tossed(v, share, n) for n, v in enumerate(drawn)]
+        bias, soft = _bias(f, values)
+        if (soft.sum(-1) > 1).any():
+            break
     total = f.total
     if not (soft.sum(-1) > 1).any():
         return Reason("softmax of a product, but nearly everything is masked")
@@ -68,6 +72,19 @@ def _measure(region: Region, parts: Parts, evaluator: Evaluator, ask: Questions)
     elif found.idle:
         return Reason("softmax attention, but it also reads a tensor that shifts no score against another", 2)
     return Scores(*curve, found.masks, causal=False, sinks=sinks, from_leaves=bool(f.held))
+
+
+_KEPT = (None, 0.95, 0.05)
+"""How much of each boolean mask is True: as it was drawn; nearly all or nothing, where many masks hide too much."""
+
+
+def _tossed(value: torch.Tensor, share: float | None, seed: int) -> torch.Tensor:
+    if share is None or value.dtype != torch.bool:
+        return value
+    tossed = torch.rand(value.shape, generator=torch.Generator().manual_seed(seed)) < share
+    if value.shape and value.shape[-1] > 1:
+        tossed[..., 0], tossed[..., 1] = True, False
+    return tossed
 
 
 def _bias(f: Weights, values: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
