@@ -11,15 +11,12 @@ evaluating it, on random padding.
 
 from __future__ import annotations
 
-import zlib
-
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from fxfuse.errors import FxfuseError
+from fxfuse.onnx.masks import Masks
 from fxfuse.onnx.pieces import constant
-from fxfuse.onnx.ragged_cache import evaluated, unpadded
+from fxfuse.proof.terms import Unreadable
 
 _MASK = "attention_mask"
 _HEADS = (0, 2, 1, 3)
@@ -27,7 +24,7 @@ _HEADS = (0, 2, 1, 3)
 
 def simplify_padding(model: ir.Model) -> None:
     """Rewrites a decoder with the inputs of `fxfuse.onnx.decoder`, in place."""
-    for node in [node for node in model.graph if node.op_type == "GatherND" and _is_mask(model.graph, node)]:
+    for node in _looked_up(model.graph):
         _read_as_it_lies(model.graph, node)
     conditions: dict[ir.Value, ir.Value] = {}
     for node in [node for node in model.graph if node.op_type == "Where"]:
@@ -35,26 +32,14 @@ def simplify_padding(model: ir.Model) -> None:
     RemoveUnusedNodesPass()(model)
 
 
-def _is_mask(graph: ir.Graph, node: ir.Node) -> bool:
-    """Is it attention_mask as [B, 1, 1, T], booleans for numbers, whatever the mask and the sizes are?"""
-    value = node.outputs[0]
-    if value.dtype != ir.DataType.BOOL or value.shape is None or len(value.shape) != 4:
-        return False
+def _looked_up(graph: ir.Graph) -> list[ir.Node]:
+    """What is attention_mask as [B, 1, 1, T], booleans for numbers, whatever the mask and the sizes are."""
+    found = [node for node in graph if node.op_type == "GatherND" and node.outputs[0].dtype == ir.DataType.BOOL]
     try:
-        return all(
-            np.array_equal(found, fed[_MASK][:, None, None] != 0) for found, fed in evaluated(graph, value, _padded)
-        )
-    except FxfuseError:  # it mentions numbers that are too large to go beyond
-        return False
-
-
-def _padded(value: ir.Value, batch: int, new: int, past: int) -> np.ndarray:
-    """An input of the decoder for a batch with holes anywhere."""
-    if value.name != _MASK:
-        return unpadded(value, batch, new, past)
-    assert value.dtype is not None
-    random = np.random.default_rng(zlib.crc32(bytes((batch, new))))
-    return random.integers(0, 2, (batch, past + new)).astype(value.dtype.numpy())
+        masks = Masks(graph, padded=True)
+    except Unreadable:
+        return []
+    return [node for node in found if masks.is_padding(node.outputs[0])]
 
 
 def _read_as_it_lies(graph: ir.Graph, node: ir.Node) -> None:

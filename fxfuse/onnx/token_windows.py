@@ -7,21 +7,19 @@ padding, see less so than each would alone. With the number of tokens up to each
     seen          = near and attention_mask[b, t] and t <= P + s
 
 a row sees what it sees without padding. Where nothing or only the left is padded both are the same. Which masks are of
-such windows, and that they hide nothing else, is told by evaluating them.
+such windows, and that they hide nothing else, is read, and decided for every length (`fxfuse.onnx.masks`).
 """
 
 from __future__ import annotations
 
-from functools import partial
-
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from fxfuse.errors import FxfuseError
+from fxfuse.onnx.masks import Masks
 from fxfuse.onnx.pieces import constant
-from fxfuse.onnx.ragged_cache import evaluated, of_masks
+from fxfuse.onnx.ragged_cache import of_masks
 from fxfuse.onnx.static_cache import Lengths
+from fxfuse.proof.terms import Unreadable
 
 
 def with_token_windows(model: ir.Model) -> ir.Model:
@@ -39,74 +37,23 @@ def with_token_windows(model: ir.Model) -> ir.Model:
 
 def _windows(graph: ir.Graph) -> dict[ir.Value, tuple[int, float]]:
     """Masks of attentions that are of windows, with their size and what hides a key (where they are added)."""
-    found = {}
+    found: dict[ir.Value, tuple[int, float]] = {}
+    try:
+        whole, padded = (Masks(graph, padded=padded) for padded in (False, True))
+    except Unreadable:
+        return found
+    seen: set[ir.Value] = set()
     for node in graph:
         mask = node.inputs[3] if node.op_type == "Attention" and len(node.inputs) > 3 else None
-        padded = None if mask is None else mask.producer()
-        if padded is not None and padded.op_type == "Pad":  # up to the end of static buffers
-            mask = padded.inputs[0]
-        if mask is None or mask in found or not of_masks(mask) or mask.shape is None or len(mask.shape) != 4:
+        above = None if mask is None else mask.producer()
+        if above is not None and above.op_type == "Pad":  # up to the end of static buffers
+            mask = above.inputs[0]
+        if mask is None or mask in seen or not of_masks(mask) or mask.shape is None or len(mask.shape) != 4:
             continue
-        if (window := _window(graph, mask)) is not None:
-            found[mask] = window
+        seen.add(mask)
+        if (size := whole.reach(mask)) and (lowest := padded.hidden_by_window(mask, size)) is not None:
+            found[mask] = size, lowest
     return found
-
-
-def _window(graph: ir.Graph, mask: ir.Value) -> tuple[int, float] | None:
-    """The size of the window that this mask is of; None where it hides anything else, or nothing."""
-    ids = next(value for value in graph.inputs if value.name == "input_ids")
-    one_token = ids.shape is not None and ids.shape[1] == 1
-    try:
-        *_, (far, fed) = evaluated(graph, mask, partial(_whole, one_token))
-        size = int(_seen(far)[..., -1, :].sum())
-        if size >= fed["attention_mask"].shape[1]:
-            return None
-        lowest = -np.inf
-        for found, fed in evaluated(graph, mask, partial(_with_holes, one_token)):
-            seen, expected = _seen(found), _expected(fed, size)
-            if seen.shape != expected.shape or not np.array_equal(seen, expected):
-                return None
-            if found.dtype != bool:
-                if np.any(found[seen] != 0):
-                    return None  # a bias
-                lowest = max(lowest, float(found[~seen].max(initial=-np.inf)))
-    except FxfuseError:  # it mentions numbers that are too large to go beyond
-        return None
-    return size, lowest
-
-
-def _expected(fed: dict[str, np.ndarray], size: int) -> np.ndarray:
-    """The mask [B, 1, S, P + S] of a window that counts columns."""
-    kept = fed["attention_mask"]
-    new, total = fed["input_ids"].shape[1], kept.shape[1]
-    query, key = np.arange(total - new, total)[:, None], np.arange(total)
-    expected: np.ndarray = (key <= query) & (key > query - size) & (kept[:, None, None] != 0)
-    return expected
-
-
-def _seen(mask: np.ndarray) -> np.ndarray:
-    return mask if mask.dtype == bool else mask > -1e4
-
-
-def _whole(one_token: bool, value: ir.Value, batch: int, new: int, past: int) -> np.ndarray:
-    """An input of the decoder for rows without padding; of whole buffers, where these are static."""
-    assert value.shape is not None and value.dtype is not None
-    if one_token:
-        past, new = past + new - 1, 1
-    known = {"sequence_length": new, "past_sequence_length": past}
-    shape = [dim if isinstance(dim, int) else known.get(str(dim.value), past + new) for dim in value.shape]
-    if value.name == "position_ids":
-        return np.broadcast_to(np.arange(past, past + new), (batch, new))
-    return np.ones((batch, *shape[1:]), value.dtype.numpy())
-
-
-def _with_holes(one_token: bool, value: ir.Value, batch: int, new: int, past: int) -> np.ndarray:
-    """The same with padding anywhere."""
-    given = _whole(one_token, value, batch, new, past)
-    if value.name != "attention_mask":
-        return given
-    kept: np.ndarray = np.random.default_rng(past).integers(0, 2, given.shape).astype(given.dtype)
-    return kept
 
 
 class _Tokens:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Node
 
 from fxfuse.graph.view import argument, fake, op_name
-from fxfuse.proof.pointwise import kept, times
-from fxfuse.proof.terms import Term
+from fxfuse.proof.arithmetic import kept, narrowed, times
+from fxfuse.proof.terms import Term, Unreadable
+from fxfuse.proof.views import is_one as _one
+from fxfuse.proof.views import reshaped
 
 if TYPE_CHECKING:
     from fxfuse.proof.positions import Reader
@@ -20,8 +22,6 @@ Move = Callable[["Reader", Node, Index], Term]
 
 
 def _fail(why: str) -> Term:
-    from fxfuse.proof.positions import Unreadable
-
     raise Unreadable(why)
 
 
@@ -186,11 +186,9 @@ def _join(reader: Reader, node: Node, index: Index) -> Term:
 
 def _joined(reader: Reader, node: Node, part: Node, index: Index) -> Term:
     """An element of a part, in the type of the whole."""
-    from fxfuse.proof.positions import narrowed
-
     kinds = fake(part).dtype, fake(node).dtype
     term = reader.read(part, index)
-    return term if kinds[0] == kinds[1] else narrowed(reader, term, *kinds)
+    return term if kinds[0] == kinds[1] else narrowed(reader.terms, term, *kinds)
 
 
 def _stack(reader: Reader, node: Node, index: Index) -> Term:
@@ -212,81 +210,6 @@ def _view(reader: Reader, node: Node, index: Index) -> Term:
     if fake(source).dtype != fake(node).dtype:
         return _fail("a view as another type")
     return reader.read(source, reshaped(reader, list(fake(source).shape), list(fake(node).shape), index))
-
-
-def reshaped(reader: Reader, inner: list[Any], outer: list[Any], index: Index) -> Index:
-    """The index into a tensor of sizes `inner` of what is at `index` once it is viewed as `outer`."""
-    t = reader.terms
-    zero = t.number(0)
-    found: list[Term] = []
-    places = [(size, i) for size, i in zip(outer, index, strict=True) if not _one(size)]
-    sizes = [size for size in inner if not _one(size)]
-    filled: list[Term] = []
-    at_outer, at_inner = 0, 0
-    while at_inner < len(sizes) or at_outer < len(places):
-        if at_inner >= len(sizes) or at_outer >= len(places):
-            _fail("a view that cannot be followed")
-        if _same(sizes[at_inner], places[at_outer][0]):
-            filled.append(places[at_outer][1])
-            at_inner, at_outer = at_inner + 1, at_outer + 1
-            continue
-        group = _group(sizes[at_inner:], [s for s, _ in places[at_outer:]])
-        if group is None:
-            _fail("a view that cannot be followed")
-            break
-        taken, given = group
-        flat = zero
-        for size, place in places[at_outer : at_outer + given]:
-            flat = t.add(t.multiply(flat, reader.size(size)), place)
-        filled.extend(_split(reader, flat, sizes[at_inner : at_inner + taken]))
-        at_inner, at_outer = at_inner + taken, at_outer + given
-    rest = iter(filled)
-    for size in inner:
-        found.append(zero if _one(size) else next(rest))
-    return tuple(found)
-
-
-def _split(reader: Reader, flat: Term, sizes: Sequence[Any]) -> list[Term]:
-    """A flat index as indices below each of the sizes."""
-    found: list[Term] = []
-    for size in reversed(sizes[1:]):
-        if not isinstance(size, int):
-            apart = reader.apart(flat, size)
-            if apart is None:
-                _fail("a view that takes an axis of any length apart")
-                break
-            flat, rest = apart
-            found.append(rest)
-            continue
-        found.append(reader.terms.remainder(flat, size))
-        flat = reader.terms.divide(flat, size)
-    return [flat, *reversed(found)]
-
-
-def _group(inner: Sequence[Any], outer: Sequence[Any]) -> tuple[int, int] | None:
-    """How many leading sizes of each have the same product."""
-    products = []
-    for sizes in (inner, outer):
-        product: Any = 1
-        row = []
-        for size in sizes:
-            product = product * _expression(size)
-            row.append(product)
-        products.append(row)
-    for total in range(2, len(inner) + len(outer) + 1):
-        for taken in range(1, min(len(inner), total - 1) + 1):
-            given = total - taken
-            if 1 <= given <= len(outer) and products[0][taken - 1] == products[1][given - 1]:
-                return taken, given
-    return None
-
-
-def _expression(size: Any) -> Any:
-    return size.node.expr if isinstance(size, torch.SymInt) else size
-
-
-def _same(a: Any, b: Any) -> bool:
-    return bool(_expression(a) == _expression(b))
 
 
 def _repeat(reader: Reader, node: Node, index: Index) -> Term:
@@ -379,11 +302,11 @@ def _cumsum(reader: Reader, node: Node, index: Index) -> Term:
     """Of what is one number along the axis."""
     axis = axis_of(node.args[1], len(index))
     t = reader.terms
-    anywhere = t.variable("any element")
-    term = t.as_int(reader.read(_source(node), (*index[:axis], anywhere, *index[axis + 1 :])))
-    if term.kind != "int" or "any element" in term.leaves:
+    with reader.anywhere() as place:
+        term = t.as_int(reader.read(_source(node), (*index[:axis], place, *index[axis + 1 :])))
+    if term.kind != "int" or not place.leaves.isdisjoint(term.leaves):
         return _fail("cumsum")
-    return kept(reader, t.multiply(term, t.add(index[axis], t.number(1))), fake(node).dtype) or _fail("cumsum")
+    return kept(t, t.multiply(term, t.add(index[axis], t.number(1))), fake(node).dtype) or _fail("cumsum")
 
 
 def _whole(term: Term) -> Term:
@@ -435,7 +358,8 @@ def _pieces(reader: Reader, node: Node, position: Any, index: Index) -> Term:
 
 def _outer(reader: Reader, node: Node, index: Index) -> Term:
     first, second = node.args[:2]
-    return times(reader, node, reader.operand(first, (index[0],)), reader.operand(second, (index[1],)))
+    one, two = reader.operand(first, (index[0],)), reader.operand(second, (index[1],))
+    return times(reader.terms, fake(node).dtype, one, two)
 
 
 def _matmul(reader: Reader, node: Node, index: Index) -> Term:
@@ -452,7 +376,7 @@ def _matmul(reader: Reader, node: Node, index: Index) -> Term:
         inner = t.number(number)
         one = reader.operand(left, (*lead, row, inner))
         two = reader.operand(right, (*lead, inner, column))
-        parts.append(times(reader, node, one, two))
+        parts.append(times(reader.terms, fake(node).dtype, one, two))
     return parts[0] if count == 1 else t.apply("sum of products", tuple(parts), "real")
 
 
@@ -470,15 +394,11 @@ def _einsum(reader: Reader, node: Node, index: Index) -> Term:
         return _fail("einsum")
     place = dict(zip(out, index, strict=True))
     one, two = (reader.operand(o, tuple(place[c] for c in names)) for o, names in zip(operands, letters, strict=True))
-    return times(reader, node, one, two)
+    return times(reader.terms, fake(node).dtype, one, two)
 
 
 def _list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
-
-
-def _one(size: Any) -> bool:
-    return isinstance(size, int) and size == 1
 
 
 def _complex(reader: Reader, node: Node, index: Index) -> Term:

@@ -10,29 +10,20 @@ import torch
 from torch.fx import Node
 
 from fxfuse.graph.view import argument, fake, op_name, tensor
-from fxfuse.proof.terms import Term, Terms
+from fxfuse.proof import arithmetic
+from fxfuse.proof.arithmetic import Comparison, float_number, kept, like, narrowed, numbers
+from fxfuse.proof.terms import Term, Unreadable
 
 if TYPE_CHECKING:
     from fxfuse.proof.positions import Reader
 
 Step = Callable[["Reader", Node, tuple[Term, ...]], "Term | None"]
-_EXACT = 2**53
-_LEAVES = 16
-
-
-def float_number(terms: Terms, value: float) -> Term:
-    """A float constant; one that is whole is the whole number."""
-    if math.isfinite(value) and value == int(value) and abs(value) < _EXACT:
-        return terms.number(int(value))
-    return terms.number(float(value))
 
 
 def _cast(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
-    from fxfuse.proof.positions import narrowed
-
     source = node.args[0]
     assert isinstance(source, Node)
-    return narrowed(reader, reader.operand(source, index), fake(source).dtype, fake(node).dtype)
+    return narrowed(reader.terms, reader.operand(source, index), fake(source).dtype, fake(node).dtype)
 
 
 def of_constants(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
@@ -44,7 +35,7 @@ def of_constants(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | 
     if tensor(source) is None or fake(source).dtype.is_complex:
         return None
     term = reader.operand(source, index)
-    if _numbers(term) is None or (_numbers(term) or 0) > _LEAVES:
+    if (numbers(term) or arithmetic.LEAVES + 1) > arithmetic.LEAVES:
         return None
 
     def leaf(value: Any, _: Any) -> Term:
@@ -54,49 +45,12 @@ def of_constants(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | 
         if value == 0 and held.is_floating_point() and math.isinf(result):
             args[places[0]] = -held
             if node.target(*args, **node.kwargs).item() != result:  # type: ignore[operator]
-                raise unreadable(f"{op_name(node)} of zero, which has a sign")
+                raise Unreadable(f"{op_name(node)} of zero, which has a sign")
         if isinstance(result, float):
             return float_number(reader.terms, result)
         return reader.terms.number(result)
 
-    return _both(reader, term, reader.terms.number(0), leaf)
-
-
-def _numbers(term: Term) -> int | None:
-    """How many constants a term chooses from; None where it is more than constants."""
-    if term.op == "number":
-        return 1
-    if term.op == "choose":
-        x, y = _numbers(term.args[1]), _numbers(term.args[2])
-        return None if x is None or y is None else x + y
-    return None
-
-
-def _both(reader: Reader, x: Term, y: Term, combine: Callable[[Any, Any], Term]) -> Term | None:
-    """`combine` of constants, through the choices that either of the two makes."""
-    counts = _numbers(x), _numbers(y)
-    if counts[0] is None or counts[1] is None or counts[0] * counts[1] > _LEAVES:
-        return None
-    for one, other, left in ((x, y, True), (y, x, False)):
-        if one.op == "choose":
-            condition, first, second = one.args
-            a, b = (_both(reader, *((part, other) if left else (other, part)), combine) for part in (first, second))
-            return None if a is None or b is None else reader.terms.choose(condition, a, b)
-    return combine(x.args[0], y.args[0])
-
-
-def _folded(reader: Reader, node: Node, x: Term, y: Term, function: Callable[[Any, Any], Any]) -> Term | None:
-    """Constants computed as PyTorch computes them, in the node's own type."""
-    dtype = fake(node).dtype
-
-    def combine(a: Any, b: Any) -> Term:
-        if b == 0 and op_name(node) in ("div", "true_divide", "divide"):
-            raise unreadable("a quotient by zero, which has a sign")
-        first, second = (torch.tensor(float(v), dtype=torch.float64).to(dtype) for v in (a, b))
-        value = function(first, second).item()
-        return float_number(reader.terms, value) if value == value else reader.terms.apply("nan", (), "real")
-
-    return _both(reader, x, y, combine)
+    return arithmetic.both(reader.terms, term, reader.terms.number(0), leaf)
 
 
 def _two(reader: Reader, node: Node, index: tuple[Term, ...]) -> tuple[Term, Term] | None:
@@ -114,22 +68,9 @@ def _two(reader: Reader, node: Node, index: tuple[Term, ...]) -> tuple[Term, Ter
 
 def in_type(reader: Reader, arg: Any, index: tuple[Term, ...], dtype: torch.dtype) -> Term:
     """What a call that works in this type makes of an argument."""
-    from fxfuse.proof.positions import dtype_of, narrowed
+    from fxfuse.proof.positions import dtype_of
 
-    return narrowed(reader, reader.operand(arg, index), dtype_of(arg), dtype)
-
-
-def kept(reader: Reader, term: Term, dtype: torch.dtype) -> Term | None:
-    """The result of whole arithmetic in this type; None where it may not be exact."""
-    from fxfuse.proof import positions
-
-    return positions.kept(reader, term, dtype)
-
-
-def unreadable(why: str) -> Exception:
-    from fxfuse.proof.positions import Unreadable
-
-    return Unreadable(why)
+    return narrowed(reader.terms, reader.operand(arg, index), dtype_of(arg), dtype)
 
 
 def _sum(sign: int, turned: bool = False) -> Step:
@@ -139,102 +80,38 @@ def _sum(sign: int, turned: bool = False) -> Step:
         if pair is None or alpha not in (1, 1.0):
             return None
         x, y = pair[::-1] if turned else pair
-        floating = fake(node).dtype.is_floating_point
-        if floating and fake(node).dtype not in (torch.float32, torch.float64):
-            return None
-        if "choose" in (x.op, y.op):
-            found = _folded(reader, node, x, y, (lambda a, b: a + b) if sign > 0 else (lambda a, b: a - b))
-            if found is not None:
-                return found
-        if x.kind == y.kind == "int":
-            return kept(reader, reader.terms.add(x, y) if sign > 0 else reader.terms.subtract(x, y), fake(node).dtype)
-        if y.number == 0:
-            return x
-        if x.number == 0 and sign > 0:
-            return y
-        return _folded(reader, node, x, y, (lambda a, b: a + b) if sign > 0 else (lambda a, b: a - b))
+        return arithmetic.plus(reader.terms, fake(node).dtype, x, y, sign)
 
     return step
 
 
 def _product(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
     pair = _two(reader, node, index)
-    return None if pair is None else times(reader, node, *pair)
-
-
-def times(reader: Reader, node: Node, x: Term, y: Term) -> Term:
-    """A product of two elements, whatever call makes it."""
-    t = reader.terms
-    if fake(node).dtype == torch.bool:
-        return t.every([t.as_bool(x), t.as_bool(y)])
-    x, y = t.as_int(x), t.as_int(y)
-    for one, other in ((x, y), (y, x)):
-        if one.op == "apply" and one.args[0] == "neg":
-            return t.negative(times(reader, node, one.args[1], other))
-        if one.number == 1:
-            return other
-        if one.number == -1 and other.kind == "real":
-            return t.negative(other)
-    floating = fake(node).dtype.is_floating_point
-    if floating and (found := _folded(reader, node, x, y, lambda a, b: a * b)) is not None:
-        return found
-    if x.kind == y.kind == "int":
-        small = any(v.number is not None and abs(v.number) <= 16 for v in (x, y))
-        if not floating or small or _is_gate(x) or _is_gate(y):  # no float holds every product of positions
-            exact = kept(reader, t.multiply(x, y), fake(node).dtype)
-            if exact is not None:
-                return exact
-    whole = not floating and not fake(node).dtype.is_complex
-    ordered = tuple(sorted((x, y), key=lambda v: v.serial))
-    return t.apply(f"product in {fake(node).dtype}", ordered, "int" if whole else "real")
-
-
-def _is_gate(term: Term) -> bool:
-    return term.op == "choose" and {term.args[1].number, term.args[2].number} == {0, 1}
+    return None if pair is None else arithmetic.times(reader.terms, fake(node).dtype, *pair)
 
 
 def _quotient(rounded: str | None) -> Step:
     def step(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
         pair = _two(reader, node, index)
-        how = rounded or argument(node, "rounding_mode")
-        if pair is None:
-            return None
-        x, y = pair
-        if how is None:
-            if y.number == 1:
-                return x
-            return _folded(reader, node, x, y, lambda a, b: a / b)
-        down = how == "floor" or x.bounds[0] >= 0
-        exact = x.kind == "int" and isinstance(y.number, int) and y.number > 0
-        exact = exact and fake(node).dtype not in (torch.float16, torch.bfloat16)
-        return reader.terms.divide(x, y.number) if exact and down else None
+        how: Any = rounded or argument(node, "rounding_mode")
+        return None if pair is None else arithmetic.over(reader.terms, fake(node).dtype, *pair, how)
 
     return step
 
 
 def _remainder(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
     pair = _two(reader, node, index)
-    if pair is None:
-        return None
-    x, y = pair
-    exact = x.kind == "int" and isinstance(y.number, int) and y.number > 0
-    if not exact or (op_name(node) == "fmod" and x.bounds[0] < 0):
-        return None
-    return reader.terms.remainder(x, y.number)
+    return None if pair is None else arithmetic.rest(reader.terms, *pair, truncated=op_name(node) == "fmod")
 
 
 def _shift(left: bool) -> Step:
     def step(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
         pair = _two(reader, node, index)
-        if pair is None or not isinstance(pair[1].number, int) or not 0 <= pair[1].number < 62:
+        dtype = fake(node).dtype
+        if pair is None or dtype not in (torch.int64, torch.int32):
             return None
-        by = 2 ** pair[1].number
-        wide = fake(node).dtype in (torch.int64, torch.int32)
-        if pair[0].kind != "int" or not wide:
-            return None
-        if not left:
-            return reader.terms.divide(pair[0], by)
-        return kept(reader, reader.terms.scale(pair[0], by), fake(node).dtype)
+        found = arithmetic.shifted(reader.terms, *pair, left=left)
+        return found if found is None or not left else kept(reader.terms, found, dtype)
 
     return step
 
@@ -249,22 +126,13 @@ def _like_argument(arg: Any) -> Any:
     return False if dtype == torch.bool else 0 if dtype == torch.int64 else 0.0
 
 
-def _compared(name: str) -> Step:
+def _compared(name: Comparison) -> Step:
     def step(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
-        t = reader.terms
         common = torch.result_type(*(_like_argument(a) for a in node.args[:2]))
         if common.is_complex:
             return None
-        x, y = (t.as_int(in_type(reader, a, index, common)) for a in node.args[:2])
-        at_most, less = t.at_most, t.less
-        return {
-            "le": lambda: at_most(x, y),
-            "lt": lambda: less(x, y),
-            "ge": lambda: at_most(y, x),
-            "gt": lambda: less(y, x),
-            "eq": lambda: t.equal(x, y),
-            "ne": lambda: t.opposite(t.equal(x, y)),
-        }[name]()
+        x, y = (in_type(reader, a, index, common) for a in node.args[:2])
+        return arithmetic.compared(reader.terms, name, x, y)
 
     return step
 
@@ -273,7 +141,7 @@ def _logic(name: str) -> Step:
     def step(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
         t = reader.terms
         if name == "masks" and fake(node).dtype != torch.bool:
-            return _bits(reader, node, index)
+            return arithmetic.masked(t, *(in_type(reader, a, index, fake(node).dtype) for a in node.args[:2]))
         operands = [t.as_bool(reader.operand(a, index)) for a in node.args[:2]]
         if name == "not":
             return t.opposite(operands[0]) if fake(node).dtype == torch.bool else None
@@ -285,16 +153,6 @@ def _logic(name: str) -> Step:
         return t.every(operands)
 
     return step
-
-
-def _bits(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
-    """x & (2ⁿ - 1) is a remainder."""
-    x, y = (in_type(reader, a, index, fake(node).dtype) for a in node.args[:2])
-    for number, other in ((x, y), (y, x)):
-        mask = number.number
-        if isinstance(mask, int) and mask > 0 and (mask + 1) & mask == 0 and other.kind == "int":
-            return reader.terms.remainder(other, mask + 1)
-    return None
 
 
 def _chosen(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
@@ -316,8 +174,7 @@ def _like(reader: Reader, node: Node, arg: Any, index: tuple[Term, ...]) -> Term
     dtype = fake(node).dtype
     if dtype.is_complex:
         return reader.operand(arg, index)
-    term = in_type(reader, arg, index, dtype)
-    return term if dtype == torch.bool else reader.terms.as_int(term)
+    return like(reader.terms, dtype, in_type(reader, arg, index, dtype))
 
 
 def _clamped(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
@@ -341,22 +198,21 @@ def _extreme(largest: bool) -> Step:
     def step(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
         if len(node.args) < 2 or not isinstance(node.args[1], Node) or tensor(node.args[1]) is None:
             return None
-        x, y = (reader.terms.as_int(in_type(reader, a, index, fake(node).dtype)) for a in node.args[:2])
-        if "real" in (x.kind, y.kind):
-            return None
-        return reader.terms.maximum(x, y) if largest else reader.terms.minimum(x, y)
+        x, y = (in_type(reader, a, index, fake(node).dtype) for a in node.args[:2])
+        return arithmetic.extreme(reader.terms, x, y, largest=largest)
 
     return step
 
 
 def _absolute(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
-    x = reader.terms.as_int(reader.operand(node.args[0], index))
-    return kept(reader, reader.terms.absolute(x), fake(node).dtype) if x.kind == "int" else None
+    found = arithmetic.absolute(reader.terms, reader.operand(node.args[0], index))
+    return None if found is None else kept(reader.terms, found, fake(node).dtype)
 
 
 def _negative(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
     x = reader.terms.as_int(reader.operand(node.args[0], index))
-    return kept(reader, reader.terms.negative(x), fake(node).dtype) if x.kind == "int" else reader.terms.negative(x)
+    found = reader.terms.negative(x)
+    return kept(reader.terms, found, fake(node).dtype) if x.kind == "int" else found
 
 
 def _whole(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
@@ -386,9 +242,12 @@ POINTWISE: dict[str, Step] = {
     "fmod": _remainder,
     **dict.fromkeys(("bitwise_right_shift", "__rshift__"), _shift(False)),
     **dict.fromkeys(("bitwise_left_shift", "__lshift__"), _shift(True)),
-    **{name: _compared(name) for name in ("le", "lt", "ge", "gt", "eq", "ne")},
-    **{full: _compared(short) for full, short in (("less_equal", "le"), ("less", "lt"), ("greater_equal", "ge"))},
-    **{full: _compared(short) for full, short in (("greater", "gt"), ("not_equal", "ne"))},
+    **dict.fromkeys(("le", "less_equal"), _compared("le")),
+    **dict.fromkeys(("lt", "less"), _compared("lt")),
+    **dict.fromkeys(("ge", "greater_equal"), _compared("ge")),
+    **dict.fromkeys(("gt", "greater"), _compared("gt")),
+    "eq": _compared("eq"),
+    **dict.fromkeys(("ne", "not_equal"), _compared("ne")),
     **dict.fromkeys(("logical_and",), _logic("and")),
     **dict.fromkeys(("bitwise_and", "__and__"), _logic("masks")),
     **dict.fromkeys(("logical_or", "bitwise_or", "__or__"), _logic("or")),

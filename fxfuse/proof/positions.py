@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,13 @@ from torch.fx import Node
 
 from fxfuse.graph.view import fake, mutated, op_name, tensor
 from fxfuse.graph.wrapped import wrapped
+from fxfuse.proof.arithmetic import float_number, narrowed
 from fxfuse.proof.moves import MOVES, axis_of
-from fxfuse.proof.pointwise import POINTWISE, float_number, of_constants
+from fxfuse.proof.pointwise import POINTWISE, of_constants
 from fxfuse.proof.tables import table_element
-from fxfuse.proof.terms import Kind, Term, Terms
+from fxfuse.proof.terms import Kind, Term, Terms, Unreadable
+from fxfuse.proof.views import apart
+from fxfuse.proof.views import is_one as _one
 from fxfuse.proof.written import Writes
 
 _SAME = frozenset(["detach", "alias", "clone", "contiguous", "lift_fresh_copy", "detach_", "lift_fresh", "positive"])
@@ -29,10 +33,6 @@ _FILLED = {"zeros": 0, "zeros_like": 0, "new_zeros": 0, "ones": 1, "ones_like": 
 _FILLED_WITH = {"fill": 1, "full": 1, "full_like": 1, "new_full": 2, "scalar_tensor": 0}
 _MOST = 20_000
 Index = tuple[Term, ...]
-
-
-class Unreadable(Exception):
-    """The element cannot be said in terms; the message says which step cannot."""
 
 
 class Reader:
@@ -55,6 +55,8 @@ class Reader:
         """The sizes that indices are below."""
         self._levels: dict[int, Term] = {}
         """The index of each vmap level that is open."""
+        self._open = 0
+        """How many reads there are of any element of an axis, within one another."""
         self._writes: Writes | None = None
         self._blocks: list[_Block] = []
         """The subgraphs that are being read, each with what was known outside."""
@@ -142,24 +144,21 @@ class Reader:
         self._limits[found] = limit
         return found
 
+    def expression(self, value: Any) -> Any:
+        return value.node.expr if isinstance(value, torch.SymInt) else value
+
     def apart(self, flat: Term, size: Any) -> tuple[Term, Term] | None:
         """x and y of x · size + y, where y is known to be below the size."""
-        by = self.size(size)
-        if flat.op != "sum" or flat.args[0] != 0:
-            return None
-        whole: list[Term] = []
-        rest: list[Term] = []
-        for term, factor in flat.args[1]:
-            if factor == 1 and term.op == "product" and by in term.args:
-                a, b = term.args
-                whole.append(b if a is by else a)
-            elif factor == 1 and self._limits.get(term) is by:
-                rest.append(term)
-            else:
-                return None
-        if len(rest) != 1:
-            return None
-        return self.terms.add(*whole) if whole else self.terms.number(0), rest[0]
+        return apart(self.terms, self._limits, flat, self.size(size))
+
+    @contextmanager
+    def anywhere(self) -> Iterator[Term]:
+        """A free index for any element along an axis; within another one it is another."""
+        self._open += 1
+        try:
+            yield self.terms.variable(f"any element {self._open}")
+        finally:
+            self._open -= 1
 
     # ---- elements
 
@@ -235,10 +234,10 @@ class Reader:
         if name in _SAME or (name.endswith("_") and mutated(node)):  # what writes in place gives back what it wrote to
             return self.operand(node.args[0], index)
         if name in _FILLED:
-            return narrowed(self, self.terms.number(_FILLED[name]), torch.int64, fake(node).dtype)
+            return narrowed(self.terms, self.terms.number(_FILLED[name]), torch.int64, fake(node).dtype)
         if name in _FILLED_WITH:
             given = node.args[_FILLED_WITH[name]] if len(node.args) > _FILLED_WITH[name] else node.kwargs["fill_value"]
-            return narrowed(self, self.scalar(given), dtype_of(given), fake(node).dtype)
+            return narrowed(self.terms, self.scalar(given), dtype_of(given), fake(node).dtype)
         if name == "arange":
             return self._counted(node, index)
         move = MOVES.get(name)
@@ -335,7 +334,7 @@ class Reader:
         if "real" in (start.kind, step.kind):
             raise Unreadable("arange of fractions")
         found = self.terms.add(start, self.terms.multiply(step, index[0]))
-        return narrowed(self, found, torch.int64, fake(node).dtype)
+        return narrowed(self.terms, found, torch.int64, fake(node).dtype)
 
 
 @dataclass(frozen=True)
@@ -354,10 +353,6 @@ def kind_of(dtype: torch.dtype) -> Kind:
     return "real" if dtype.is_floating_point or dtype.is_complex else "int"
 
 
-_WRAPS = {torch.int8: (8, True), torch.uint8: (8, False), torch.int16: (16, True)}
-_COUNTS_TO = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24, torch.float64: 53}
-
-
 def dtype_of(arg: Any) -> torch.dtype:
     """The type that an argument of a call has: of a tensor, or of a number."""
     value = arg.meta.get("val") if isinstance(arg, Node) else arg
@@ -366,70 +361,6 @@ def dtype_of(arg: Any) -> torch.dtype:
     if isinstance(value, (bool, torch.SymBool)):
         return torch.bool
     return torch.int64 if isinstance(value, (int, torch.SymInt)) else torch.float64
-
-
-def holds(term: Term, dtype: torch.dtype) -> bool:
-    """Does the type hold this whole number exactly, for all positions?"""
-    low, high = term.reach
-    if dtype.is_floating_point:
-        limit = 1 << _COUNTS_TO.get(dtype, 0)
-        return -limit <= low and high <= limit
-    return torch.iinfo(dtype).min <= low and high <= torch.iinfo(dtype).max
-
-
-def kept(reader: Reader, term: Term, dtype: torch.dtype) -> Term | None:
-    """The result of whole arithmetic in this type: narrow integers wrap; None where it may not be exact."""
-    if dtype in _WRAPS:
-        return narrowed(reader, term, torch.int64, dtype)
-    return term if holds(term, dtype) else None
-
-
-def narrowed(reader: Reader, term: Term, source: torch.dtype, target: torch.dtype) -> Term:
-    """A cast of what is read.
-
-    Whole numbers wrap in int8, uint8 and int16, and are rounded by floats that do not hold them.
-    """
-    t = reader.terms
-    if source == target:
-        return term
-    if target == torch.bool:
-        return t.as_bool(term)
-    if target.is_complex or source.is_complex:
-        raise Unreadable("a complex number")
-    if target.is_floating_point:
-        term = t.as_int(term)
-        if term.number is not None:
-            return float_number(t, float(torch.tensor(term.number, dtype=torch.float64).to(target)))
-        if term.op == "apply" and term.args[0] == "nan":
-            return term
-        if term.op == "apply" and term.args[0] == "neg":  # rounding is the same on either side of 0
-            return t.negative(narrowed(reader, term.args[1], source, target))
-        wider = target in (torch.float32, torch.float64) and (
-            not source.is_floating_point or torch.finfo(target).bits >= torch.finfo(source).bits
-        )
-        if holds(term, target) if term.kind == "int" else wider:
-            return term
-        if term.op == "choose":
-            condition, x, y = term.args
-            return t.choose(condition, narrowed(reader, x, source, target), narrowed(reader, y, source, target))
-        return t.apply(f"to {target}", (term,), "real")
-    if term.kind == "real":
-        if term.op == "choose":
-            condition, x, y = term.args
-            return t.choose(condition, narrowed(reader, x, source, target), narrowed(reader, y, source, target))
-        if term.number is not None and math.isfinite(term.number) and holds(t.number(int(term.number)), target):
-            return t.number(int(term.number))
-        return t.apply(f"to {target}", (term,), "int")
-    term = t.as_int(term)
-    if target in _WRAPS:
-        bits, signed = _WRAPS[target]
-        half = 2 ** (bits - 1) if signed else 0
-        return t.subtract(t.remainder(t.add(term, t.number(half)), 2**bits), t.number(half))
-    return term if holds(term, target) else t.apply(f"to {target}", (term,), "int")
-
-
-def _one(size: Any) -> bool:
-    return isinstance(size, int) and size == 1
 
 
 def _bound(value: Any, default: float) -> float:
@@ -446,4 +377,4 @@ def depends_on_sizes(term: Term, index: Sequence[Term]) -> Iterator[str]:
     yield from sorted(term.leaves - own)
 
 
-__all__ = ["Index", "Reader", "Unreadable", "axis_of", "depends_on_sizes", "dtype_of", "kept", "kind_of", "narrowed"]
+__all__ = ["Index", "Reader", "Unreadable", "axis_of", "depends_on_sizes", "dtype_of", "kind_of"]

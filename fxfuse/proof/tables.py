@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fxfuse.proof.pointwise import float_number
+from fxfuse.proof.arithmetic import float_number
 from fxfuse.proof.terms import Term, Terms
 
 _LARGEST = 1 << 26

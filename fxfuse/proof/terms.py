@@ -18,6 +18,10 @@ POSITIONS = 2**20
 """No sequence is longer: what is computed of positions up to here is exact where its type holds it."""
 
 
+class Unreadable(Exception):
+    """The element cannot be said in terms; the message says which step cannot."""
+
+
 class Term:
     """One term; made by a `Terms` only. `op` says what `args` are."""
 

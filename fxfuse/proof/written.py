@@ -11,7 +11,8 @@ from torch.fx import Graph, Node
 
 from fxfuse.graph.view import ASSERTIONS, bases, fake, is_size, mutated, op_name, storage_roots
 from fxfuse.graph.writes import shares_storage
-from fxfuse.proof.terms import Term
+from fxfuse.proof.arithmetic import narrowed
+from fxfuse.proof.terms import Term, Unreadable
 
 if TYPE_CHECKING:
     from fxfuse.proof.positions import Reader
@@ -43,8 +44,6 @@ class Writes:
 
     def read(self, reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
         """The element that was written last; None where the call that made the tensor was the last."""
-        from fxfuse.proof.positions import Unreadable
-
         if not self.touch(node) or (bases(node) and shares_storage(node)):
             return None
         if bases(node):
@@ -55,8 +54,6 @@ class Writes:
 
     def _check_time(self, node: Node) -> None:
         """At the end of the graph there is one answer only if nothing read the tensor before a write."""
-        from fxfuse.proof.positions import Unreadable
-
         if self.time < len(self._order):
             return
         last = max(self._order[n] for n, roots in self._writers if node in roots)
@@ -73,8 +70,6 @@ class Writes:
                     raise Unreadable(f"{node.name}, which is read before something is written to it and after")
 
     def _after(self, reader: Reader, node: Node, index: tuple[Term, ...], writer: Node) -> Term:
-        from fxfuse.proof.positions import Unreadable
-
         target: Any = writer.args[0] if writer.args else None
         if not isinstance(target, Node) or op_name(writer) == "" or not op_name(writer).endswith("_"):
             raise Unreadable(f"what {writer.name} writes")
@@ -92,7 +87,6 @@ class Writes:
     ) -> tuple[Term, tuple[Term, ...]]:
         """Is the element of `base` within the view `target` of it, and where there?"""
         from fxfuse.proof.moves import at
-        from fxfuse.proof.positions import Unreadable
 
         chain: list[Node] = []
         while target is not base:
@@ -129,13 +123,13 @@ class Writes:
     def _written(self, reader: Reader, writer: Node, place: tuple[Term, ...]) -> Term:
         from fxfuse.proof.moves import MOVES
         from fxfuse.proof.pointwise import POINTWISE
-        from fxfuse.proof.positions import Unreadable, dtype_of, narrowed
+        from fxfuse.proof.positions import dtype_of
 
         name = op_name(writer)[:-1]
         target: Any = writer.args[0]
         if name in ("fill", "zero", "copy"):
             value = 0 if name == "zero" else writer.args[1]
-            return narrowed(reader, reader.operand(value, place), dtype_of(value), fake(target).dtype)
+            return narrowed(reader.terms, reader.operand(value, place), dtype_of(value), fake(target).dtype)
         step = POINTWISE.get(name)
         found = step(reader, writer, place) if step is not None else None
         if found is None and name in ("tril", "triu"):

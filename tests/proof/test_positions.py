@@ -110,6 +110,7 @@ UNREAD = {
     "a factor beside a difference": lambda S: torch.sub(I(S)[:, None], I(S), alpha=2),
     "a reciprocal, rounded down": lambda S: (I(S) * (1 / 3)).floor(),
     "bits as another type": lambda S: I(S).float().view(torch.int32),
+    "sums along one axis of sums along another": lambda S: (I(S)[:, None] - I(S)).cumsum(1).cumsum(0),
     "differences of fractions": lambda S: torch.diff(torch.where(I(S) > 0, 0.5, 0.0), prepend=torch.zeros(1)),
     "differences of truths": lambda S: torch.diff(I(S) > 3, prepend=torch.zeros(1, dtype=torch.bool)).long(),
 }
