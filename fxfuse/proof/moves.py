@@ -214,19 +214,19 @@ def _view(reader: Reader, node: Node, index: Index) -> Term:
 
 def _repeat(reader: Reader, node: Node, index: Index) -> Term:
     source = _source(node)
-    shape = [1] * (len(index) - _rank(source)) + list(fake(source).shape)
+    shape: list[Any] = [1] * (len(index) - _rank(source)) + list(fake(source).shape)
     given: Any = node.args[1] if len(node.args) > 1 else ()
     times_each = [1] * (len(index) - len(given)) + list(given)
-    places = []
+    places: list[Term] = []
     for size, place, count in zip(shape, index, times_each, strict=True):
         if _one(count):
             places.append(place)
         elif _one(size):
             places.append(reader.terms.number(0))
-        elif isinstance(size, int):
-            places.append(reader.terms.remainder(place, size))
+        elif isinstance(size, torch.SymInt):
+            return _fail("a repeat of an axis of any length")
         else:
-            _fail("a repeat of an axis of any length")
+            places.append(reader.terms.remainder(place, size))
     return reader.read(source, tuple(places[len(index) - _rank(source) :]))
 
 

@@ -317,10 +317,10 @@ class Reader:
                 raise Unreadable("a vmap that is not closed")
             place = self.terms.number(0) if _one(fake(source).shape[axis]) else self._levels[level]
             return self.read(source, (*index[:axis], place, *index[axis:]))
-        level, _, axis = node.args[1], node.args[2], int(node.args[3])  # type: ignore[arg-type]
+        level, axis = (int(node.args[n]) for n in (1, 3))  # type: ignore[arg-type]
         axis = axis % len(index)
         before = self._levels
-        self._levels = {**before, level: index[axis]}  # type: ignore[dict-item]
+        self._levels = {**before, level: index[axis]}
         try:
             return self.read(source, (*index[:axis], *index[axis + 1 :]))
         finally:

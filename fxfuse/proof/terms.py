@@ -398,7 +398,7 @@ def value_of(term: Term, values: dict[str, int]) -> Any:
     if term.op == "choose":
         return value_of(a[1] if value_of(a[0], values) else a[2], values)
     parts = [value_of(p, values) if isinstance(p, Term) else p for p in a]
-    return {
+    computed: dict[str, Callable[[], Any]] = {
         "product": lambda: parts[0] * parts[1],
         "quotient": lambda: parts[0] // parts[1],
         "remainder": lambda: parts[0] % parts[1],
@@ -406,4 +406,5 @@ def value_of(term: Term, values: dict[str, int]) -> Any:
         "zero": lambda: parts[0] == 0,
         "not": lambda: not parts[0],
         "and": lambda: all(parts),
-    }[term.op]()
+    }
+    return computed[term.op]()

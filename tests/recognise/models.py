@@ -69,7 +69,7 @@ class BiasPerBatchAndHead(Attention):
 
 
 class FilledByArithmetic(Attention):
-    """GPT-1: `scores * b - 10000 * (1 - b)` with a triangle of floats that is a buffer; here with a number that masks."""
+    """GPT-1: `scores * b - 10000 * (1 - b)` with a triangle of floats that is a buffer; here it masks."""
 
     def __init__(self) -> None:
         super().__init__()
