@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxfuse.graph.region import Region
 from fxfuse.proof.evaluate import generator
 
 
@@ -89,8 +90,13 @@ def searches(sources: int, inputs: int, literals: Sequence[float]) -> Iterator[V
         yield Variant(f"again {seed}", profile=seed % 2, scale=(1.0, 3.0, 0.3)[seed])
 
 
-def apply(variant: Variant, inputs: list[Tensor], sources: int, beside: bool, seed: int) -> list[Tensor]:
-    """The inputs as the variant has them; `beside`: may what is read beside the sources be changed?"""
+def varied(region: Region, variant: Variant, inputs: list[Tensor], beside: bool, seed: int) -> list[Tensor]:
+    """The region's inputs as the variant has them; `beside`: may what is read beside the sources be changed?"""
+    changed = _varied(variant, inputs, len(region.sources), beside, seed)
+    return [changed[region.inputs.index(node)] for node in region.inputs]  # one value where q is k too
+
+
+def _varied(variant: Variant, inputs: list[Tensor], sources: int, beside: bool, seed: int) -> list[Tensor]:
     gen = generator(seed)
     changed = []
     for place, value in enumerate(inputs):

@@ -12,7 +12,7 @@ from torch import Tensor
 from fxfuse.graph.region import Region
 from fxfuse.graph.view import fake
 from fxfuse.proof.compare import Refused, moved
-from fxfuse.proof.draws import ROWS, Variant, apply, masked
+from fxfuse.proof.draws import ROWS, Variant, masked, varied
 from fxfuse.proof.evaluate import CannotEvaluate, Evaluator
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def rounding(region: Region, found: Found, form: Form, ask: Questions) -> Roundi
         working = ask.evaluator(0, exact=False, alike=region.alike)
         try:
             inputs = ask.inputs(region, working, 200 + number, from_leaves=found.from_leaves)
-            inputs = apply(variant, inputs, len(region.sources), not found.from_leaves, 200 + number)
+            inputs = varied(region, variant, inputs, not found.from_leaves, 200 + number)
             results = working.outputs(region, inputs)
         except CannotEvaluate as error:
             if number:

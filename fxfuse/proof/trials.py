@@ -18,7 +18,7 @@ from fxfuse.proof.breaks import Break, Breaks, coarse_casts
 from fxfuse.proof.claims import counts_up, same_at_every_size
 from fxfuse.proof.compare import NOISE, Refused, moved
 from fxfuse.proof.decide import Holds
-from fxfuse.proof.draws import Variant, apply
+from fxfuse.proof.draws import Variant, varied
 from fxfuse.proof.evaluate import CannotEvaluate, Evaluator
 from fxfuse.proof.evidence import BreakEvidence, Evidence
 from fxfuse.proof.extents import Extents
@@ -105,7 +105,7 @@ class Trials:
         for whole in (True, False) if self._counts else (False,):  # whole numbers of any size, where none is an index
             try:
                 inputs = ask.inputs(region, evaluator, seed, from_leaves=found.from_leaves, whole=whole)
-                inputs = apply(variant, inputs, len(region.sources), not found.from_leaves, seed)
+                inputs = varied(region, variant, inputs, not found.from_leaves, seed)
                 self.breaks.start()
                 evaluator.breaks = self.breaks
                 results = evaluator.outputs(region, inputs)
