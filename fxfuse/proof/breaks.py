@@ -151,6 +151,10 @@ _SINGULAR = frozenset(
     [
         "where",
         "masked_fill",
+        "full",
+        "full_like",
+        "new_full",
+        "scalar_tensor",
         "log",
         "log2",
         "log10",

@@ -56,7 +56,7 @@ def encoding(report: fxfuse.fusion.Report) -> str:
 def check(entry: Entry, *, dynamic: bool, opset: int, runtime: bool = True) -> Outcome:
     """Raises AssertionError where a result is not eager's."""
     captured = program(entry, dynamic=dynamic)
-    fused = fxfuse.fuse(captured, opset=opset)
+    fused = fxfuse.fuse(captured, opset=opset, frozen=True)
     report = fxfuse.report(fused)
     model = entry.model()
     shapes = SHAPES if dynamic else {"exported": SHAPES["exported"]}
