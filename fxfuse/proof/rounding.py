@@ -121,7 +121,9 @@ def _references(region: Region, working: Evaluator, inputs: list[Tensor]) -> tup
     dtype = fake(region.output).dtype
     eps = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
     spread = moved(lambda sample: exact.noisy(eps, sample).outputs(region, values), results)
-    tiny = torch.finfo(dtype).tiny if dtype.is_floating_point else 1.0
+    # What the narrowest type that flows in does not hold beside 1 is nothing: float16 has no number below 6e-8.
+    kinds = [k for k in (dtype, *(fake(n).dtype for n in region.inputs)) if k.is_floating_point]
+    tiny = max((torch.finfo(k).tiny * torch.finfo(k).eps for k in kinds), default=1.0)
     return results, [
         torch.maximum(eps * r.abs().nan_to_num(), s) + tiny if r.is_floating_point() else s
         for r, s in zip(results, spread, strict=True)
