@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fxfuse.graph.region import Region
-from fxfuse.graph.view import fake
+from fxfuse.graph.view import CAST, fake, op_name, tensor
+from fxfuse.proof.analytic import MOVED
 from fxfuse.proof.compare import Refused, moved
 from fxfuse.proof.draws import ROWS, Variant, masked, varied
 from fxfuse.proof.evaluate import CannotEvaluate, Evaluator
@@ -119,7 +121,7 @@ def _references(region: Region, working: Evaluator, inputs: list[Tensor]) -> tup
     values = [t.to(exact.dtype(t.dtype)) for t in inputs]
     results = exact.outputs(region, values)
     dtype = fake(region.output).dtype
-    eps = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+    eps = max((torch.finfo(kind).eps for kind in _computed_in(region)), default=0.0)
     spread = moved(lambda sample: exact.noisy(eps, sample).outputs(region, values), results)
     # What the narrowest type that flows in does not hold beside 1 is nothing: float16 has no number below 6e-8.
     kinds = [k for k in (dtype, *(fake(n).dtype for n in region.inputs)) if k.is_floating_point]
@@ -128,6 +130,17 @@ def _references(region: Region, working: Evaluator, inputs: list[Tensor]) -> tup
         torch.maximum(eps * r.abs().nan_to_num(), s) + tiny if r.is_floating_point() else s
         for r, s in zip(results, spread, strict=True)
     ]
+
+
+def _computed_in(region: Region) -> Iterator[torch.dtype]:
+    """The floating-point types of the result, and of what is computed on the way: the coarsest rounds the most."""
+    for node in region.nodes:
+        value = tensor(node)
+        moves = op_name(node) in MOVED and op_name(node) != "getitem"
+        if value is not None and value.dtype.is_floating_point and not moves and op_name(node) not in CAST:
+            yield value.dtype
+    if fake(region.output).dtype.is_floating_point:
+        yield fake(region.output).dtype
 
 
 def _rows(region: Region, found: Found, form: Form, ask: Questions, result: Rounding) -> None:
