@@ -19,6 +19,7 @@ from torch.fx import Node
 from fxfuse.graph.source import place_of
 from fxfuse.graph.view import CAST, fake, op_name, tensor
 from fxfuse.proof.analytic import is_analytic
+from fxfuse.proof.claims import masks_from
 from fxfuse.proof.pieces import Call, by_slice, out_of_range, pieces_of
 
 
@@ -116,7 +117,8 @@ class Breaks:
         declared = tensor(node)
         if declared is None or not declared.dtype.is_floating_point or op_name(node) in _SINGULAR:
             return
-        largest = torch.finfo(declared.dtype).max
+        kind = torch.finfo(declared.dtype)
+        largest = kind.max * (1 + kind.eps / 4)  # what rounds to infinity
         size = value.abs()
         if bool((size <= largest).all()):
             return
@@ -128,6 +130,10 @@ class Breaks:
             over = over & value.isfinite()  # of what is infinite already (a mask), infinity is no overflow
         else:
             over = over | value.isnan()
+        hidden = masks_from(declared.dtype)
+        for operand in operands:  # a key that is hidden stays hidden
+            if operand.dim() <= value.dim() and op_name(node) in ("add", "sub", "rsub"):
+                over = over & ~((operand.expand_as(value) <= hidden) & (value < 0))
         if bool(over.any()):
             self.outside = f"{node.name} overflows {declared.dtype}"
 
@@ -172,8 +178,6 @@ _SINGULAR = frozenset(
 
 def masks(found: Break) -> bool:
     """Is its fill so far down that it hides a key?"""
-    from fxfuse.proof.claims import masks_from
-
     return found.fill is not None and found.fill <= masks_from(found.fill_dtype or torch.float32)
 
 
