@@ -297,11 +297,12 @@ class Reader:
         *nodes, output = inside.nodes
         placeholders = [n for n in nodes if n.op == "placeholder"]
         results: Any = output.args[0]
-        if any(getattr(getattr(n.target, "_schema", None), "is_mutable", False) for n in nodes):
+        writes = Writes(inside.module.graph)
+        if writes.outside:
             raise Unreadable("writing in place in a block of its own")
         operands = dict(zip(placeholders, inside.operands, strict=True))
         self._blocks.append(_Block(operands, self._known, self._writes))
-        self._known, self._writes = {}, Writes(None)
+        self._known, self._writes = {}, writes
         try:
             return self.read(results[position], index)
         finally:

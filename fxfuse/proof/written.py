@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from fxfuse.proof.positions import Reader
 
 
+_NO_WRITE = frozenset(["detach_", "requires_grad_"])
+"""Their schemas say that they write; no element changes. `torch.tensor([…])` in forward is made with one."""
+
+
 class Writes:
     """The writes of one graph, and the moment that is being read at.
 
@@ -28,11 +32,16 @@ class Writes:
     def __init__(self, graph: Graph | None) -> None:
         nodes = [] if graph is None else list(graph.nodes)
         self._order = {node: place for place, node in enumerate(nodes)}
-        self._writers = [(n, roots) for n in nodes if (roots := mutated(n))]
+        self._writers = [(n, roots) for n in nodes if op_name(n) not in _NO_WRITE and (roots := mutated(n))]
         self._storages = {root for _, roots in self._writers for root in roots}
         self.any = bool(self._writers)
         self.time = len(nodes)
         """Writes before this place in the graph have been made."""
+
+    @property
+    def outside(self) -> bool:
+        """Is anything written that the graph is given?"""
+        return any(root.op == "placeholder" for root in self._storages)
 
     def touch(self, node: Node) -> bool:
         """Is the node's storage ever written?"""
