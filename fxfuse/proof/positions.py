@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fxfuse.graph.view import fake, mutated, op_name, tensor
+from fxfuse.graph.view import fake, is_random, mutated, op_name, storage_roots, tensor
 from fxfuse.graph.wrapped import wrapped
 from fxfuse.proof.arithmetic import float_number, narrowed
 from fxfuse.proof.moves import MOVES, axis_of
@@ -57,6 +57,9 @@ class Reader:
         """The index of each vmap level that is open."""
         self._open = 0
         """How many reads there are of any element of an axis, within one another."""
+        self.opaque = False
+        """Is what cannot be read taken as it is, element by element? Enough to tell that two elements are computed
+        alike; nothing else is known of it."""
         self._writes: Writes | None = None
         self._blocks: list[_Block] = []
         """The subgraphs that are being read, each with what was known outside."""
@@ -172,7 +175,7 @@ class Reader:
             self._writes = Writes(node.graph)
         writes = self._writes
         levels = tuple(self._levels.items()) if self._levels else None
-        key = (node, index, levels, writes.time if writes.any else 0)
+        key = (node, index, levels, writes.time if writes.any else 0, self.opaque)
         found = self._known.get(key)
         if found is None:
             if len(self._known) > _MOST:
@@ -255,6 +258,9 @@ class Reader:
         """An elementwise step of which nothing is known; others cannot be read."""
         tags: Any = getattr(node.target, "tags", ())
         if torch.Tag.pointwise not in tags or torch.Tag.nondeterministic_seeded in tags:
+            if self.opaque and not is_random(node):
+                place = (*index, *self._levels.values())
+                return self.terms.given(f"{node.name} of graph {id(node.graph)}", place, kind_of(fake(node).dtype))
             raise Unreadable(op_name(node) or str(node.target))
         if (folded := of_constants(self, node, index)) is not None:
             return folded
@@ -298,9 +304,11 @@ class Reader:
         placeholders = [n for n in nodes if n.op == "placeholder"]
         results: Any = output.args[0]
         writes = Writes(inside.module.graph)
-        if writes.outside:
-            raise Unreadable("writing in place in a block of its own")
         operands = dict(zip(placeholders, inside.operands, strict=True))
+        for written in writes.given:  # what it is given under two names
+            roots = storage_roots(operands[written])
+            if any(isinstance(o, Node) and storage_roots(o) & roots for p, o in operands.items() if p is not written):
+                raise Unreadable("writing in place in a block of its own")
         self._blocks.append(_Block(operands, self._known, self._writes))
         self._known, self._writes = {}, writes
         try:

@@ -39,9 +39,9 @@ class Writes:
         """Writes before this place in the graph have been made."""
 
     @property
-    def outside(self) -> bool:
-        """Is anything written that the graph is given?"""
-        return any(root.op == "placeholder" for root in self._storages)
+    def given(self) -> set[Node]:
+        """What is written of what the graph is given."""
+        return {root for root in self._storages if root.op == "placeholder"}
 
     def touch(self, node: Node) -> bool:
         """Is the node's storage ever written?"""
@@ -56,7 +56,10 @@ class Writes:
         if not self.touch(node) or (bases(node) and shares_storage(node)):
             return None
         if bases(node):
-            raise Unreadable(f"{node.name}, which may be a copy of what is written to")
+            roots, made = storage_roots(node), self._order.get(node, -1)
+            if any(made < self._order[n] < self.time and roots & written for n, written in self._writers):
+                raise Unreadable(f"{node.name}, which may be a copy of what is written to")
+            return None
         self._check_time(node)
         earlier = [n for n, roots in self._writers if node in roots and self._order[n] < self.time]
         return self._after(reader, node, index, earlier[-1]) if earlier else None
@@ -85,8 +88,8 @@ class Writes:
         inside, place = self._place(reader, node, target, index)
         before, self.time = self.time, self._order[writer]
         try:
-            old = reader.read(node, index)
             new = self._written(reader, writer, place)
+            old = new if inside is reader.terms.true else reader.read(node, index)
         finally:
             self.time = before
         return reader.terms.choose(inside, new, old)

@@ -34,10 +34,13 @@ def one_angle(
         if cache.part != "whole":
             return Reason("a rotation, but whether both rows of a pair use one angle cannot be told", 3)
         node = region.others[cache.index]
+        ask.reader.opaque = True
         try:
             term = ask.reader.read(node, _index(cache, node, ask))
         except Unreadable as error:
             return Reason(f"a rotation, but whether both rows of a pair use one angle cannot be told: {error}", 3)
+        finally:
+            ask.reader.opaque = False
         terms.append(ask.reader.terms.negative(term) if cache.negative else term)
     cos, other_cos, sin, minus_sin = terms
     reader = ask.reader
