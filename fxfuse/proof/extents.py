@@ -73,7 +73,11 @@ class Extents:
             if side.met or side.unreachable:
                 continue
             t = self._ask.reader.terms
-            verdict = always(t, t.opposite(side.holds), smallest=sorted(self._symbols))
+            for least in (2, 1):  # of nothing nothing is computed, and of one element little shows
+                sizes = [t.at_most(t.number(least), self._ask.reader.symbolic(s)) for s in self._symbols.values()]
+                verdict = always(t, t.opposite(side.holds), sizes, smallest=sorted(self._symbols))
+                if isinstance(verdict, Fails):
+                    break
             side.unreachable = isinstance(verdict, Holds)
             if isinstance(verdict, Fails):
                 yield tuple((self._symbols[n], v) for n, v in verdict.values.items() if n in self._symbols)

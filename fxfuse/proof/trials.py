@@ -118,6 +118,8 @@ class Trials:
             recorded(found.meaning, inputs, self.breaks)
         evaluator.breaks = None
         outside = self.breaks.outside or _too_large(region, inputs)
+        if any(r.numel() == 0 for r in results):
+            outside = "nothing is computed of nothing"
         if outside is None and not any(bool(r.isfinite().any()) for r in results if r.is_floating_point()):
             outside = "nothing finite" if all(r.is_floating_point() for r in results) else None
         if outside is None:
