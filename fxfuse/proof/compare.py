@@ -36,7 +36,7 @@ class Difference:
 
 
 def moved(run: Callable[[int], list[Tensor]], results: list[Tensor]) -> list[Tensor]:
-    """How far each element of each result moves when intermediate values are off by `NOISE`."""
+    """How far each element of each result moves in a few runs that are each a little off."""
     spread = [torch.zeros(r.shape, dtype=torch.float64) for r in results]
     for sample in range(SAMPLES):
         for known, exact, noisy in zip(spread, results, run(sample), strict=True):
@@ -45,11 +45,19 @@ def moved(run: Callable[[int], list[Tensor]], results: list[Tensor]) -> list[Ten
     return spread
 
 
-def same(expected: Tensor, actual: Tensor, loss: Callable[[], Tensor], *, free: Tensor | None = None) -> float:
+def same(
+    expected: Tensor,
+    actual: Tensor,
+    loss: Callable[[], Tensor],
+    *,
+    free: Tensor | None = None,
+    digits: Callable[[], Tensor] | None = None,
+) -> float:
     """The largest difference in units of what an element may lose.
 
     Args:
         loss: how far each element moves under `NOISE`; asked only where it matters.
+        digits: how far each element moves where numbers are written with other digits that round to the same float32.
         free: elements that are not compared, where the operator is documented to give something else.
 
     Raises:
@@ -79,6 +87,8 @@ def same(expected: Tensor, actual: Tensor, loss: Callable[[], Tensor], *, free: 
     if bool((difference <= small).all()):
         return float((difference / (small + _SMALLEST)).max()) if difference.numel() else 0.0
     allowed = small + FACTOR * loss() * (torch.finfo(torch.float64).eps / NOISE)
+    if digits is not None and bool((difference > allowed).any()):
+        allowed = allowed + 2 * digits()
     wrong = difference > allowed
     if bool(wrong.any()):
         at = _first(wrong & (difference / allowed == (difference / allowed)[wrong].max()))

@@ -44,6 +44,7 @@ class Evaluator:
         self.accept: frozenset[str] = frozenset()
         """Breaks that are evaluated as if they were not there, by name."""
         self._noise: tuple[float, torch.Generator] | None = None
+        self._rounds: torch.Generator | None = None
         self._affordable: set[Node] = set()
 
     def noisy(self, size: float, sample: int) -> Evaluator:
@@ -107,6 +108,8 @@ class Evaluator:
             self._affordable.add(node)
         args = self._retype(map_arg(node.args, concrete))
         kwargs = self._retype(map_arg(dict(node.kwargs), concrete))
+        if self._rounds is not None:
+            args, kwargs = self._other_digits(args), self._other_digits(kwargs)
         if self._noise is not None and (name in ACCUMULATES or any(_is_complex(a) for a in args)):
             args = tuple(self._put_off(a) for a in args)
         if self.exact and name in CAST and (rounded := _rounded_count(node, args)) is not None:
@@ -123,6 +126,23 @@ class Evaluator:
             raise
         except Exception as error:  # any failure of a torch operator at these sizes is an answer, not a crash
             raise CannotEvaluate(f"{node.name} cannot run at the probed sizes: {error}") from error
+
+    def with_other_digits(self, sample: int) -> Evaluator:
+        """One in which every number that is written in the calls, and that float32 does not hold, is another one that
+        rounds to the same float32: √(2/π) is written as 0.7978845608 here and as 0.79788456 there."""
+        other = Evaluator(self.sizes, exact=self.exact)
+        other.accept = self.accept
+        other._rounds = generator(7500 + sample)
+        return other
+
+    def _other_digits(self, arg: Any) -> Any:
+        if isinstance(arg, float) and math.isfinite(arg) and float(torch.tensor(arg, dtype=torch.float32)) != arg:
+            return arg * (1 + 2.0**-24 * (2 * float(torch.rand((), generator=self._rounds)) - 1))
+        if isinstance(arg, (list, tuple)):
+            return type(arg)(self._other_digits(a) for a in arg)
+        if isinstance(arg, dict):
+            return {k: self._other_digits(v) for k, v in arg.items()}
+        return arg
 
     def _seen(self, node: Node, name: str, args: Any, kwargs: Any, value: Any) -> Any:
         """The value, recorded, and as the caller wants it."""

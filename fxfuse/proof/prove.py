@@ -16,7 +16,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
+
 from fxfuse.graph.region import Region
+from fxfuse.graph.view import fake
 from fxfuse.proof.breaks import Break, masks
 from fxfuse.proof.compare import Refused, same
 from fxfuse.proof.draws import BASE, BELOW, GENTLE, Variant, at_numbers, searches
@@ -187,7 +190,9 @@ def _compare(trials: Trials, form: Form, trial: Trial, compared: Compared) -> No
             if bool(free.any()):
                 compared.differences.append("rows that see no key are nan in the model, 0 in the operator")
         try:
-            error = same(expected, actual, partial(trial.loss, region, place), free=free)
+            wide = expected.is_floating_point() and fake(region.outputs[place]).dtype == torch.float64
+            digits = None if wide else partial(trial.digits, region, place)
+            error = same(expected, actual, partial(trial.loss, region, place), free=free, digits=digits)
         except Refused as refused:
             raise Refused(f"{refused}{_where(trials, trial, compared)}") from None
         compared.error = max(compared.error, error)

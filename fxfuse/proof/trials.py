@@ -42,6 +42,7 @@ class Trial:
     ran: frozenset[tuple[str, str]]
     """Breaks by name, and which of their pieces ran."""
     _loss: list[Tensor] | None = None
+    _digits: list[Tensor] | None = None
 
     def loss(self, region: Region, place: int) -> Tensor:
         """What each element of a result may lose."""
@@ -52,6 +53,16 @@ class Trial:
 
             self._loss = moved(run, self.results)
         return self._loss[place]
+
+    def digits(self, region: Region, place: int) -> Tensor:
+        """How far each element moves where numbers are written with other digits, the same in float32."""
+        if self._digits is None:
+
+            def run(sample: int) -> list[Tensor]:
+                return self.evaluator.with_other_digits(sample).outputs(region, self.inputs)
+
+            self._digits = moved(run, self.results)
+        return self._digits[place]
 
 
 @dataclass

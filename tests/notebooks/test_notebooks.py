@@ -21,11 +21,11 @@ pytestmark = pytest.mark.slow
 def shown(notebook: Any) -> list[list[tuple[str, str]]]:
     """Of every code cell: the kinds of its outputs and their text, less what no two runs have in common.
 
-    Warnings are of the machine: they name its folders.
+    Warnings are of the machine: they name its folders. How far results are off is of its processor's rounding.
     """
     return [
         [
-            (kind, re.sub(r"\d+\.\d+ s|\d(\.\d+)?e[-+]\d+", "#", text))
+            (kind, re.sub(r"\d+\.\d+ s|\d(\.\d+)?e[-+]\d+|off by \S+ of rounding", "#", text))
             for output in cell.outputs
             if output.get("name") != "stderr"
             for kind, text in {output.output_type: output.get("text", ""), **output.get("data", {})}.items()
