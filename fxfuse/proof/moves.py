@@ -428,7 +428,7 @@ MOVES: dict[str, Any] = {
     "roll": _roll,
     **dict.fromkeys(("cat", "concat", "concatenate"), _join),
     "stack": _stack,
-    **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten"), _view),
+    **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "reshape_as", "view_as"), _view),
     **dict.fromkeys(("repeat", "tile"), _repeat),
     "repeat_interleave": _repeat_interleave,
     "tril": _triangle(True),
