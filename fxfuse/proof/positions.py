@@ -9,7 +9,7 @@ place is read as it was written by then.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -184,17 +184,6 @@ class Reader:
             found = self.made(node, index) if found is None else found
             self._known[key] = found
         return found
-
-    def read_by(self, reader: Node, node: Node, index: Index) -> Term:
-        """The element as this call finds it."""
-        if self._writes is None:
-            self._writes = Writes(node.graph)
-        before = self._writes.time
-        self._writes.time = self._writes.reading(reader)
-        try:
-            return self.read(node, index)
-        finally:
-            self._writes.time = before
 
     def _made_then(self, node: Node, index: Index) -> Term:
         """Operands as they were when the call read them."""
@@ -380,10 +369,4 @@ def _bound(value: Any, default: float) -> float:
     return bound if abs(bound) < 2**31 else default
 
 
-def depends_on_sizes(term: Term, index: Sequence[Term]) -> Iterator[str]:
-    """What the element depends on beside its own place: symbols of the program, inputs."""
-    own = {i.args[0] for i in index if i.op == "variable"}
-    yield from sorted(term.leaves - own)
-
-
-__all__ = ["Index", "Reader", "Unreadable", "axis_of", "depends_on_sizes", "dtype_of", "kind_of"]
+__all__ = ["Index", "Reader", "Unreadable", "axis_of", "dtype_of", "kind_of"]
