@@ -10,7 +10,8 @@ Source: `past_key`, `past_value` and `present_key`, `present_value` of https://o
 
 It comes after the pattern that finds the attention. The caches are [B, H, P, D], as ONNX has them; the new keys may be
 [B, S, H·D], before their heads were split and transposed. Always with all three outputs: ONNX Runtime has no kernel for
-a past without a present.
+a past without a present, and optimizers take away outputs that nobody reads. So keys that are joined for this attention
+alone, to learned ones, say, are no cache: they stay joined.
 """
 
 from __future__ import annotations
@@ -124,6 +125,8 @@ def _joins(view: GraphView, node: Node) -> tuple[Node, Node] | Reason | None:
             return Reason(f"attention over a growing cache, but of its {dims} axes {axis % dims} grows, not 2", 2)
         before = [u for u in real_users(_present(join)) if view.order.get(u, -1) < view.order[node]]
         early = [u for u in before if not _leads(u, node)]
+        if all(_leads(user, node) or op_name(user) == "sym_size" for user in real_users(_present(join))):
+            return None
         if early:
             return Reason(f"attention over a growing cache, but {early[0].name} reads it before the attention does", 2)
     return key, value

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import fxfuse
 from fxfuse.onnx.decoder import export_decoder
+from fxfuse.parity.ort import onnxruntime_outputs
 from tests.cache.models import CONFIGS, PADDED, PROMPT, Decoder, build, expected, operators
 
 SAMPLE = ("llama",)
@@ -93,6 +94,32 @@ def test_what_stays_joined_says_why(layout: str, reason: str) -> None:
     fused = fxfuse.fuse(capture(layout)[0])
     assert "KVCache" not in fxfuse.report(fused).counts and fused_calls(fused)["attention"] == 1
     assert any(reason in (entry.reason or "") for entry in fxfuse.report(fused) if entry.operator == "KVCache")
+
+
+class Prefix(nn.Module):
+    """Learned keys and values before the others; `read` names which of the joined ones leave the model."""
+
+    def __init__(self, read: str) -> None:
+        super().__init__()
+        self.read = read
+        self.k, self.v = nn.Parameter(torch.randn(4, 2, 8)), nn.Parameter(torch.randn(4, 2, 8))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        batch = q.shape[0]
+        k, v = (torch.cat([p.expand(batch, 4, 2, 8), t], 2) for p, t in ((self.k, k), (self.v, v)))
+        y = F.scaled_dot_product_attention(q, k, v)
+        return y, *({"k": k, "v": v}[name] for name in self.read)
+
+
+@pytest.mark.parametrize("read", ["", "k", "v", "kv"])
+def test_joined_keys_that_only_the_attention_reads_are_no_cache(read: str) -> None:
+    model, axes = Prefix(read).eval(), {0: Dim.AUTO, 2: Dim.AUTO}
+    made = [tuple(torch.randn(*shape, 8) for _ in range(3)) for shape in ((2, 4, 5), (3, 4, 7))]
+    program = fxfuse.onnx.export(model, made[0], dynamic_shapes=[axes] * 3)
+    assert fxfuse.report(program).counts == {"Attention": 1} | ({"KVCache": 1} if read == "kv" else {})
+    args = made[1]
+    for expected_, actual in zip(model(*args), onnxruntime_outputs(program, args), strict=True):
+        torch.testing.assert_close(actual, expected_, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
