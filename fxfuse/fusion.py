@@ -67,8 +67,7 @@ def fuse(
         windows: what ``q - kv <= n`` in a mod becomes. ``"mask"``: a part of the Attention's mask. ``"attributes"``:
             `left_window_size` and `right_window_size`, which need opset 25 and a runtime that has it.
         frozen: do persistent buffers keep what they hold? Every export to ONNX says so, for the file holds their
-            values. Otherwise `load_state_dict` may change them, and nothing is concluded from what they hold, but for
-            tables of cos and sin whose halves are equal: the fused program checks that whenever it runs.
+            values. Otherwise `load_state_dict` may change them, and nothing is concluded from what they hold.
         accept: refusals to overrule, by the names that the report gives them (``"clamp@model.py:12"``): the break is
             taken for what it is between its bounds. The report goes on saying what was accepted, and where the two
             differ; it says so too where a refusal cannot be overruled. Of a name that changes nothing an

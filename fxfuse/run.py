@@ -196,7 +196,7 @@ class Run:
             ask.read_leaves = found.from_leaves or id(found) in self.own
             result: Traced | str
             try:
-                proof = prove(region, found, found.supposing or ask) if self.verified else None
+                proof = prove(region, found, ask) if self.verified else None
                 form = found.forms[0] if proof is None else proof.form
                 result = Traced(trace(form, region.inputs), None if proof is None else proof.evidence)
             except (Refused, Guarded) as why:

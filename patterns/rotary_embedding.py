@@ -89,7 +89,6 @@ class RotaryEmbedding:
             rank=_rank(region, rotation),
             from_leaves=rotation.from_leaves,
             claims=(rotation.claim,) if rotation.claim else (),
-            supposing=rotation.checked.supposing if rotation.checked is not None else None,
         )
 
 

@@ -155,22 +155,16 @@ class Splicer:
             original = first.setdefault(key, node)
             if original is not node:
                 node.replace_all_uses_with(original, propagate_meta=False)
-                if _asserts(node):
-                    self.graph.erase_node(node)
-                    self._inserted.remove(node)
 
     def _remove_dead(self, candidates: Iterable[Node]) -> None:
-        """Erase those of the candidates, and of what feeds them, that have no users left.
-
-        What the capture asserted of them goes along; what a replacement asserts stays.
-        """
+        """Erase those of the candidates, and of what feeds them, that have no users left."""
         pending = list(dict.fromkeys(candidates))
         erased: set[Node] = set()
         while pending:
             node = pending.pop()
-            if node in erased or _asserts(node) or not (node.op == "get_attr" or is_pure(node)):
+            if node in erased or not (node.op == "get_attr" or is_pure(node)):
                 continue
-            if any(op_name(u) not in ASSERTIONS or _asserts(u) for u in node.users):
+            if any(op_name(u) not in ASSERTIONS for u in node.users):
                 continue
             for dead in (*node.users, node):
                 inputs = dead.all_input_nodes
@@ -183,11 +177,6 @@ class Splicer:
         for spec in self.program.graph_signature.output_specs:
             if getattr(spec.arg, "name", None) == old.name:
                 spec.arg.name = new.name
-
-
-def _asserts(node: Node) -> bool:
-    """Is it a condition of a replacement, checked whenever the program runs?"""
-    return bool(node.meta.get(INSERTED)) and op_name(node) in ASSERTIONS
 
 
 def _several(results: Any) -> list[Node]:

@@ -52,9 +52,6 @@ class Found:
     type's minimum, anywhere, whole rows included."""
     read: bool = False
     """What it computes of positions was read step by step (the mods of flex_attention): no draw has to show it."""
-    supposing: Questions | None = None
-    """Questions that take persistent buffers for constants: the proof asks them, and the forms check, whenever the
-    program runs, what rests on the buffers."""
     claims: tuple[str, ...] = ()
     """What was read of positions and sizes, and how it was decided: for the report."""
     meaning: Callable[..., torch.Tensor] | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -85,8 +85,6 @@ class Cache:
 class Caches:
     cos: Cache
     sin: Cache
-    second: tuple[Cache, Cache] | None = None
-    """cos and sin of the second rows, where they have to be compared with the first whenever the program runs."""
 
 
 def read_caches(region: Region, rotation: Rotation) -> Caches | Reason:
@@ -97,13 +95,7 @@ def read_caches(region: Region, rotation: Rotation) -> Caches | Reason:
     sin = find_cache(rotation.sin, rotation.inputs, "sin")
     if isinstance(sin, Reason):
         return sin
-    if rotation.checked is None:
-        return Caches(cos, sin)
-    second = [find_cache(v, rotation.inputs, "cos") for v in (rotation.checked.cos, rotation.checked.minus_sin)]
-    other_cos, minus_sin = second
-    if isinstance(other_cos, Reason) or isinstance(minus_sin, Reason):
-        return Reason("a rotation, but whether both rows of a pair use one angle cannot be told", 3)
-    return Caches(cos, sin, (other_cos, replace(minus_sin, negative=not minus_sin.negative)))
+    return Caches(cos, sin)
 
 
 def find_cache(values: torch.Tensor, inputs: list[torch.Tensor], what: str) -> Cache | Reason:

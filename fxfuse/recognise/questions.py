@@ -6,7 +6,6 @@ import hashlib
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
 from operator import attrgetter
 from typing import Any, Literal, get_args
 
@@ -79,21 +78,6 @@ class Questions:
         written: frozenset[str] | None = None,
     ) -> None:
         written = written_targets(program) if written is None else written
-        self._frozen = (
-            None
-            if frozen
-            else partial(
-                Questions,
-                program,
-                block_mask,
-                flex_attention,
-                windows,
-                frozen=True,
-                accept=accept,
-                until=until,
-                written=written,
-            )
-        )
         self.ranges = ranges_of(program)
         self.block_mask = block_mask
         """How lists of blocks are taken, as `fuse` has it; so are these."""
@@ -112,11 +96,6 @@ class Questions:
         self._contents: dict[Node, str] = {}
         self.read_leaves = False
         """Set when an answer came from this program's own constants: it holds for no other region."""
-
-    @cached_property
-    def if_frozen(self) -> Questions | None:
-        """The same questions, with persistent buffers taken for constants; None where these take them so already."""
-        return None if self._frozen is None else self._frozen()
 
     def check_time(self) -> None:
         """Raises: OutOfTime: the search took longer than it may."""
@@ -283,14 +262,6 @@ class Questions:
             if unknown and all(name in self._unfrozen for name in unknown):
                 found.update(dict.fromkeys(self._unfrozen[name] for name in unknown))
         return list(found)
-
-    def unfrozen(self, nodes: Iterable[Node]) -> list[str]:
-        """The persistent buffers, by their paths, that the nodes are computed from and that are no constants."""
-        try:
-            names = [n.name for n in _ancestors(nodes) if n.op == "placeholder"]
-        except CannotEvaluate:
-            return []
-        return [self._unfrozen[name] for name in names if name in self._unfrozen]
 
     def depends_on_input(self, node: Node) -> bool:
         """Does the value depend on anything but constants and sizes?"""

@@ -11,13 +11,8 @@ from torch.fx import Node
 from fxfuse.graph.region import Region
 from fxfuse.graph.view import fake, op_name, static
 from fxfuse.recognise.answers import Form
-from fxfuse.recognise.caches import Cache, Caches
+from fxfuse.recognise.caches import Caches
 from fxfuse.recognise.rotation import Rotation
-
-DIFFER = (
-    "fxfuse: this rotation was fused while both halves of cos and of sin were equal, and the buffers that were loaded "
-    "since hold halves that differ; fuse the program again, with what it holds now"
-)
 
 
 @dataclass(frozen=True)
@@ -50,8 +45,6 @@ def rotary_forms(region: Region, rotation: Rotation, caches: Caches) -> tuple[Fo
     def form(inside: torch.dtype) -> Form:
         def rotary_embedding(*inputs: torch.Tensor) -> torch.Tensor:
             kind = torch.float64 if inputs[0].dtype == torch.float64 else inside
-            if caches.second is not None:
-                _check(layout, caches, caches.second, inputs[1:])
             y = rotation.pairing.arrange(_rotate(layout, rotation, caches, inputs, kind))
             return y if y.dtype in (out, torch.float64) else y.to(out)
 
@@ -100,14 +93,6 @@ def _rotate(
         y = torch.ops.fxfuse.rotary_embedding(x, *tables, **attributes)
     y = y if y.shape == inner else y.view(inner)
     return y.transpose(1, 2) if layout.swapped else y
-
-
-def _check(layout: Layout, caches: Caches, second: tuple[Cache, Cache], others: tuple[torch.Tensor, ...]) -> None:
-    """Assert, in the program too, that both rows of each pair use one angle."""
-    axes = (*range(layout.batch), layout.sequence)
-    for first, other in zip((caches.cos, caches.sin), second, strict=True):
-        same = first.read(others[first.index], axes) == other.read(others[other.index], axes)
-        torch._assert_async(same.all(), DIFFER)
 
 
 def _layout(x: Node, caches: Caches) -> Layout:

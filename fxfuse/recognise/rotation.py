@@ -20,18 +20,6 @@ _CLOSE = 1e-9
 
 
 @dataclass(frozen=True)
-class Checked:
-    """The second rows of the pairs, which are the first ones as long as persistent buffers are what they are."""
-
-    cos: torch.Tensor
-    minus_sin: torch.Tensor
-    """Both ``[*positions, rotary_dim / 2]``, like those of `Rotation`."""
-    supposing: Questions
-    """Those that take the buffers for constants."""
-    buffers: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Rotation:
     """What one-hot features showed, at the sizes of `evaluator`."""
 
@@ -49,8 +37,6 @@ class Rotation:
     """The two rows of a pair use one angle in this program, though they read different elements."""
     claim: str = ""
     """How that was decided."""
-    checked: Checked | None = None
-    """What has to be checked whenever it runs, for it rests on buffers that may change."""
 
     @property
     def rotary_dim(self) -> int:
@@ -89,30 +75,14 @@ def measure_rotation(region: Region, ask: Questions) -> Rotation | Reason:
     if not torch.allclose(expected, y, rtol=1e-9, atol=1e-9):
         return Reason("pairs of features are mixed, but not linearly and position by position, or others are scaled", 1)
     together = torch.allclose(cos, other_cos, rtol=_CLOSE) and torch.allclose(sin, -minus_sin, rtol=_CLOSE)
-    claim, checked = "", None
+    claim = ""
     if not together:
-        rows = cos, other_cos, sin, minus_sin
-        apart = one_angle(region, others, rows, ask)
+        apart = one_angle(region, others, (cos, other_cos, sin, minus_sin), ask)
         if isinstance(apart, Reason):
-            checked = None if signs else _checked(region, others, rows, ask)
-            if checked is None:
-                return apart
-            named = ", ".join(map(repr, checked.buffers))
-            apart = f"both rows of a pair use one angle, which is checked whenever it runs: {named} may be loaded anew"
+            return apart
         claim = apart
     from_leaves = bool(signs) or not together
-    return Rotation(evaluator, others, shape[-1], pairing, cos, sin, from_leaves, claim, checked)
-
-
-def _checked(
-    region: Region, others: list[torch.Tensor], rows: tuple[torch.Tensor, ...], ask: Questions
-) -> Checked | None:
-    """Do both rows use one angle as long as persistent buffers hold what they hold? Then that can be checked."""
-    buffers = ask.unfrozen(region.others)
-    supposing = ask.if_frozen
-    if not buffers or supposing is None or isinstance(one_angle(region, others, rows, supposing), Reason):
-        return None
-    return Checked(rows[1], rows[3], supposing, tuple(buffers))
+    return Rotation(evaluator, others, shape[-1], pairing, cos, sin, from_leaves, claim)
 
 
 def _signs(region: Region, dim: int, evaluator: Evaluator, ask: Questions) -> dict[int, torch.Tensor]:
