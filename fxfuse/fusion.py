@@ -17,6 +17,7 @@ from torch.fx import Graph
 
 import fxfuse.ops
 from fxfuse.errors import FxfuseError
+from fxfuse.graph.equal import computes_twice, merge_moves, part
 from fxfuse.graph.flex import separate_outputs
 from fxfuse.graph.functional import functionalise, restore
 from fxfuse.graph.program import check_program, copy_program
@@ -131,10 +132,13 @@ def _fused(
     writes = functionalise(result.graph)
     # As torch.onnx captures and decomposes: its symbols may be 1, and a question whether they are would be a guard.
     with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        moves = merge_moves(result.graph)
+        match = run.apply_twice if computes_twice(result.graph) else run.apply
         for pattern in patterns:
-            run.apply(pattern)
+            match(pattern)
             if run.ended:
                 break
+        part(result.graph, moves)
     restore(result.graph, writes)
     result.graph_module.recompile()
     report.nodes_after = _calls(result.graph)

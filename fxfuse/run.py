@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 
+from fxfuse.graph.equal import merge_meeting, part
 from fxfuse.graph.region import Region
 from fxfuse.graph.source import module_path, source_line
 from fxfuse.graph.splice import Guarded, Splicer, trace
@@ -68,12 +69,36 @@ class Run:
     """What is known of the graph as it stands; None once it was rewritten."""
     ended: bool = False
     """Is the time over?"""
+    unsaid: list[Entry] | None = None
+    """Where reasons go while the graph is matched as it stands, though equal values could be read as one."""
 
     def __post_init__(self) -> None:
         self.suppose = Suppositions(self.program, self.asking)
 
-    def apply(self, pattern: Pattern) -> None:
-        """Match the whole graph against one pattern, then rewrite it."""
+    def apply_twice(self, pattern: Pattern) -> None:
+        """Match the graph as it stands, and then what is left of it with equal values of one formula read as one."""
+        before = frozenset(self.program.graph.nodes)
+        self.unsaid = []
+        try:
+            self.apply(pattern)
+            held = self.unsaid
+        finally:
+            self.unsaid = None
+        if self.ended:
+            self.report.extend(held)
+            return
+        merged = merge_meeting(self.program.graph)
+        self.reading = None
+        self.apply(pattern, before)
+        part(self.program.graph, merged)
+        self.reading = None
+
+    def apply(self, pattern: Pattern, anchors: frozenset[Node] | None = None) -> None:
+        """Match the whole graph against one pattern, then rewrite it.
+
+        Args:
+            anchors: where regions may be; everywhere by default.
+        """
         view, ask = self.reading = self.reading or (GraphView(self.program.graph), self.asking.of(self.program))
         matches: list[Match] = []
         taken: set[Node] = set()
@@ -81,7 +106,7 @@ class Run:
             ask.check_time()
             for proposal in self._guarded(pattern, self._timed("propose", lambda: pattern.propose(view, ask))):
                 ask.check_time()
-                if proposal.anchor not in taken:
+                if proposal.anchor not in taken and (anchors is None or proposal.anchor in anchors):
                     match = self._decide(pattern, proposal, ask, taken)
                     if match is not None:
                         matches.append(match)
@@ -104,8 +129,7 @@ class Run:
             self.reading = None
         except Exception as error:
             why = failed(pattern, "failed while the graph was rewritten", error)
-            self._note(pattern, "refused", (), None, reason=why)
-            raise Broken(pattern, self.report.entries[-1]) from error
+            raise Broken(pattern, self._note(pattern, "refused", (), None, reason=why)) from error
 
     def _decide(self, pattern: Pattern, proposal: Proposal, ask: Questions, taken: set[Node]) -> Match | None:
         """The best region around one anchor that is the operator and proves it; else why not."""
@@ -242,19 +266,19 @@ class Run:
         *,
         reason: str,
         parameters: dict[str, object] | None = None,
-    ) -> None:
-        self.report.entries.append(
-            Entry(
-                operator=str(pattern.operator),
-                name=name_of(str(pattern.operator), reason, anchor),
-                status=status,
-                nodes=tuple(n.name for n in nodes),
-                parameters=parameters or {},
-                reason=reason,
-                source=source_line(anchor) if anchor is not None else None,
-                module=module_path(anchor) if anchor is not None else None,
-            )
+    ) -> Entry:
+        entry = Entry(
+            operator=str(pattern.operator),
+            name=name_of(str(pattern.operator), reason, anchor),
+            status=status,
+            nodes=tuple(n.name for n in nodes),
+            parameters=parameters or {},
+            reason=reason,
+            source=source_line(anchor) if anchor is not None else None,
+            module=module_path(anchor) if anchor is not None else None,
         )
+        (self.report.entries if self.unsaid is None else self.unsaid).append(entry)
+        return entry
 
     def _guarded(self, pattern: Pattern, items: Iterator[T], anchor: Node | None = None) -> Iterator[T]:
         """Pass items on; where making one fails, say so and stop: a pattern must not take the export down."""

@@ -73,9 +73,10 @@ class RotaryEmbedding:
         rotation = measure_rotation(region, ask)
         if isinstance(rotation, Reason):
             return rotation
-        caches = read_caches(region, rotation)
-        if isinstance(caches, Reason):
-            return caches
+        found = read_caches(rotation)
+        if isinstance(found, Reason):
+            return found
+        caches = found[0]
         parameters = {
             "interleaved": int(rotation.interleaved),
             "rotary_embedding_dim": rotation.rotary_dim if rotation.rotary_dim < rotation.dim else 0,
@@ -85,7 +86,7 @@ class RotaryEmbedding:
         return Found(
             self.operator,
             parameters,
-            rotary_forms(region, rotation, caches),
+            rotary_forms(region, rotation, found),
             rank=_rank(region, rotation),
             from_leaves=rotation.from_leaves,
             claims=(rotation.claim,) if rotation.claim else (),

@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fxfuse.graph.equal import MERGED
 from fxfuse.graph.layout import cancel_layouts, real_before_layout
 from fxfuse.graph.region import Region
 from fxfuse.graph.unread import remove_unread
@@ -162,7 +163,7 @@ class Splicer:
         erased: set[Node] = set()
         while pending:
             node = pending.pop()
-            if node in erased or not (node.op == "get_attr" or is_pure(node)):
+            if node in erased or MERGED in node.meta or not (node.op == "get_attr" or is_pure(node)):
                 continue
             if any(op_name(u) not in ASSERTIONS for u in node.users):
                 continue

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
+from fxfuse.graph.equal import MERGED
 from fxfuse.graph.view import is_pure, mutated, op_name
 
 _OPENS, _CLOSES = "_vmap_increment_nesting", "_vmap_decrement_nesting"
@@ -125,6 +126,8 @@ def _dead(graph: Graph, around: list[Bracket]) -> set[Node]:
 
 def _removable(node: Node) -> bool:
     """Would nothing be missed if nobody read it?"""
+    if MERGED in node.meta:
+        return False
     if node.op == "get_attr" or is_pure(node) or _function(node) in _BATCHES:
         return True
     if op_name(node) == "_assert_tensor_metadata":  # what every `to` asserts of what it is given

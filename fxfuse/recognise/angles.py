@@ -8,17 +8,31 @@ from torch.fx import Node
 from fxfuse.graph.region import Region
 from fxfuse.graph.view import fake
 from fxfuse.proof.claims import equal_terms
-from fxfuse.proof.positions import Index, Unreadable
+from fxfuse.proof.positions import Index, Reader, Unreadable
 from fxfuse.proof.terms import Term
 from fxfuse.recognise.answers import Reason
 from fxfuse.recognise.caches import Cache, find_cache
-from fxfuse.recognise.questions import Questions
+from fxfuse.recognise.questions import Questions, may_change
 
 _PAIR = "pair"
 
 
-def one_angle(
+def while_loaded(
     region: Region, others: list[torch.Tensor], rows: tuple[torch.Tensor, ...], ask: Questions
+) -> str | None:
+    """What to say where both rows use one angle as long as nothing is loaded into a persistent buffer; else None.
+
+    x is rotated by the angle of each row then, and of either result half is kept: right whatever is loaded.
+    """
+    ask.read_leaves = True
+    buffers = ask.loaded(region.others)
+    if not buffers or isinstance(one_angle(region, others, rows, ask.frozen_reader), Reason):
+        return None
+    return f"rotated by the angle of either row of a pair, for they may come to differ: {may_change(buffers)}"
+
+
+def one_angle(
+    region: Region, others: list[torch.Tensor], rows: tuple[torch.Tensor, ...], reader: Reader
 ) -> str | Reason:
     """How it was decided that they do, at every position; or why they may not.
 
@@ -34,34 +48,31 @@ def one_angle(
         if cache.part != "whole":
             return Reason("a rotation, but whether both rows of a pair use one angle cannot be told", 3)
         node = region.others[cache.index]
-        ask.reader.opaque = True
+        reader.opaque = True
         try:
-            term = ask.reader.read(node, _index(cache, node, ask))
+            term = reader.read(node, _index(cache, node, reader))
         except Unreadable as error:
             return Reason(f"a rotation, but whether both rows of a pair use one angle cannot be told: {error}", 3)
         finally:
-            ask.reader.opaque = False
-        terms.append(ask.reader.terms.negative(term) if cache.negative else term)
+            reader.opaque = False
+        terms.append(reader.terms.negative(term) if cache.negative else term)
     cos, other_cos, sin, minus_sin = terms
-    reader = ask.reader
     alike = equal_terms(reader, cos, other_cos, _PAIR)
-    if alike and _either(ask, sin, minus_sin):
+    if alike and _either(reader, sin, minus_sin):
         return "both rows of a pair use one angle (by structure)"
     reflected = alike and equal_terms(reader, sin, minus_sin, _PAIR)
     why = "the signs of sin agree (a reflection)" if reflected else "their cos or sin are computed differently"
     return Reason(f"a rotation but for the angles of the two rows of a pair: {why}", 3)
 
 
-def _either(ask: Questions, sin: Term, minus_sin: Term) -> bool:
-    negative = ask.reader.terms.negative
-    return equal_terms(ask.reader, negative(sin), minus_sin, _PAIR) or equal_terms(
-        ask.reader, sin, negative(minus_sin), _PAIR
-    )
+def _either(reader: Reader, sin: Term, minus_sin: Term) -> bool:
+    negative = reader.terms.negative
+    return equal_terms(reader, negative(sin), minus_sin, _PAIR) or equal_terms(reader, sin, negative(minus_sin), _PAIR)
 
 
-def _index(cache: Cache, node: Node, ask: Questions) -> Index:
+def _index(cache: Cache, node: Node, reader: Reader) -> Index:
     """Where the element of a pair stands in the tensor that it is read from."""
-    t = ask.reader.terms
+    t = reader.terms
     found: list[Term] = []
     for step, size in zip(cache.steps, fake(node).shape, strict=True):
         if step.kind == "drop":
@@ -72,5 +83,5 @@ def _index(cache: Cache, node: Node, ask: Questions) -> Index:
             place = t.variable(_PAIR, 0, cache.pairs - 1)
             found.append(t.add(t.number(step.start), t.scale(place, step.step)))
         else:
-            found.append(ask.reader.place(f"axis {step.axis}", size))
+            found.append(reader.place(f"axis {step.axis}", size))
     return tuple(found)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from fxfuse.graph.region import Region
 from fxfuse.recognise.answers import Reason
 
 if TYPE_CHECKING:
@@ -87,15 +86,19 @@ class Caches:
     sin: Cache
 
 
-def read_caches(region: Region, rotation: Rotation) -> Caches | Reason:
-    """cos and sin as views of the region's other inputs."""
-    cos = find_cache(rotation.cos, rotation.inputs, "cos")
-    if isinstance(cos, Reason):
-        return cos
-    sin = find_cache(rotation.sin, rotation.inputs, "sin")
-    if isinstance(sin, Reason):
-        return sin
-    return Caches(cos, sin)
+def read_caches(rotation: Rotation) -> tuple[Caches, ...] | Reason:
+    """cos and sin as views of the region's other inputs; those of the second row too, where it has its own."""
+    rows = ((rotation.cos, rotation.sin), rotation.second)
+    found = []
+    for values in rows[: 1 if rotation.second is None else 2]:
+        assert values is not None
+        cos, sin = (find_cache(v, rotation.inputs, what) for v, what in zip(values, ("cos", "sin"), strict=True))
+        if isinstance(cos, Reason):
+            return cos
+        if isinstance(sin, Reason):
+            return sin
+        found.append(Caches(cos, sin))
+    return tuple(found)
 
 
 def find_cache(values: torch.Tensor, inputs: list[torch.Tensor], what: str) -> Cache | Reason:

@@ -50,6 +50,16 @@ class Pairing:
         inner = (self.pairs, 2) if self.taken == "neighbours" else (2, self.pairs)
         return torch.unflatten(y, -1, inner).transpose(-1, -2).flatten(-2)
 
+    def joined(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        """Of each pair the one feature of `first` and the other of `second`, both as the region leaves them."""
+        count = 2 * self.pairs
+        if self.left == "halves":
+            parts = [first[..., : self.pairs], second[..., self.pairs : count]]
+        else:
+            one, two = (torch.unflatten(t[..., :count], -1, (self.pairs, 2)) for t in (first, second))
+            parts = [torch.stack([one[..., 0], two[..., 1]], -1).flatten(-2)]
+        return torch.cat([*parts, first[..., count:]] if first.shape[-1] > count else parts, -1)
+
 
 def pairing_of(reaches: torch.Tensor) -> Pairing | Reason:
     """The pairing that ``reaches [D out, D in]`` (which feature reaches which) shows."""

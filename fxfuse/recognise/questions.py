@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from operator import attrgetter
 from typing import Any, Literal, get_args
 
@@ -88,6 +89,7 @@ class Questions:
         """What was found out about block masks, each once."""
         self._constants = _constants(program, frozen, written)
         self._unfrozen = {} if frozen else _persistent(program, written)
+        self._all_constants: Callable[[], dict[str, torch.Tensor]] = partial(_constants, program, True, written)
         self.reader = Reader(self.ranges, self._constants)
         """Reads what the program computes of positions and sizes."""
         # Each pair once: every layer has one, and mostly all have the same.
@@ -96,6 +98,11 @@ class Questions:
         self._contents: dict[Node, str] = {}
         self.read_leaves = False
         """Set when an answer came from this program's own constants: it holds for no other region."""
+
+    @cached_property
+    def frozen_reader(self) -> Reader:
+        """Reads as if persistent buffers kept what they hold."""
+        return Reader(self.ranges, self._all_constants())
 
     def check_time(self) -> None:
         """Raises: OutOfTime: the search took longer than it may."""
@@ -262,6 +269,13 @@ class Questions:
             if unknown and all(name in self._unfrozen for name in unknown):
                 found.update(dict.fromkeys(self._unfrozen[name] for name in unknown))
         return list(found)
+
+    def loaded(self, nodes: Iterable[Node]) -> list[str]:
+        """The persistent buffers, by their paths, that the nodes are computed from, beside whatever else."""
+        try:
+            return [self._unfrozen[n.name] for n in _ancestors(nodes) if n.name in self._unfrozen]
+        except CannotEvaluate:
+            return []
 
     def depends_on_input(self, node: Node) -> bool:
         """Does the value depend on anything but constants and sizes?"""

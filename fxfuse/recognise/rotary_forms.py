@@ -31,12 +31,16 @@ class Layout:
         return self.sequence == self.batch
 
 
-def rotary_forms(region: Region, rotation: Rotation, caches: Caches) -> tuple[Form, ...]:
-    """In the dtype the products have in the model, then in float32; both cast back to the region's dtype."""
+def rotary_forms(region: Region, rotation: Rotation, rows: tuple[Caches, ...]) -> tuple[Form, ...]:
+    """In the dtype the products have in the model, then in float32; both cast back to the region's dtype.
+
+    Args:
+        rows: cos and sin; or those of the first row of each pair, and those of the second.
+    """
     (x,) = region.sources
-    layout = _layout(x, caches)
+    layouts = [_layout(x, caches) for caches in rows]
     out = fake(region.output).dtype
-    read = [fake(region.others[c.index]) for c in (caches.cos, caches.sin)]
+    read = [fake(region.others[c.index]) for caches in rows for c in (caches.cos, caches.sin)]
     product = fake(x).dtype
     for cache in read:
         real = torch.empty(0, dtype=cache.dtype).real.dtype
@@ -45,7 +49,11 @@ def rotary_forms(region: Region, rotation: Rotation, caches: Caches) -> tuple[Fo
     def form(inside: torch.dtype) -> Form:
         def rotary_embedding(*inputs: torch.Tensor) -> torch.Tensor:
             kind = torch.float64 if inputs[0].dtype == torch.float64 else inside
-            y = rotation.pairing.arrange(_rotate(layout, rotation, caches, inputs, kind))
+            y, *second = (
+                rotation.pairing.arrange(_rotate(layout, rotation, caches, inputs, kind))
+                for layout, caches in zip(layouts, rows, strict=True)
+            )
+            y = rotation.pairing.joined(y, *second) if second else y
             return y if y.dtype in (out, torch.float64) else y.to(out)
 
         return rotary_embedding

@@ -10,7 +10,7 @@ from fxfuse.graph.region import Region
 from fxfuse.graph.view import fake, static
 from fxfuse.proof.claims import same_at_every_size
 from fxfuse.proof.evaluate import Evaluator
-from fxfuse.recognise.angles import one_angle
+from fxfuse.recognise.angles import one_angle, while_loaded
 from fxfuse.recognise.answers import Reason
 from fxfuse.recognise.pairing import Pairing, pairing_of
 from fxfuse.recognise.questions import Questions
@@ -37,6 +37,8 @@ class Rotation:
     """The two rows of a pair use one angle in this program, though they read different elements."""
     claim: str = ""
     """How that was decided."""
+    second: tuple[torch.Tensor, torch.Tensor] | None = None
+    """cos and sin of the second row of each pair, where it may use another angle than the first."""
 
     @property
     def rotary_dim(self) -> int:
@@ -75,14 +77,16 @@ def measure_rotation(region: Region, ask: Questions) -> Rotation | Reason:
     if not torch.allclose(expected, y, rtol=1e-9, atol=1e-9):
         return Reason("pairs of features are mixed, but not linearly and position by position, or others are scaled", 1)
     together = torch.allclose(cos, other_cos, rtol=_CLOSE) and torch.allclose(sin, -minus_sin, rtol=_CLOSE)
-    claim = ""
-    if not together:
-        apart = one_angle(region, others, (cos, other_cos, sin, minus_sin), ask)
-        if isinstance(apart, Reason):
-            return apart
-        claim = apart
-    from_leaves = bool(signs) or not together
-    return Rotation(evaluator, others, shape[-1], pairing, cos, sin, from_leaves, claim)
+    if together:
+        return Rotation(evaluator, others, shape[-1], pairing, cos, sin, bool(signs))
+    rows = (cos, other_cos, sin, minus_sin)
+    apart = one_angle(region, others, rows, ask.reader)
+    if not isinstance(apart, Reason):
+        return Rotation(evaluator, others, shape[-1], pairing, cos, sin, True, apart)
+    claim = while_loaded(region, others, rows, ask)
+    if claim is None:
+        return apart
+    return Rotation(evaluator, others, shape[-1], pairing, cos, -minus_sin, bool(signs), claim, (other_cos, sin))
 
 
 def _signs(region: Region, dim: int, evaluator: Evaluator, ask: Questions) -> dict[int, torch.Tensor]:
