@@ -21,6 +21,8 @@ from fxfuse.graph.equal import computes_twice, merge_moves, part
 from fxfuse.graph.flex import separate_outputs
 from fxfuse.graph.functional import functionalise, restore
 from fxfuse.graph.program import check_program, copy_program
+from fxfuse.graph.real_parts import real_tables
+from fxfuse.graph.splice import INSERTED
 from fxfuse.graph.wrapped import inline_layers
 from fxfuse.ops.registry import check_opset
 from fxfuse.options import BUDGET, check_accept, check_budget, check_frozen, check_patterns
@@ -79,7 +81,8 @@ def fuse(
 
     Returns:
         A new program. Nodes outside the fused regions are as they were, but for layers that run under `no_grad`: they
-        are inlined, and detached. Weights are shared with `program`.
+        are inlined, and detached; and for complex tensors that a fused operator alone reads: they are computed as real
+        and imaginary parts. Weights are shared with `program`.
 
     Raises:
         FxfuseError: not an exported program, fused already, an opset outside 23–25, or an option that is none.
@@ -140,6 +143,7 @@ def _fused(
                 break
         part(result.graph, moves)
     restore(result.graph, writes)
+    real_tables(result.graph, [n for n in result.graph.nodes if n.meta.get(INSERTED)])
     result.graph_module.recompile()
     report.nodes_after = _calls(result.graph)
     regions = {i: entry.nodes for i, entry in enumerate(report) if entry.status == "fused"}
