@@ -20,10 +20,9 @@ from fxfuse.errors import FxfuseError
 from fxfuse.graph.equal import computes_twice, merge_moves, part
 from fxfuse.graph.flex import separate_outputs
 from fxfuse.graph.functional import functionalise, restore
-from fxfuse.graph.program import check_program, copy_program
-from fxfuse.graph.real_parts import real_tables
-from fxfuse.graph.splice import INSERTED
-from fxfuse.graph.wrapped import inline_layers
+from fxfuse.graph.inline import inline
+from fxfuse.graph.program import check_program, copy_program, name_outputs
+from fxfuse.graph.put_back import put_back
 from fxfuse.ops.registry import check_opset
 from fxfuse.options import BUDGET, check_accept, check_budget, check_frozen, check_patterns
 from fxfuse.recognise.answers import Pattern
@@ -32,6 +31,7 @@ from fxfuse.recognise.flex.choices import FlexCalls, Windows, check_flex_attenti
 from fxfuse.recognise.flex.reconstruct import reconstruct
 from fxfuse.recognise.questions import BlockMasks, check_block_masks
 from fxfuse.report.layer import calls, one_layer
+from fxfuse.report.left import left_alone
 from fxfuse.report.model import Entry, Report
 from fxfuse.report.refusals import settle
 from fxfuse.run import Broken, Run
@@ -80,9 +80,9 @@ def fuse(
     A pattern that fails does not take the others down: the report says which one failed, and how.
 
     Returns:
-        A new program. Nodes outside the fused regions are as they were, but for layers that run under `no_grad`: they
-        are inlined, and detached; and for complex tensors that a fused operator alone reads: they are computed as real
-        and imaginary parts. Weights are shared with `program`.
+        A new program. Nodes outside the fused regions are as they were, but for blocks under `no_grad` or
+        `torch.autocast` in which something was fused: they are inlined, detached, and the casts that autocast makes
+        are written down. Weights are shared with `program`.
 
     Raises:
         FxfuseError: not an exported program, fused already, an opset outside 23–25, or an option that is none.
@@ -127,12 +127,13 @@ def _fused(
     result = copy_program(program)
     report = Report(opset, nodes_before=_calls(result.graph))
     run = Run(result, report, verified, asking)
-    inline_layers(result)
+    blocks = inline(result)
     separate_outputs(list(result.graph.nodes))
     if asking.block_mask == "reconstruct":
         reconstruct(result, asking.of(result))
     before = calls(result.graph)
     writes = functionalise(result.graph)
+    name_outputs(result)
     # As torch.onnx captures and decomposes: its symbols may be 1, and a question whether they are would be a guard.
     with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         moves = merge_moves(result.graph)
@@ -143,7 +144,8 @@ def _fused(
                 break
         part(result.graph, moves)
     restore(result.graph, writes)
-    real_tables(result.graph, [n for n in result.graph.nodes if n.meta.get(INSERTED)])
+    put_back(result, blocks)
+    report.entries.extend(left_alone(blocks))
     result.graph_module.recompile()
     report.nodes_after = _calls(result.graph)
     regions = {i: entry.nodes for i, entry in enumerate(report) if entry.status == "fused"}

@@ -6,6 +6,7 @@ import copy
 
 import torch
 from torch.export import ExportedProgram
+from torch.fx import Graph, GraphModule, Node
 
 from fxfuse.errors import FxfuseError
 
@@ -33,20 +34,10 @@ def check_program(program: object) -> ExportedProgram:
 
 
 def copy_program(program: ExportedProgram) -> ExportedProgram:
-    """A program with a graph and a signature of its own; weights and constants are shared."""
-    graph = torch.fx.Graph()
-    seen: dict[torch.fx.Node, torch.fx.Node] = {}
-    result = graph.graph_copy(program.graph, seen)
-    graph.output(result)
-    old_output = program.graph.output_node()
-    graph.output_node().meta = copy.copy(old_output.meta)
-    seen[old_output] = graph.output_node()
-    for old, new in seen.items():
-        new.name = old.name  # not `_rename`: it refuses names of Python builtins, and an input may be called `input`
-    graph._codegen = copy.deepcopy(program.graph._codegen)
+    """A program with graphs, subgraphs and a signature of its own; weights and constants are shared."""
     copied = ExportedProgram(
         root=program.graph_module,
-        graph=graph,
+        graph=_copied(program.graph),
         graph_signature=copy.deepcopy(program.graph_signature),
         state_dict=program.state_dict,
         range_constraints=copy.copy(program.range_constraints),
@@ -56,4 +47,54 @@ def copy_program(program: ExportedProgram) -> ExportedProgram:
         verifiers=program.verifiers,
     )
     copied.graph_module.meta.update(program.graph_module.meta)
+    _own_subgraphs(copied.graph_module)
     return copied
+
+
+def name_outputs(program: ExportedProgram) -> None:
+    """Have the signature name what the program returns now."""
+    returned = program.graph.output_node().args[0]
+    assert isinstance(returned, (list, tuple))
+    for spec, value in zip(program.graph_signature.output_specs, returned, strict=True):
+        if isinstance(value, Node) and getattr(spec.arg, "name", None) is not None:
+            spec.arg.name = value.name
+
+
+def drop_unused_subgraphs(program: ExportedProgram) -> None:
+    """Take out the subgraphs that no node refers to any more.
+
+    Not `delete_all_unused_submodules`: it goes by full paths, and takes the submodules of a subgraph for unused.
+    """
+    used = {str(n.target).partition(".")[0] for n in program.graph.nodes if n.op == "get_attr"}
+    root = program.graph_module
+    for name, child in list(root.named_children()):
+        if isinstance(child, GraphModule) and name not in used:
+            delattr(root, name)
+
+
+def _copied(graph: Graph) -> Graph:
+    """The graph with the same names, metadata and calling convention."""
+    result = Graph()
+    seen: dict[Node, Node] = {}
+    result.output(result.graph_copy(graph, seen))
+    old_output = graph.output_node()
+    result.output_node().meta = copy.copy(old_output.meta)
+    seen[old_output] = result.output_node()
+    for old, new in seen.items():
+        new.name = old.name  # not `_rename`: it refuses names of Python builtins, and an input may be called `input`
+    result._codegen = copy.deepcopy(graph._codegen)
+    return result
+
+
+def _own_subgraphs(root: torch.nn.Module) -> None:
+    """Subgraphs are copied too, and theirs: what is written to a copy's is not written to the caller's."""
+    for name, child in list(root.named_children()):
+        if not isinstance(child, GraphModule):
+            if type(child) is torch.nn.Module:  # a part of a path, made by `GraphModule` for this copy
+                _own_subgraphs(child)
+            continue
+        own = GraphModule(child, _copied(child.graph), type(child).__name__)
+        own.meta.update(child.meta)
+        own.train(child.training)
+        _own_subgraphs(own)
+        setattr(root, name, own)

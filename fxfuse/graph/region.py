@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from fxfuse.graph.view import ASSERTIONS, LAYOUT, GraphView, is_pure, is_size, op_name, size_text, tensor
+from fxfuse.graph.view import ASSERTIONS, DETACHED, LAYOUT, GraphView, is_pure, is_size, op_name, size_text, tensor
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,9 @@ def between(
 
     What is `given` is read as it is, though it may be computed from a source too (a mask made of v).
 
-    None where a node on the way is not `allowed`, is random or writes in place, where the region has more than
-    `limit` nodes, or where a source does not reach the output or is no tensor (what `split` gives, whole).
+    None where a node on the way is not `allowed`, is random, writes in place or ends a block without gradients, where
+    the region has more than `limit` nodes, or where a source does not reach the output or is no tensor (what `split`
+    gives, whole).
     """
     if tensor(output) is None or output in sources or any(tensor(s) is None for s in sources):
         return None
@@ -148,7 +149,7 @@ def between(
         node = walk.pop()
         if node in nodes:
             continue
-        if not allowed(op_name(node)) or not is_pure(node):
+        if not allowed(op_name(node)) or not is_pure(node) or DETACHED in node.meta:
             return None
         nodes.add(node)
         if len(nodes) > limit:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from fxfuse.graph.wrapped import Wrapped, wrapped
+from fxfuse.graph.wrapped import Wrapped, block
 
 LAYOUT = frozenset(
     [
@@ -126,6 +126,11 @@ ROOTS = frozenset(
 """What a norm may be written with beside arithmetic; a clamp is none, which is to be said."""
 CONTRACTION = frozenset(["matmul", "bmm", "mm", "einsum", "baddbmm", "linear"])
 ASSERTIONS = frozenset(["_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range_for_size"])
+DETACHED = "fxfuse_detached"
+"""Of a node that detaches what was computed under `no_grad`: no region goes across it, for none has gradients there."""
+
+LOWERED = "fxfuse_lowered"
+"""Of a node that autocast computes in a lower type than the model is in: that type."""
 
 
 def op_name(node: Node) -> str:
@@ -306,7 +311,7 @@ def touches(node: Node, written: set[Node]) -> bool:
 
 def bases(node: Node) -> list[Node]:
     """The nodes whose storage its value may be a view of, or that it may be itself."""
-    if (inside := wrapped(node)) is not None:
+    if (inside := block(node)) is not None:
         return [o for o in inside.operands if isinstance(o, Node)]
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
         return []
@@ -317,7 +322,7 @@ def bases(node: Node) -> list[Node]:
 
 def mutated(node: Node) -> set[Node]:
     """The storages that this node writes to in place."""
-    if (inside := wrapped(node)) is not None:
+    if (inside := block(node)) is not None:
         return _mutated_inside(inside)
     schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None
     if schema is None or not schema.is_mutable:

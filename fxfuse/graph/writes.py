@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from torch.fx import Node
 
 from fxfuse.graph.view import ALIASES, ASSERTIONS, bases, is_size, mutated, op_name, storage_roots
-from fxfuse.graph.wrapped import wrapped
+from fxfuse.graph.wrapped import block
 
 
 class Unclear(Exception):
@@ -67,7 +67,7 @@ def ancestors(nodes: Iterable[Node], limit: int) -> list[Node]:
 
 def shares_storage(node: Node) -> bool:
     """Is it for certain a view of its first argument, or that argument itself, which it writes to?"""
-    return bool(bases(node)) and wrapped(node) is None and op_name(node) not in ALIASES - {"getitem"}
+    return bool(bases(node)) and block(node) is None and op_name(node) not in ALIASES - {"getitem"}
 
 
 def _writers(nodes: Iterable[Node]) -> dict[Node, bool]:

@@ -25,7 +25,6 @@ from fxfuse.onnx.files import save
 from fxfuse.onnx.flex_attention import join_flex_attention
 from fxfuse.onnx.lowest import without_lowest
 from fxfuse.onnx.missing import missing_translations
-from fxfuse.onnx.ready import check_no_complex, ready
 from fxfuse.onnx.state import name_states
 from fxfuse.ops import holds_fused, translation_table
 from fxfuse.ops.registry import check_opset
@@ -223,26 +222,21 @@ def translate(
 
     torch drops what a program writes in place. `options` go to ``torch.onnx.export``.
     """
-    program = ready(fused)
     table: dict[Any, Any] = {
-        **missing_translations(program.graph.nodes),
+        **missing_translations(fused.graph.nodes),
         **translation_table(opset),
         **(custom_translation_table or {}),
     }
-    try:
-        with within(None):  # where the plugin is installed, it has nothing to add
-            onnx_program = torch.onnx.export(
-                program,
-                opset_version=opset,
-                dynamo=True,
-                custom_translation_table=table,
-                **options,
-            )
-    except Exception as error:
-        check_no_complex(program, error)
-        raise
+    with within(None):  # where the plugin is installed, it has nothing to add
+        onnx_program = torch.onnx.export(
+            fused,
+            opset_version=opset,
+            dynamo=True,
+            custom_translation_table=table,
+            **options,
+        )
     assert onnx_program is not None  # None is what the TorchScript exporter returns
-    finish(onnx_program, program)
+    finish(onnx_program, fused)
     return onnx_program
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fxfuse.graph.region import Region
-from fxfuse.graph.view import fake
+from fxfuse.graph.view import LOWERED, fake
 from fxfuse.proof.breaks import Break, masks
 from fxfuse.proof.compare import Refused, same
 from fxfuse.proof.draws import BASE, BELOW, GENTLE, Variant, at_numbers, searches
@@ -50,6 +50,7 @@ def prove(region: Region, found: Found, ask: Questions) -> Proof:
     Raises:
         Refused: no form does; the message has the break, or the error that was seen.
     """
+    _check_lowered(region)
     trials = Trials(region, found, ask)
     errors: list[str] = []
     best: tuple[float, Proof] | None = None
@@ -69,6 +70,20 @@ def prove(region: Region, found: Found, ask: Questions) -> Proof:
     if best is None:
         raise Refused("; ".join(dict.fromkeys(errors)))
     return best[1]
+
+
+def _check_lowered(region: Region) -> None:
+    """Raises: Refused: autocast computes it in a lower type, and what reads it may be in the model's own.
+
+    There one operator and its parts differ by a rounding of the lower type, which is no rounding of the model's type.
+    """
+    kinds = [node.meta[LOWERED] for node in region.nodes if LOWERED in node.meta]
+    if kinds:
+        name = str(kinds[0]).removeprefix("torch.")
+        raise Refused(
+            f"torch.autocast computes it in {name} within a model of another type, where one operator rounds otherwise "
+            f"than its parts do: export the model in {name}, or without autocast"
+        )
 
 
 def _proven(trials: Trials, form: Form) -> Compared:

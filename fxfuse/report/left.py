@@ -1,0 +1,44 @@
+"""Blocks of the program that were not looked into, and hold what a pattern looks for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch.fx import Node
+
+from fxfuse.graph.inline import Blocks
+from fxfuse.graph.source import module_path, source_line
+from fxfuse.graph.view import op_name
+from fxfuse.graph.wrapped import flattened
+from fxfuse.proof.accepted import break_name
+from fxfuse.report.model import Entry
+
+_HOLD = {
+    "rms_norm": "RMSNormalization",
+    "rsqrt": "RMSNormalization",
+    "softmax": "Attention",
+    "scaled_dot_product_attention": "Attention",
+}
+"""What each operator is a sign of."""
+
+
+def left_alone(blocks: Blocks) -> Iterator[Entry]:
+    """An entry for each kind of operator that a block may hold in which autocast cannot be read."""
+    for name, inside, unclear in blocks.left:
+        found: dict[str, Node] = {}
+        for node in flattened(inside.nodes):
+            if (operator := _HOLD.get(op_name(node))) is not None:
+                found.setdefault(operator, node)
+        device, dtype = inside.mode[:2] if inside.is_autocast else ("", "")
+        within = f"torch.autocast({device!r}, {dtype})" if inside.is_autocast else "torch.autocast"
+        for operator, node in found.items():
+            yield Entry(
+                operator,
+                "near miss",
+                (name,),
+                reason=f"it stands in a block of {within}, which casts what {break_name(unclear)} reads in a way that "
+                "cannot be asked here: compute it outside of the block, or export the model in that type",
+                source=source_line(node),
+                module=module_path(node),
+                name=f"{operator.lower()}@{break_name(node).partition('@')[2]}",
+            )
