@@ -25,6 +25,7 @@ from fxfuse.graph.program import check_program, copy_program, name_outputs
 from fxfuse.graph.put_back import put_back
 from fxfuse.ops.registry import check_opset
 from fxfuse.options import BUDGET, check_accept, check_budget, check_frozen, check_patterns
+from fxfuse.quiet import shared_specs
 from fxfuse.recognise.answers import Pattern
 from fxfuse.recognise.catalogue import catalogue
 from fxfuse.recognise.flex.choices import FlexCalls, Windows, check_flex_attention, check_windows
@@ -182,5 +183,6 @@ def unfuse(program: ExportedProgram) -> ExportedProgram:
 
     Other operators keep their names; like any `run_decompositions`, it retraces (and functionalises) the program.
     """
-    unfused: ExportedProgram = program.run_decompositions(fxfuse.ops.decompositions())
+    with shared_specs():
+        unfused: ExportedProgram = program.run_decompositions(fxfuse.ops.decompositions())
     return unfused

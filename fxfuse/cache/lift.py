@@ -35,6 +35,7 @@ from fxfuse.errors import FxfuseError
 from fxfuse.graph.program import copy_program
 from fxfuse.graph.source import source_line
 from fxfuse.graph.view import fake, size_text
+from fxfuse.quiet import shared_specs
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,8 @@ def _functionalised(program: ExportedProgram, found: list[Mutation]) -> Exported
             spec.kind, spec.persistent = InputKind.BUFFER, False
     try:
         # An empty table: nothing is decomposed, and linear, rms_norm and attention stay what they are.
-        functional: ExportedProgram = prepared.run_decompositions({})
+        with shared_specs():
+            functional: ExportedProgram = prepared.run_decompositions({})
         return functional
     except Exception as error:  # whatever functionalisation raises of this program
         first = found[0]
@@ -221,6 +223,7 @@ def _copied(graph: Graph, value: Node) -> Node:
     return node
 
 
+@shared_specs()
 def _call_graph(program: ExportedProgram, lifted: list[str], states: list[State]) -> list[ModuleCallEntry]:
     """How the root is called: with the lifted tensors by name, and giving all states after what it gave."""
     root, *others = copy.deepcopy(program.module_call_graph)

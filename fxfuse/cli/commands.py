@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,8 +177,6 @@ def request_of(arguments: argparse.Namespace) -> source.Request:
 
 def load_program(request: source.Request, stages: Stages) -> tuple[source.Loaded, Lifted]:
     """The model that is asked for, and its capture, with what it writes in place as inputs and outputs."""
-    # torch.onnx says at every export that torchvision is not there.
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with stages.stage("load"):
         loaded = source.load(request)
     with stages.stage("capture"):

@@ -24,8 +24,11 @@ _within: ContextVar[bool] = ContextVar("fxfuse_flex_capture", default=False)
 
 
 @contextmanager
-def applied(patches: Callable[[], Iterable[Patch]]) -> Iterator[None]:
-    """Within the block, and the blocks nested in it, the patches hold; in other threads `here` is false."""
+def applied(patches: Callable[[], Iterable[Patch]], within: ContextVar[bool] = _within) -> Iterator[None]:
+    """Within the block, and the blocks nested in it, the patches hold; in other threads `within` is false.
+
+    Patches that are not for flex_attention have a variable of their own: what `here` asks for is flex_attention's.
+    """
     global _users
     with _lock:
         _users += 1
@@ -36,11 +39,11 @@ def applied(patches: Callable[[], Iterable[Patch]]) -> Iterator[None]:
         except BaseException:
             _release()
             raise
-    token = _within.set(True)
+    token = within.set(True)
     try:
         yield
     finally:
-        _within.reset(token)
+        within.reset(token)
         with _lock:
             _release()
 

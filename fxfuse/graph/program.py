@@ -9,6 +9,7 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
 from fxfuse.errors import FxfuseError
+from fxfuse.quiet import shared_specs
 
 
 def check_program(program: object) -> ExportedProgram:
@@ -33,6 +34,7 @@ def check_program(program: object) -> ExportedProgram:
     return program
 
 
+@shared_specs()
 def copy_program(program: ExportedProgram) -> ExportedProgram:
     """A program with graphs, subgraphs and a signature of its own; weights and constants are shared."""
     copied = ExportedProgram(

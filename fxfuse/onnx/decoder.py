@@ -11,6 +11,7 @@ What the cache's tensors are called, in layer 3:
     optimum    past_key_values.3.key                        present.3.key
     genai      the same: ONNX Runtime GenAI took the names over
     hf         input.past_key_values.layers.3.keys          output.past_key_values.layers.3.keys
+               as the installed transformers has them: from 5.24 on input.cache.layers.3.keys, and output
 """
 
 from __future__ import annotations
@@ -32,8 +33,15 @@ from fxfuse.onnx.scaled_query import scale_queries
 from fxfuse.onnx.static_cache import Profile, describe, make_static
 from fxfuse.onnx.streaming_cache import make_streaming
 from fxfuse.options import BUDGET, DEFAULT_OPSET, check_accept, check_budget
+from fxfuse.quiet import quiet
+from fxfuse.versions import CACHE_NAMES
 
-_CACHE = re.compile(r"(?P<way>input|output)\.past_key_values\.layers\.(?P<layer>\d+)\.(?P<what>key|value)s")
+_CACHE = re.compile(
+    rf"(?P<way>input|output)\.(?:{'|'.join(CACHE_NAMES)})\.layers\.(?P<layer>\d+)\.(?P<what>key|value)s"
+)
+_OF_CACHE = re.compile(rf"(?:input|output)\.(?:{'|'.join(CACHE_NAMES)})\.(?P<what>.+)")
+_ONE_TOKEN = ("dimension inputs['input_ids'].shape[1]", "dimension inputs['position_ids'].shape[1]")
+"""Of which torch warns that a sample of one fixes them: here that is asked for."""
 _WINDOW = "._sliding_window_tensor"
 _AXES = {
     "input_ids": ("batch_size", "sequence_length"),
@@ -144,7 +152,8 @@ def _of_transformers(model: Any, opset: int, names: Names, one_token: bool, fusi
 
     config = FxfuseConfig(dynamic=True, opset_version=opset, **fusing)
     stage, inputs = _decode_stage(model, one_token)
-    program: ir.Model = FxfuseExporter().export(stage, inputs, config).program
+    with quiet(*_ONE_TOKEN if one_token else ()):
+        program: ir.Model = FxfuseExporter().export(stage, inputs, config).program
     if names != "hf":
         _drop_windows(program.graph)
     for value in (*program.graph.inputs, *program.graph.outputs):
@@ -171,7 +180,10 @@ def _decode_stage(model: Any, one_token: bool) -> tuple[Any, dict[str, Any]]:
         ) from error
     stage, inputs = stages["decode"]
     # Some models count positions by themselves, along attention_mask.
-    missing = {"input_ids", "attention_mask", "past_key_values"} - set(inputs)
+    missing = {"input_ids", "attention_mask"} - set(inputs)
+    cache = next((inputs[name] for name in CACHE_NAMES if name in inputs), None)
+    if not any(isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in getattr(cache, "layers", ())):
+        missing.add("a cache of keys and values")  # Mamba's holds states of its own
     if set(stages) != {"prefill", "decode"} or missing:
         raise FxfuseError(
             f"not a decoder alone: it generates in the stages {', '.join(stages)} from {', '.join(inputs)}"
@@ -195,12 +207,13 @@ def _drop_windows(graph: ir.Graph) -> None:
 
 
 def _renamed(name: str, names: Names) -> str:
-    if names == "hf" or "past_key_values" not in name:
+    of_cache = _OF_CACHE.fullmatch(name)
+    if names == "hf" or of_cache is None:
         return name
     match = _CACHE.fullmatch(name)
     if match is None:
         raise FxfuseError(
-            f"the cache holds {name.partition('.')[2]}, which has no name in an export for {names}",
+            f"the cache holds {of_cache['what']}, which has no name in an export for {names}",
             where="names",
             hint='names="hf" keeps the names of transformers',
         )

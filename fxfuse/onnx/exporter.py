@@ -26,10 +26,12 @@ from fxfuse.onnx.flex_attention import join_flex_attention
 from fxfuse.onnx.lowest import without_lowest
 from fxfuse.onnx.missing import missing_translations
 from fxfuse.onnx.state import name_states
+from fxfuse.onnx.untranslated import one_message
 from fxfuse.ops import holds_fused, translation_table
 from fxfuse.ops.registry import check_opset
 from fxfuse.options import Options
 from fxfuse.prepass import options_of
+from fxfuse.quiet import quiet
 from fxfuse.recognise.answers import Pattern
 from fxfuse.recognise.flex.choices import FlexCalls, Windows
 from fxfuse.recognise.questions import BlockMasks
@@ -182,7 +184,9 @@ def lifted_program(
         if named_only or not isinstance(model, torch.nn.Module):
             raise
         try:
-            return lift(capture(model, args, kwargs, dynamic_shapes, strict=True))
+            with quiet():
+                program = capture(model, args, kwargs, dynamic_shapes, strict=True)
+            return lift(program)
         except FxfuseError:
             pass
         raise
@@ -203,7 +207,8 @@ def as_program(
         check_program(model)
         return model
     if isinstance(model, torch.nn.Module) and not isinstance(model, torch.jit.ScriptModule):
-        return capture(model, args, kwargs, dynamic_shapes)
+        with quiet():
+            return capture(model, args, kwargs, dynamic_shapes)
     raise FxfuseError(
         f"expected a torch.nn.Module or a torch.export.ExportedProgram, got {type(model).__qualname__}",
         where="model",
@@ -221,13 +226,17 @@ def translate(
     """The ONNX program of one that was lifted and fused (`lifted_program`, `fxfuse.fuse`).
 
     torch drops what a program writes in place. `options` go to ``torch.onnx.export``.
+
+    Raises:
+        FxfuseError: torch.onnx has no translation of a node, or its own one fails.
     """
     table: dict[Any, Any] = {
         **missing_translations(fused.graph.nodes),
         **translation_table(opset),
         **(custom_translation_table or {}),
     }
-    with within(None):  # where the plugin is installed, it has nothing to add
+    # Where the plugin is installed, it has nothing to add.
+    with within(None), quiet(), one_message():
         onnx_program = torch.onnx.export(
             fused,
             opset_version=opset,

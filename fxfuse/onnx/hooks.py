@@ -37,6 +37,7 @@ from fxfuse.ops import holds_fused, translation_table
 from fxfuse.ops.registry import FIRST_OPSET, LAST_OPSET
 from fxfuse.options import Options
 from fxfuse.prepass import options_of
+from fxfuse.quiet import is_quiet
 
 Function = Callable[..., Any]
 Prepare = Callable[..., ExportedProgram]
@@ -61,6 +62,8 @@ def export(original: Function) -> Function:
     @functools.wraps(original)
     def hooked(model: Any, *args: Any, **kwargs: Any) -> Any:
         token = _marked.set(options_of(model))
+        if is_quiet() and kwargs.get("verbose") is None:
+            kwargs["verbose"] = False  # None prints each step: transformers' exporter does not pass it on
         try:
             with nullcontext() if current() is None else flex_capture():
                 return original(model, *args, **kwargs)

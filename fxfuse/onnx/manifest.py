@@ -29,13 +29,14 @@ from typing import Any, Literal, get_args
 import onnx_ir as ir
 
 from fxfuse.errors import FxfuseError
+from fxfuse.versions import CACHE_NAMES
 
 MANIFEST = "fxfuse.json"
 FORMAT, VERSION = "fxfuse.pipeline", 1
 CACHE_METADATA = "fxfuse.cache"
 Form = Literal["growing", "static", "sliding", "streaming"]
 PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
-_PAST_OF_TRANSFORMERS = re.compile(r"input\.past_key_values\.layers\.(\d+)\.(key|value)s")
+_PAST_OF_TRANSFORMERS = re.compile(rf"input\.(?:{'|'.join(CACHE_NAMES)})\.layers\.(\d+)\.(key|value)s")
 
 
 @dataclass(frozen=True)

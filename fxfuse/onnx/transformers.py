@@ -16,12 +16,13 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from fxfuse.errors import FxfuseError
 from fxfuse.onnx.plugin import activation, enabled
 from fxfuse.ops.registry import check_opset
 from fxfuse.options import BUDGET, DEFAULT_OPSET
+from fxfuse.quiet import quiet
 from fxfuse.recognise.answers import Pattern
 
 try:
@@ -72,11 +73,14 @@ class FxfuseExporter(OnnxExporter):  # type: ignore[misc]
 
     export_format = NAME
     config_class = FxfuseConfig
+    tested_versions: ClassVar[dict[str, str]] = {}
+    """transformers warns where its own exporter was tested with others; what fxfuse works with, pip knows."""
 
     def export_program(
         self, model: Any, sample_inputs: MutableMapping[str, Any], config: FxfuseConfig
     ) -> tuple[Any, Any]:
-        with enabled(patterns=config.patterns, prove=config.prove, accept=config.accept, budget=config.budget):
+        fusing = enabled(patterns=config.patterns, prove=config.prove, accept=config.accept, budget=config.budget)
+        with fusing, quiet():
             program: tuple[Any, Any] = super().export_program(model, sample_inputs, config)
         return program
 

@@ -8,7 +8,10 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
+from fxfuse.quiet import shared_specs
 
+
+@shared_specs()
 def with_values(program: ExportedProgram) -> ExportedProgram:
     """The program, every node with the value it computes (``meta["val"]``): itself, or a copy where some had none.
 

@@ -9,6 +9,7 @@ import torch
 
 from fxfuse.errors import FxfuseError
 from fxfuse.runtime.positions import Positions, check_chunk, checked, last
+from fxfuse.versions import cache_name
 
 
 class EagerSession:
@@ -23,6 +24,7 @@ class EagerSession:
         self.model = model
         # Some models count positions by themselves, along attention_mask, and take none.
         self._positioned = "position_ids" in inspect.signature(getattr(model, "forward", model)).parameters
+        self._cache_name = cache_name(model)
         self.reset()
 
     @property
@@ -70,9 +72,9 @@ class EagerSession:
             input_ids=ids.to(device),
             attention_mask=attention_mask.to(device),
             **({"position_ids": position_ids.to(device)} if self._positioned else {}),
-            past_key_values=self._cache,
+            **{self._cache_name: self._cache},
             use_cache=True,
         )
-        self._cache = output.past_key_values
+        self._cache = getattr(output, self._cache_name)
         logits: torch.Tensor = output.logits.cpu()
         return logits

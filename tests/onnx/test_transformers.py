@@ -23,6 +23,7 @@ import fxfuse.onnx
 import fxfuse.onnx.transformers
 from fxfuse.errors import FxfuseError, FxfuseWarning
 from fxfuse.patterns.rms_norm import PATTERN as RMS_NORM
+from fxfuse.versions import cache_name
 from tests.torchtune.graphs import onnx_attentions, onnx_kv_heads, onnx_repeats
 
 SIZES: dict[str, Any] = {
@@ -69,15 +70,15 @@ def check(model: ir.Model, norms: int, caches: int = 0) -> None:
         assert onnx_kv_heads(attention) == 2 and not onnx_repeats(attention)
 
 
-def greedy(exported: ExportedModel, config: Any, ids: torch.Tensor, steps: int) -> torch.Tensor:
+def greedy(exported: ExportedModel, model: PreTrainedModel, ids: torch.Tensor, steps: int) -> torch.Tensor:
     """Tokens of the prefill graph, then of the decode graph, in ONNX Runtime."""
-    run, cache = exported.runners, DynamicCache(config=config)
+    run, cache, called = exported.runners, DynamicCache(config=model.config), cache_name(model)
     positions = torch.arange(ids.shape[1]).expand_as(ids)
-    out = run["prefill"](input_ids=ids, position_ids=positions, past_key_values=cache)
+    out = run["prefill"](input_ids=ids, position_ids=positions, **{called: cache})
     tokens = [out.logits[:, -1:].argmax(-1)]
     for step in range(steps - 1):
         position = torch.full_like(tokens[-1], ids.shape[1] + step)
-        out = run["decode"](input_ids=tokens[-1], position_ids=position, past_key_values=out.past_key_values)
+        out = run["decode"](input_ids=tokens[-1], position_ids=position, **{called: out[called]})
         tokens.append(out.logits[:, -1:].argmax(-1))
     return torch.cat([ids, *tokens], dim=1)
 
@@ -92,7 +93,7 @@ def test_prefill_and_decode(name: str) -> None:
         check(component.program, CONFIGS[name][1], caches=2 if stage == "decode" else 0)
     ids = torch.randint(1, 64, (3, 9), generator=torch.Generator().manual_seed(1))
     expected = model.generate(ids, max_new_tokens=7, do_sample=False)
-    assert torch.equal(greedy(exported, model.config, ids, 7), expected)
+    assert torch.equal(greedy(exported, model, ids, 7), expected)
 
 
 @pytest.fixture(scope="module")
