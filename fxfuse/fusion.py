@@ -23,6 +23,8 @@ from fxfuse.graph.functional import functionalise, restore
 from fxfuse.graph.inline import inline
 from fxfuse.graph.program import check_program, copy_program, name_outputs
 from fxfuse.graph.put_back import put_back
+from fxfuse.graph.real_parts import real_tables
+from fxfuse.graph.splice import INSERTED
 from fxfuse.ops.registry import check_opset
 from fxfuse.options import BUDGET, check_accept, check_budget, check_frozen, check_patterns
 from fxfuse.quiet import shared_specs
@@ -83,7 +85,8 @@ def fuse(
     Returns:
         A new program. Nodes outside the fused regions are as they were, but for blocks under `no_grad` or
         `torch.autocast` in which something was fused: they are inlined, detached, and the casts that autocast makes
-        are written down. Weights are shared with `program`.
+        are written down; and for complex tensors that a fused operator alone reads: they are computed as real and
+        imaginary parts. Weights are shared with `program`.
 
     Raises:
         FxfuseError: not an exported program, fused already, an opset outside 23–25, or an option that is none.
@@ -147,6 +150,7 @@ def _fused(
     restore(result.graph, writes)
     put_back(result, blocks)
     report.entries.extend(left_alone(blocks))
+    real_tables(result.graph, [n for n in result.graph.nodes if n.meta.get(INSERTED)])
     result.graph_module.recompile()
     report.nodes_after = _calls(result.graph)
     regions = {i: entry.nodes for i, entry in enumerate(report) if entry.status == "fused"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch.fx import Node
@@ -31,48 +30,6 @@ def cancel_layouts(inserted: Iterable[Node]) -> None:
             cast.meta = {**node.meta}
             original = cast
         node.replace_all_uses_with(original, propagate_meta=False)
-
-
-def real_before_layout(inserted: Iterable[Node]) -> list[Node]:
-    """Take real and imaginary parts before complex tensors are moved about, not after; returns the nodes added.
-
-    ONNX has no complex tensors, and its exporter knows few complex layouts. Only inserted nodes are rewired.
-    """
-    added: list[Node] = []
-    pending = [n for n in inserted if op_name(n) == "view_as_real"]
-    while pending:
-        node = pending.pop()
-        moved = node.args[0]
-        if not isinstance(moved, Node) or (call := _of_parts(moved)) is None:
-            continue
-        source, operator, arguments = call
-        with node.graph.inserting_before(node):
-            parts = node.graph.call_function(torch.ops.aten.view_as_real.default, (source,))
-            parts.meta = {**node.meta, "val": torch.view_as_real(fake(source))}
-            result = parts
-            if operator is not None:
-                result = node.graph.call_function(operator, (parts, *arguments))
-                result.meta = {**node.meta}
-        node.replace_all_uses_with(result, propagate_meta=False)
-        added.extend(dict.fromkeys((parts, result)))
-        pending.append(parts)
-    return added
-
-
-def _of_parts(moved: Node) -> tuple[Node, torch._ops.OpOverload | None, tuple[Any, ...]] | None:
-    """The source of a moved complex tensor, and the operator and its arguments that move ``[..., 2]`` parts alike."""
-    source, rest = (moved.args[0], moved.args[1:]) if moved.args else (None, ())
-    if not isinstance(source, Node) or tensor(source) is None or fake(source).dtype != fake(moved).dtype:
-        return None
-    if op_name(moved) in CAST or op_name(moved) in ("alias", "detach"):
-        return source, None, ()
-    if op_name(moved) == "unsqueeze" and isinstance(axis := rest[0], int):
-        return source, torch.ops.aten.unsqueeze.default, (axis if axis >= 0 else axis - 1,)
-    if op_name(moved) == "slice":
-        axis = rest[0] if rest else 0
-        assert isinstance(axis, int)
-        return source, torch.ops.aten.slice.Tensor, (axis if axis >= 0 else axis - 1, *rest[1:])
-    return None
 
 
 def _before_reshapes(node: Node) -> Node | None:

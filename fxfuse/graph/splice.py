@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fxfuse.graph.emit import KEPT_META, uncached
 from fxfuse.graph.equal import MERGED
-from fxfuse.graph.layout import cancel_layouts, real_before_layout
+from fxfuse.graph.layout import cancel_layouts
 from fxfuse.graph.region import Region
 from fxfuse.graph.unread import remove_unread
 from fxfuse.graph.view import ASSERTIONS, fake, is_pure, mutated, op_name, touches
 
-KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "custom")
 INSERTED = "fxfuse_inserted"
 STANDS_FOR = "fxfuse_stands_for"
 """Of a node that was inserted for a value: its own name, for metadata is copied, and that of the value's node."""
@@ -47,24 +46,13 @@ def trace(form: Callable[..., Any], inputs: Iterable[Node]) -> Graph:
     # torch before 2.13 has no such context; there a guard shows only afterwards.
     unguarded = getattr(env, "error_on_new_guards", nullcontext)
     try:
-        with torch.no_grad(), unguarded(), _uncached(mode):
+        with torch.no_grad(), unguarded(), uncached(mode):
             module = make_fx(in_mode, pre_dispatch=True, tracing_mode="real")(*(f.detach() for f in fakes))
     except Exception as error:  # a guard comes wrapped in whatever operator asked for the size
         raise Guarded(f"it cannot be traced with symbolic sizes: {str(error).splitlines()[0]}") from error
     if env is not None and len(env.guards) > guards:
         raise Guarded(f"it would specialise the program on {env.guards[guards].expr}")
     return module.graph
-
-
-@contextmanager
-def _uncached(mode: FakeTensorMode) -> Iterator[None]:
-    """Its cache makes views by asking whether they fit their storage: a guard, where they slice a table."""
-    enabled = mode.cache_enabled
-    mode.cache_enabled = False
-    try:
-        yield
-    finally:
-        mode.cache_enabled = enabled
 
 
 class Splicer:
@@ -128,7 +116,6 @@ class Splicer:
     def finish(self) -> None:
         """Undo layouts that cancel, share what was inserted twice, and remove what nobody reads any more."""
         cancel_layouts(self._inserted)
-        self._inserted.extend(real_before_layout(self._inserted))
         self._share()
         self._remove_dead([*self._dead, *self._inserted])
         remove_unread(self.graph, self._dead)

@@ -25,6 +25,7 @@ from fxfuse.onnx.files import save
 from fxfuse.onnx.flex_attention import join_flex_attention
 from fxfuse.onnx.lowest import without_lowest
 from fxfuse.onnx.missing import missing_translations
+from fxfuse.onnx.ready import check_no_complex, ready
 from fxfuse.onnx.state import name_states
 from fxfuse.onnx.untranslated import one_message
 from fxfuse.ops import holds_fused, translation_table
@@ -230,22 +231,27 @@ def translate(
     Raises:
         FxfuseError: torch.onnx has no translation of a node, or its own one fails.
     """
+    program = ready(fused)
     table: dict[Any, Any] = {
-        **missing_translations(fused.graph.nodes),
+        **missing_translations(program.graph.nodes),
         **translation_table(opset),
         **(custom_translation_table or {}),
     }
     # Where the plugin is installed, it has nothing to add.
     with within(None), quiet(), one_message():
-        onnx_program = torch.onnx.export(
-            fused,
-            opset_version=opset,
-            dynamo=True,
-            custom_translation_table=table,
-            **options,
-        )
+        try:
+            onnx_program = torch.onnx.export(
+                program,
+                opset_version=opset,
+                dynamo=True,
+                custom_translation_table=table,
+                **options,
+            )
+        except Exception as error:
+            check_no_complex(program, error)
+            raise
     assert onnx_program is not None  # None is what the TorchScript exporter returns
-    finish(onnx_program, fused)
+    finish(onnx_program, program)
     return onnx_program
 
 

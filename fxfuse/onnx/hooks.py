@@ -32,6 +32,7 @@ from fxfuse.flex.capture import flex_capture
 from fxfuse.onnx.active import Active, current, within
 from fxfuse.onnx.exporter import check_no_flex_attention, finish
 from fxfuse.onnx.missing import missing_translations
+from fxfuse.onnx.ready import ready
 from fxfuse.onnx.values import with_values
 from fxfuse.ops import holds_fused, translation_table
 from fxfuse.ops.registry import FIRST_OPSET, LAST_OPSET
@@ -138,12 +139,13 @@ def _ready(program: ExportedProgram, registry: Any, active: Active) -> Ready | N
         if not holds_fused(program):
             options = _marked.get() or active.options
             fused = fxfuse.fuse(with_values(program), **options.for_export(opset))
+        came_fused, fused = fused is program, ready(fused)
         table = {**missing_translations(fused.graph.nodes), **translation_table(opset)}
         for operator, translation in table.items():
             own = any(known.is_custom for known in registry.get_decomps(operator))
             if not own:  # the caller's custom_translation_table goes first
                 registry.register_op(operator, translation)
-        return Ready(fused, program, active)
+        return Ready(fused, fused if came_fused else program, active)
     except Exception as error:  # a plugin never takes somebody else's export down
         active.warn("fusing failed", error)
         return None

@@ -48,6 +48,7 @@ class Cache:
     def read(self, source: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
         """The values as ``[*axes, pairs]``, size 1 where they do not differ along an axis."""
         if self.part != "whole":
+            source = source.resolve_conj() if source.is_conj() else source
             source = torch.view_as_real(source).select(-1, int(self.part == "imag"))
         order: dict[int, int] = {}
         at = 0

@@ -13,8 +13,9 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
 from fxfuse.flex.one_block import LARGE
+from fxfuse.graph.emit import KEPT_META
 from fxfuse.graph.flex import Flex, block_mask_names, flex
-from fxfuse.graph.splice import KEPT_META, trace
+from fxfuse.graph.splice import trace
 from fxfuse.graph.view import fake
 from fxfuse.recognise.flex.block_lists import check_block_mask
 from fxfuse.recognise.questions import Questions

@@ -1,0 +1,68 @@
+"""Calls put into a graph one behind the other, each with the value that it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "custom")
+"""Where a node comes from."""
+
+
+class Emitter:
+    """Puts calls into the graph, with `like` as where they come from.
+
+    Args:
+        like: they stand right behind it, or behind all inputs, if it is one.
+        before: they stand right before this node instead.
+    """
+
+    def __init__(self, like: Node, before: Node | None = None) -> None:
+        self.graph = like.graph
+        self.added: list[Node] = []
+        self._meta = {k: like.meta[k] for k in KEPT_META if k in like.meta}
+        inputs = [n for n in self.graph.nodes if n.op == "placeholder"] if like.op == "placeholder" else [like]
+        self._point = before.prev if before is not None else inputs[-1]
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        """The node of ``target(*args, **kwargs)``; nodes among the arguments stand before."""
+        with self.graph.inserting_after(self._point):
+            node = self.graph.call_function(target, args, kwargs)
+        self.added.append(node)
+        self._point = node
+        node.meta = {**self._meta, "val": value_of(node)}
+        return node
+
+
+def value_of(node: Node) -> Any:
+    """The fake value of a call, from those of its arguments.
+
+    Raises:
+        Exception: whatever the operator raises; and where a symbolic size would be guarded on.
+    """
+    given = [n.meta["val"] for n in node.all_input_nodes]
+    several = [t for v in given for t in (v if isinstance(v, (list, tuple)) else (v,))]
+    mode = next((t.fake_mode for t in several if hasattr(t, "fake_mode")), None)
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    env = None if mode is None else mode.shape_env
+    # torch before 2.13 has no such context.
+    unguarded = getattr(env, "error_on_new_guards", nullcontext)
+    with mode or nullcontext(), torch.no_grad(), unguarded(), nullcontext() if mode is None else uncached(mode):
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+@contextmanager
+def uncached(mode: FakeTensorMode) -> Iterator[None]:
+    """Its cache makes views by asking whether they fit their storage: a guard, where they slice a table."""
+    enabled = mode.cache_enabled
+    mode.cache_enabled = False
+    try:
+        yield
+    finally:
+        mode.cache_enabled = enabled
