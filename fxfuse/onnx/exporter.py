@@ -27,6 +27,7 @@ from fxfuse.onnx.lowest import without_lowest
 from fxfuse.onnx.missing import missing_translations
 from fxfuse.onnx.ready import check_no_complex, ready
 from fxfuse.onnx.state import name_states
+from fxfuse.onnx.takes import check_taken
 from fxfuse.onnx.untranslated import one_message
 from fxfuse.ops import holds_fused, translation_table
 from fxfuse.ops.registry import check_opset
@@ -247,7 +248,7 @@ def translate(
                 custom_translation_table=table,
                 **options,
             )
-        except Exception as error:
+        except torch.onnx.OnnxExporterError as error:
             check_no_complex(program, error)
             raise
     assert onnx_program is not None  # None is what the TorchScript exporter returns
@@ -257,6 +258,7 @@ def translate(
 
 def finish(onnx_program: torch.onnx.ONNXProgram, fused: ExportedProgram) -> None:
     """What torch's translation leaves to do: FlexAttention, masks for ONNX Runtime, the report for `fxfuse.report`."""
+    check_taken(onnx_program.model)
     join_flex_attention(onnx_program.model)
     without_boolean_where(onnx_program.model)
     without_lowest(onnx_program.model)

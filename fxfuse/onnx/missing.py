@@ -11,6 +11,8 @@ from typing import Any
 
 from torch.fx import Node
 
+from fxfuse.onnx import sdpa
+
 
 def grouped_mm(self: Any, mat2: Any, offs: Any, bias: Any = None, out_dtype: int | None = None) -> Any:
     """Row r of `self` [M, K] times the matrix of its group, `mat2` [G, K, N]; `offs` [G] are the groups' ends.
@@ -79,8 +81,11 @@ _BY_NAME: dict[str, Callable[..., Any]] = {
 
 
 def missing_translations(nodes: Iterable[Node]) -> dict[Any, Callable[..., Any]]:
-    """A translation for each operator of these nodes that torch's exporter has none for."""
+    """A translation for each operator of these nodes that torch's exporter has none for, or none that always runs."""
     found: dict[Any, Callable[..., Any]] = {}
+    nodes = list(nodes)
+    if sdpa.translates(nodes):
+        found[sdpa.SDPA] = sdpa.scaled_dot_product_attention
     for node in nodes:
         schema = getattr(node.target, "_schema", None)
         if schema is not None and schema.name in _BY_NAME:
