@@ -4,6 +4,11 @@ Operators are recognised by what a region computes, every rewrite is proven, and
 Start with `fuse`; the story is in `fxfuse.fusion`, a pattern in `fxfuse.patterns.rms_norm`.
 """
 
+from fxfuse.installed import check_installed
+
+check_installed()  # before anything below asks torch for what an older one has not
+
+# ruff: noqa: E402
 from fxfuse.errors import FxfuseError, FxfuseWarning, ParityError
 from fxfuse.flex.capture import flex_capture
 from fxfuse.fusion import fuse, report, unfuse

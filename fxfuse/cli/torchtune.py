@@ -14,6 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from fxfuse.errors import FxfuseError
+from fxfuse.installed import check_installed
 
 BATCH, SEQ = 2, 16
 """Sizes of the sample inputs, where none are given."""
@@ -117,6 +118,7 @@ def sample(
 
 
 def _families() -> list[str]:
+    check_installed("torchtune")
     try:
         import torchtune.models
     except ImportError as error:

@@ -19,12 +19,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from fxfuse.errors import FxfuseError
+from fxfuse.installed import check_installed
 from fxfuse.onnx.plugin import activation, enabled
 from fxfuse.ops.registry import check_opset
 from fxfuse.options import BUDGET, DEFAULT_OPSET
 from fxfuse.quiet import quiet
 from fxfuse.recognise.answers import Pattern
 
+check_installed("transformers")
 try:
     from transformers.exporters import ExportedModel, ExportFormat, OnnxConfig, OnnxExporter, register_backend
     from transformers.exporters.runners.runner_onnx import OnnxModelRunner

@@ -14,6 +14,7 @@ import onnx_ir as ir
 import torch
 
 from fxfuse.errors import FxfuseError
+from fxfuse.installed import check_installed
 
 Model = str | os.PathLike[str] | torch.onnx.ONNXProgram
 
@@ -209,8 +210,9 @@ def require_onnxruntime() -> Any:
     """The module.
 
     Raises:
-        FxfuseError: it is not installed.
+        FxfuseError: it is not installed, or too old.
     """
+    check_installed("ort")
     try:
         import onnxruntime
     except ImportError as error:

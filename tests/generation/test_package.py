@@ -21,6 +21,7 @@ from fxfuse.onnx.manifest import MANIFEST, Layer, manifest_of, read_manifest
 from fxfuse.onnx.package import facts, write_package
 from fxfuse.runtime import EagerSession, Session, generate
 from fxfuse.runtime.check import check_package
+from fxfuse.versions import cache_name
 from tests.generation import tiny
 
 SCHEMA = json.loads((Path(fxfuse.onnx.__file__).parent / "manifest.schema.json").read_text())
@@ -86,7 +87,7 @@ def test_names(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     out, prompt = tmp_path / "hf", tiny.tokenizer().encode(tiny.PROMPTS[0]).ids
     assert main(["export", str(checkpoint), "--names", "hf", "--out", str(out)]) == 0
     jsonschema.validate(json.loads((out / MANIFEST).read_text()), SCHEMA)
-    assert read_manifest(out)[1].links[1].input == "input.past_key_values.layers.0.values"
+    assert read_manifest(out)[1].links[1].input == f"input.{cache_name(tiny.trained('llama'))}.layers.0.values"
     assert generate(Session(out, threads=1), [prompt], max_new_tokens=24) == [tiny.continued("llama", prompt, 24)]
     capsys.readouterr()
     for words in (["--package", "genai"], ["--cache", "static"]):
