@@ -325,6 +325,8 @@ def _named(parameters: dict[str, Any], region: Region) -> dict[str, Any]:
     """Parameters with the names of the tensors that they are."""
 
     def name(value: Any) -> Any:
+        if callable(value):
+            return value(region)
         if isinstance(value, list):
             return [name(v) for v in value]
         return region.inputs[value.position].name if isinstance(value, Input) else value

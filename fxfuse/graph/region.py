@@ -38,6 +38,15 @@ class Region:
     """Inputs whose rows ascend, or what searches them says nothing."""
     beside: tuple[Node, ...] = ()
     """Values computed on the way that the replacement gives too, after the output."""
+    small: Region | None = None
+    """It at smaller sizes, where it computes alike: this one is asked and proven in its place."""
+    narrowed: bool = False
+    """Of a small one: does it rest on what inputs of the large one hold?"""
+
+    @property
+    def asked(self) -> Region:
+        """What is asked and proven of it."""
+        return self if self.small is None else self.small
 
     @property
     def outputs(self) -> tuple[Node, ...]:

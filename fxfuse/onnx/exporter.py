@@ -25,10 +25,12 @@ from fxfuse.onnx.files import save
 from fxfuse.onnx.flex_attention import join_flex_attention
 from fxfuse.onnx.lowest import without_lowest
 from fxfuse.onnx.missing import missing_translations
+from fxfuse.onnx.packed import pack_integers
 from fxfuse.onnx.ready import check_no_complex, ready
 from fxfuse.onnx.state import name_states
 from fxfuse.onnx.takes import check_taken
 from fxfuse.onnx.untranslated import one_message
+from fxfuse.onnx.widened import warn_of_widened
 from fxfuse.ops import holds_fused, translation_table
 from fxfuse.ops.registry import check_opset
 from fxfuse.options import Options
@@ -257,11 +259,14 @@ def translate(
 
 
 def finish(onnx_program: torch.onnx.ONNXProgram, fused: ExportedProgram) -> None:
-    """What torch's translation leaves to do: FlexAttention, masks for ONNX Runtime, the report for `fxfuse.report`."""
+    """What torch's translation leaves to do: FlexAttention, masks for ONNX Runtime, integers of four bits, the report
+    for `fxfuse.report`."""
     check_taken(onnx_program.model)
+    warn_of_widened(fused)
     join_flex_attention(onnx_program.model)
     without_boolean_where(onnx_program.model)
     without_lowest(onnx_program.model)
+    pack_integers(onnx_program.model)
     with suppress(FxfuseError):  # a program that was fused in another process has no report
         onnx_program.fxfuse_report = fxfuse.report(fused)  # type: ignore[attr-defined]
         onnx_program.model.meta[REPORT] = fxfuse.report(fused)

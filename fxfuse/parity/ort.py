@@ -40,6 +40,8 @@ class OnnxRuntime:
             path = _as_file(model, folder)
             options = ort.SessionOptions()
             options.log_severity_level = 4 if quiet else 3
+            # Products with quantised weights in float32, as the file says; by default activations go to 8 bits too.
+            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
             if _size(path) > LARGE:
                 # Folding 16-bit weights to float32 and packing them for the GEMMs would each hold another copy.
                 options.add_session_config_entry("session.disable_prepacking", "1")

@@ -17,6 +17,7 @@ from fxfuse.graph.view import ASSERTIONS, CAST, argument, fake, op_name
 from fxfuse.graph.wrapped import Wrapped, wrapped
 from fxfuse.proof.analytic import ACCUMULATES, MOVED
 from fxfuse.proof.breaks import Breaks
+from fxfuse.proof.dequantize import exactly
 from fxfuse.proof.sizes import Sizes
 
 MAX_ELEMENTS = 1 << 25
@@ -118,10 +119,12 @@ class Evaluator:
             source = node.args[0]
             assert isinstance(source, Node)
             args = (*args[:3], *([None] * (3 - len(args))), _default_epsilon(fake(source).dtype))
+        target, given = exactly(node) if self.exact else (None, {})
         if node.target is torch.ops.aten.view.default:
             return args[0].reshape(args[1])  # strides are the graph's concern, not the meaning's
         try:
-            return self._seen(node, name, args, kwargs, self._upcast(node.target(*args, **kwargs)))  # type: ignore[operator]
+            value = (target or node.target)(*args, **{**kwargs, **given})  # type: ignore[operator]
+            return self._seen(node, name, args, kwargs, self._upcast(value))
         except CannotEvaluate:
             raise
         except Exception as error:  # any failure of a torch operator at these sizes is an answer, not a crash

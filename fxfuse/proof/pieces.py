@@ -152,7 +152,7 @@ def _cast_pieces(call: Call) -> tuple[Pieces | None, Any]:
     if after.is_floating_point or after.is_complex:
         if before.is_floating_point or before.is_complex or before == torch.bool:
             return None, ()
-        limit = 2.0 ** (-math.log2(torch.finfo(after).eps) + 1)
+        limit = exact_below(after)
         return ({"rounded": x.abs() > limit} if after in (torch.float16, torch.bfloat16) else None), ()
     if before.is_floating_point:
         return {"a fraction": x != x.trunc(), "whole": x == x.trunc(), "negative": x < 0}, ()
@@ -160,6 +160,11 @@ def _cast_pieces(call: Call) -> tuple[Pieces | None, Any]:
         return None, ()
     info = torch.iinfo(after)
     return {"wrapped": (x < info.min) | (x > info.max), "held": (x >= info.min) & (x <= info.max)}, ()
+
+
+def exact_below(kind: torch.dtype) -> float:
+    """Up to here a floating type holds every whole number."""
+    return float(2.0 ** (-math.log2(torch.finfo(kind).eps) + 1))
 
 
 def out_of_range(name: str, call: Call) -> dict[str, str]:

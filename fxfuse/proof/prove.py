@@ -50,6 +50,7 @@ def prove(region: Region, found: Found, ask: Questions) -> Proof:
     Raises:
         Refused: no form does; the message has the break, or the error that was seen.
     """
+    region = region.asked
     _check_lowered(region)
     trials = Trials(region, found, ask)
     errors: list[str] = []

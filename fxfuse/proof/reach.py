@@ -6,8 +6,10 @@ from typing import Any
 
 from torch.fx import Node
 
-from fxfuse.graph.view import argument, op_name
+from fxfuse.graph.view import CAST, argument, fake, op_name
 from fxfuse.proof.breaks import Break
+from fxfuse.proof.pieces import exact_below
+from fxfuse.proof.whole import bounds, of_type
 
 FINITE = "inputs are finite, and what is computed of them does not overflow"
 
@@ -36,11 +38,22 @@ def unreachable(one: Break, piece: str) -> str | None:
         return FINITE
     if one.what == "nan_to_num":
         return FINITE
+    if one.what in CAST and piece in ("rounded", "wrapped") and one.node is not None:
+        return _held(one.node)
     if one.what in _BOUNDED and piece in ("below", "negative") and one.node is not None:
         low = 0.0 if piece == "negative" else _lower_bound(one.node)
         if isinstance(low, (int, float)) and low <= 0 and never_negative(one.node.args[0]):
             return NOT_NEGATIVE
     return None
+
+
+def _held(cast: Node) -> str | None:
+    """Whole numbers that the type they are cast to holds, every one."""
+    found, kind = bounds(cast.args[0]), fake(cast).dtype
+    if found is None:
+        return None
+    low, high = (-exact_below(kind), exact_below(kind)) if kind.is_floating_point else of_type(kind)
+    return f"it is never below {found[0]} nor above {found[1]}" if low <= found[0] and found[1] <= high else None
 
 
 NOT_NEGATIVE = "it bounds what is never below 0: squares, exponentials, sums and means of such"

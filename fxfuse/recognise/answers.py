@@ -34,7 +34,7 @@ class Found:
 
     operator: str
     parameters: dict[str, Any]
-    """What was measured, for the report."""
+    """What was measured, for the report. A function is called with each region that it is the answer for."""
     forms: tuple[Form, ...]
     """Ways to say it, best first. They agree in exact arithmetic; the proof takes the first that also rounds alike."""
     rank: int = 0

@@ -9,7 +9,15 @@ from importlib.metadata import EntryPoint, entry_points
 from fxfuse.errors import FxfuseWarning, callers_level
 from fxfuse.recognise.answers import Pattern, is_pattern
 
-SHIPPED = ("rms_norm", "rotary_embedding", "attention", "flex_attention", "kv_cache", "cache_write")
+SHIPPED = (
+    "rms_norm",
+    "rotary_embedding",
+    "attention",
+    "flex_attention",
+    "kv_cache",
+    "cache_write",
+    "dequantize_linear",
+)
 """Modules of `fxfuse.patterns`, in the order in which they are applied: attention looks through rotary embeddings, and
 a cache is one where an attention reads it."""
 GROUP = "fxfuse.patterns"

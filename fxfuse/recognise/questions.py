@@ -28,6 +28,7 @@ from fxfuse.proof.evaluate import CannotEvaluate, Evaluator, draw, generator
 from fxfuse.proof.positions import Reader
 from fxfuse.proof.sizes import Sizes, ranges_of
 from fxfuse.recognise.flex.choices import FlexCalls, Windows
+from fxfuse.recognise.kept import Kept
 
 BlockMasks = Literal["check", "reconstruct", "assume_mask_mod"]
 """See `fxfuse.fuse`."""
@@ -90,6 +91,8 @@ class Questions:
         self._constants = _constants(program, frozen, written)
         self._unfrozen = {} if frozen else _persistent(program, written)
         self._all_constants: Callable[[], dict[str, torch.Tensor]] = partial(_constants, program, True, written)
+        self.kept = Kept(program, frozen, written)
+        """What the program keeps: weights, buffers and constants, and what is made of them alone."""
         self.reader = Reader(self.ranges, self._constants)
         """Reads what the program computes of positions and sizes."""
         # Each pair once: every layer has one, and mostly all have the same.

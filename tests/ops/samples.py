@@ -160,5 +160,26 @@ def tensor_scatter() -> Iterator[Sample]:
     yield sample("last_axis", rand(B, D, 7), rand(B, D, 1), torch.tensor([6, 0]), axis=-1)
 
 
-SAMPLES = [*rms_norm(), *rotary_embedding(), *attention(), *tensor_scatter()]
+def dequantize_linear() -> Iterator[Sample]:
+    def sample(name: str, x: Tensor, scale: Tensor, *rest: Tensor, **kwargs: Any) -> Sample:
+        return Sample(name, ops.dequantize_linear.default, (x, scale, *rest), kwargs)
+
+    def whole(*shape: int, kind: torch.dtype = torch.int8) -> Tensor:
+        info = torch.iinfo(kind)
+        return torch.randint(info.min, info.max + 1, shape, generator=GENERATOR, dtype=torch.int32).to(kind)
+
+    yield sample("one", whole(B, SQ, D), rand(1)[0], whole(1)[0])
+    yield sample("axis", whole(B, SQ, D), rand(SQ), whole(SQ))
+    yield sample("last_axis", whole(SQ, D, kind=torch.uint8), rand(D), axis=-1)
+    yield sample("transposed", whole(D, SQ).t(), rand(SQ), axis=0)
+    yield sample("blocks", whole(B, D), rand(B, 2), whole(B, 2), block_size=4)
+    yield sample("blocks_of_rows", whole(D, SQ, kind=torch.int16), rand(4, SQ), axis=0, block_size=2)
+    yield sample("a_short_last_block", whole(B, 7), rand(B, 3), whole(B, 3), axis=-1, block_size=3)
+    yield sample(
+        "whole_rows", whole(B, D, kind=torch.uint8), strided(B, 1), whole(B, 1, kind=torch.uint8), block_size=D
+    )
+    yield sample("wide", whole(B, D, kind=torch.int32), rand(D))
+
+
+SAMPLES = [*rms_norm(), *rotary_embedding(), *attention(), *tensor_scatter(), *dequantize_linear()]
 assert {sample.op for sample in SAMPLES} == set(fxfuse.ops.OPS)

@@ -24,6 +24,7 @@ COMPILED = (
     "attention_with_present-past",
     "attention_with_qk-mode_2",
     "tensor_scatter-circular",
+    "dequantize_linear-blocks",
 )
 """The samples that also run through AOTAutograd, which takes a second or two each."""
 

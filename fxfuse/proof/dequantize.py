@@ -1,0 +1,42 @@
+"""Libraries' own operators for stored integers, in float64: what they compute, without what they round.
+
+They take only the types that they give (torchao asserts as much), or give float32 unless they are told otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fxfuse.graph.view import op_name
+
+
+def dequantize_affine(
+    input: Tensor, block_size: Sequence[int], scale: Tensor, zero_point: Tensor | None, *_: Any, **__: Any
+) -> Tensor:
+    """torchao's, `_dequantize_affine_no_dtype_check` in torchao/quantization/quant_primitives.py: each block of that
+    size has one scale and one zero point."""
+    blocks = [size // block for size, block in zip(input.shape, block_size, strict=True)]
+    apart = [n for pair in zip(blocks, block_size, strict=True) for n in pair]
+    one_each = [n for count in blocks for n in (count, 1)]
+    x = input.reshape(apart).to(torch.float64)
+    if zero_point is not None:
+        x = x - zero_point.reshape(one_each).to(torch.float64)
+    return (x * scale.reshape(one_each)).reshape(input.shape)
+
+
+def exactly(node: Node) -> tuple[Callable[..., Any] | None, dict[str, Any]]:
+    """What to call in the place of this node's operator, None for itself; and keyword arguments to call it with."""
+    name = op_name(node)
+    if not name.startswith("dequantize_"):
+        return None, {}
+    schema = node.target._schema  # type: ignore[union-attr]
+    if schema.name == "torchao::dequantize_affine":
+        return dequantize_affine, {}
+    if schema.name.startswith("quantized_decomposed::") and any(a.name == "out_dtype" for a in schema.arguments):
+        return None, {"out_dtype": torch.float64}
+    return None, {}

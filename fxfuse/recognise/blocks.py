@@ -1,0 +1,72 @@
+"""How finely scales and zero points lie over a tensor of integers: one for all, one a row, one a block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fxfuse.recognise.answers import NEAR, Reason
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """As DequantizeLinear has it: one number for all (`axis` None), one for each entry of `axis` (`size` 0), or one for
+    each `size` entries along `axis`, which may be all of them, however many (`whole`)."""
+
+    axis: int | None
+    size: int = 0
+    whole: bool = False
+
+    def size_of(self, shape: Sequence[int]) -> int:
+        """DequantizeLinear's block_size, for integers of this shape."""
+        return shape[self.axis] if self.whole and self.axis is not None else self.size
+
+    def shape(self, shape: Sequence[int]) -> list[int]:
+        """Of scales for integers of this shape."""
+        if self.axis is None:
+            return []
+        if not self.size:
+            return [shape[self.axis]]
+        return [s // self.size_of(shape) if a == self.axis else s for a, s in enumerate(shape)]
+
+    def first(self, index: Tensor) -> Tensor:
+        """Of what is alike within each block, one for each."""
+        if self.axis is None:
+            return index.reshape(-1)[0]
+        if not self.size:
+            return index.movedim(self.axis, 0).reshape(index.shape[self.axis], -1)[:, 0]
+        return torch.unflatten(index, self.axis, (-1, self.size)).select(self.axis + 1, 0)
+
+
+def blocks(indices: Sequence[Tensor], shape: Sequence[int]) -> Blocks | Reason:
+    """The coarsest blocks within which every index is the same number.
+
+    A row of a matrix is one block of its whole length rather than an entry of the other axis: ONNX Runtime (1.32)
+    turns the latter, before a MatMul, into a product with activations rounded to 8 bits, which the model does not do
+    (`session.qdq_matmulnbits_accuracy_level`).
+    """
+    runs = [_longest_run(indices, axis, size) for axis, size in enumerate(shape)]
+    varies = [axis for axis, run in enumerate(runs) if run < shape[axis]]
+    if not varies:
+        return Blocks(None)
+    if len(shape) != 2 and len(varies) == 1 and runs[varies[0]] == 1:
+        return Blocks(varies[0])
+    axis = max(range(len(shape)), key=lambda a: (runs[a] > 1, runs[a] < shape[a], a))
+    if runs[axis] == 1:
+        return Reason("every one of its integers has a scale of its own", NEAR)
+    return Blocks(axis, runs[axis], whole=runs[axis] == shape[axis])
+
+
+def _longest_run(indices: Sequence[Tensor], axis: int, size: int) -> int:
+    for run in range(size, 0, -1):
+        if size % run == 0 and all(_alike(index, axis, run) for index in indices):
+            return run
+    return 1
+
+
+def _alike(index: Tensor, axis: int, run: int) -> bool:
+    apart = torch.unflatten(index, axis, (-1, run))
+    return bool(torch.equal(apart, apart.narrow(axis + 1, 0, 1).expand_as(apart)))
