@@ -19,6 +19,7 @@ from fxfuse.errors import FxfuseError
 from fxfuse.fusion import REPORT
 from fxfuse.graph.source import source_line
 from fxfuse.onnx.active import within
+from fxfuse.onnx.bfloat16 import without_bfloat16_gaps
 from fxfuse.onnx.boolean import without_boolean_where
 from fxfuse.onnx.capture import capture, check_program, named
 from fxfuse.onnx.files import save
@@ -265,6 +266,7 @@ def finish(onnx_program: torch.onnx.ONNXProgram, fused: ExportedProgram) -> None
     warn_of_widened(fused)
     join_flex_attention(onnx_program.model)
     without_boolean_where(onnx_program.model)
+    without_bfloat16_gaps(onnx_program.model)
     without_lowest(onnx_program.model)
     pack_integers(onnx_program.model)
     with suppress(FxfuseError):  # a program that was fused in another process has no report

@@ -162,7 +162,8 @@ def _rows(region: Region, found: Found, form: Form, ask: Questions, result: Roun
                 inputs = ask.inputs(region, working, 400 + seed, from_leaves=False)
                 for n, (place, factor) in enumerate(found.masks):
                     at = len(region.sources) + place
-                    inputs[at] = masked(inputs[at], how, math.copysign(number, factor * number), 410 + seed * 7 + n)
+                    hidden = _held(math.copysign(number, factor * number), inputs[at].dtype)
+                    inputs[at] = masked(inputs[at], how, hidden, 410 + seed * 7 + n)
                 (expected, *_), (actual, *_) = (
                     working.outputs(region, inputs),
                     run_form(form, inputs, len(region.outputs)),
@@ -170,6 +171,13 @@ def _rows(region: Region, found: Found, form: Form, ask: Questions, result: Roun
             except CannotEvaluate:
                 continue
             _same_rows(expected, actual, result, f"{how}, {number:g}" if floating else how)
+
+
+def _held(number: float, dtype: torch.dtype) -> float:
+    """The number, or the one nearest to it that this type has: masks may be narrower than the scores."""
+    if not dtype.is_floating_point or math.isinf(number):
+        return number
+    return min(max(number, torch.finfo(dtype).min), torch.finfo(dtype).max)
 
 
 def _same_rows(expected: Tensor, actual: Tensor, result: Rounding, how: str) -> None:
