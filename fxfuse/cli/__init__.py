@@ -25,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Deprecations inside torch and onnxscript, which the user of a command cannot act on.
             warnings.simplefilter("ignore", DeprecationWarning)
             warnings.simplefilter("ignore", FutureWarning)
+            # Inputs that share a symbol are given its one name.
+            warnings.filterwarnings("ignore", "# The axis name: .* shares the same shape constraints")
             warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
             arguments.run(arguments, out, err)
     except ParityError as error:

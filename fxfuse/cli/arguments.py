@@ -15,7 +15,8 @@ from fxfuse.recognise.flex.choices import FlexCalls, Windows
 SOURCES = """\
 SOURCE is one of
   torchtune:BUILDER       a model of torchtune by its builder's name: torchtune:llama3_2_1b, torchtune:gemma2
-  FOLDER                  a language model of transformers: config.json, weights, tokenizer (export only)
+  FOLDER                  a checkpoint of transformers: config.json, weights, tokenizer. What is exported is the class
+                          that config.json names: a language model with its cache (export only), or an encoder
   FILE.pt2                a program saved with torch.export.save
   PACKAGE.MODULE:NAME     a function that returns (model, args[, kwargs[, dynamic_shapes]])
 
@@ -163,7 +164,11 @@ def _budget(sub: argparse.ArgumentParser) -> None:
 def _model(sub: argparse.ArgumentParser, nargs: str | None) -> None:
     sub.add_argument("source", metavar="SOURCE", nargs=nargs, help="the model; see below")
     sub.add_argument("--opset", type=int, default=24, help="ONNX opset, 23 to 25 (default 24)")
-    sub.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float32, or what the source has)")
+    sub.add_argument(
+        "--dtype",
+        help="float32, float16 or bfloat16 (default: float32, or what the source has; of a checkpoint's folder, "
+        "if ONNX Runtime's CPU provider runs that, or else float32)",
+    )
     sub.add_argument(
         "--set",
         dest="options",
@@ -175,5 +180,12 @@ def _model(sub: argparse.ArgumentParser, nargs: str | None) -> None:
     sub.add_argument(
         "--checkpoint", type=Path, metavar="DIR", help="weights: safetensors, .pt, .pth or .bin, whole or sharded"
     )
-    sub.add_argument("--batch", type=int, help="batch size of the sample inputs of a torchtune model (default 2)")
+    sub.add_argument(
+        "--allow-missing",
+        action="store_true",
+        help="of a checkpoint's folder: go on where weights are missing (and then random), unused, or of other shapes",
+    )
+    sub.add_argument(
+        "--batch", type=int, help="batch size of the sample inputs of a torchtune model or an encoder (default 2)"
+    )
     sub.add_argument("--seq", type=int, help="their length (default 16)")

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
+from torch.export import ExportedProgram
 
 import fxfuse
 from fxfuse.cache.lift import Lifted
@@ -16,8 +18,7 @@ from fxfuse.cli import source, tables
 from fxfuse.cli.generation import check_options, export_generation, generates
 from fxfuse.cli.progress import Stages, human, peak_memory
 from fxfuse.cli.reports import REPORT, report_files, run_record
-from fxfuse.cli.state import consecutive_calls, describe, record_of
-from fxfuse.cli.verify import Check, check_fused, check_model, eager_outputs, expectations
+from fxfuse.cli.state import describe, record_of
 from fxfuse.errors import FxfuseError, ParityError
 from fxfuse.onnx.capture import named
 from fxfuse.onnx.exporter import lifted_program, translate
@@ -25,7 +26,13 @@ from fxfuse.onnx.files import move_into, save, staging
 from fxfuse.onnx.state import name_states
 from fxfuse.ops.registry import check_opset
 from fxfuse.options import BUDGET, check_accept, check_budget
-from fxfuse.parity import shape_cases
+from fxfuse.parity import working_dtype
+from fxfuse.parity.eager import Check, check_fused, check_model, expectations
+from fxfuse.parity.original import original_outputs
+from fxfuse.pretrained import look, output_names
+from fxfuse.pretrained.dtypes import FOR_A_CPU, NO_BFLOAT16
+from fxfuse.pretrained.files import copy_configuration, copy_tokenizer
+from fxfuse.pretrained.holds import is_pretrained
 from fxfuse.recognise.catalogue import catalogue
 from fxfuse.recognise.flex.choices import check_windows
 from fxfuse.report.record import dumps
@@ -42,9 +49,10 @@ def export(arguments: argparse.Namespace, out: Console, err: Console) -> None:
         FxfuseError: bad input. What stood in the folder before still does.
         ParityError: the model computes something else. The folder holds no model then.
     """
-    check_options(arguments)
-    if generates(arguments):
-        return export_generation(arguments, out, err)
+    holds = look(arguments.source) if is_pretrained(arguments.source) else None
+    check_options(arguments, holds)
+    if generates(arguments, holds):
+        return export_generation(arguments, holds, out, err)
     request = request_of(arguments)
     target: Path = arguments.out
     if target.exists() and not target.is_dir():
@@ -60,22 +68,26 @@ def export(arguments: argparse.Namespace, out: Console, err: Console) -> None:
         expected, checks = [], list[Check]()
         if arguments.parity:
             with stages.stage("eager"):
-                cases = shape_cases(program)
-                if lifted.states:
-                    cases, eager = consecutive_calls(loaded.model, lifted, cases)
-                else:
-                    eager = eager_outputs(loaded.model, cases)
+                cases, eager = original_outputs(loaded.model, lifted)
             with stages.stage("reference"):
                 expected = expectations(program, cases, eager)
             with stages.stage("fused"):
                 checks += check_fused(fused, expected)
         with stages.stage("translate"):
             names = loaded.dynamic_shapes if any(named(loaded.dynamic_shapes)) and not lifted.states else None
-            onnx_program = translate(fused, opset=arguments.opset, dynamic_shapes=names, verbose=False)
+            outputs = output_names(program) if loaded.folder is not None and not lifted.states else None
+            onnx_program = translate(
+                fused, opset=arguments.opset, dynamic_shapes=names, output_names=outputs or None, verbose=False
+            )
             pairs = name_states(onnx_program.model, fused, lifted.states)
         with stages.stage("write"):
             save(onnx_program, folder / MODEL, external_data=True)
+            if loaded.folder is not None:
+                copy_tokenizer(loaded.folder, folder)
+                copy_configuration(loaded.folder, folder)
         notes = [*loaded.notes, *describe(pairs)]
+        if working_dtype(program) == torch.bfloat16:
+            notes.append(NO_BFLOAT16 + ("" if isinstance(loaded.model, ExportedProgram) else FOR_A_CPU))
         # The session below maps the file; the model's own copy of the weights would be a second one.
         del loaded, lifted, program, fused, onnx_program
         gc.collect()
@@ -172,6 +184,7 @@ def request_of(arguments: argparse.Namespace) -> source.Request:
         arguments.checkpoint,
         arguments.batch,
         arguments.seq,
+        arguments.allow_missing,
     )
 
 

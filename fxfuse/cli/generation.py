@@ -16,27 +16,24 @@ import fxfuse
 from fxfuse.cli import source, tables
 from fxfuse.cli.progress import Stages
 from fxfuse.cli.reports import REPORT, report_files, run_record
-from fxfuse.cli.verify import Check
 from fxfuse.errors import FxfuseError
 from fxfuse.onnx.choices import check_choices
 from fxfuse.onnx.genai import check_form
 from fxfuse.ops.registry import check_opset
 from fxfuse.options import check_accept, check_budget
+from fxfuse.parity.eager import Check
+from fxfuse.pretrained import Holds, check_dtype, dtype_for_cpu, load
+from fxfuse.pretrained.dtypes import CPU_DTYPES, FOR_A_CPU, NO_BFLOAT16
 from fxfuse.report.record import dumps
 
 
-def is_pretrained(name: str) -> bool:
-    """Whether SOURCE is the folder of a checkpoint as transformers writes it."""
-    return (Path(name) / "config.json").is_file()
-
-
-def generates(arguments: argparse.Namespace) -> bool:
-    """Whether it is a graph with a cache that is asked for."""
+def generates(arguments: argparse.Namespace, holds: Holds | None) -> bool:
+    """Whether it is a graph with a cache that is asked for. `holds` is what SOURCE holds, if it is a folder."""
     asked = arguments.cache or arguments.package or arguments.pair or arguments.names
-    return is_pretrained(arguments.source) or bool(asked and arguments.source.startswith("torchtune:"))
+    return holds.generates if holds is not None else bool(asked and arguments.source.startswith("torchtune:"))
 
 
-def check_options(arguments: argparse.Namespace) -> None:
+def check_options(arguments: argparse.Namespace, holds: Holds | None) -> None:
     """Refuses what applies to the other kind of source.
 
     Raises:
@@ -44,7 +41,15 @@ def check_options(arguments: argparse.Namespace) -> None:
     """
     if arguments.names == "hf" and arguments.package == "genai":
         raise FxfuseError("onnxruntime-genai has names of its own", where="--names hf", hint="--names genai")
-    if generates(arguments):
+    check_dtype(source.parse_dtype(arguments.dtype), arguments.package)
+    if arguments.allow_missing and holds is None:
+        raise FxfuseError("--allow-missing is for a checkpoint's folder of transformers", where=arguments.source)
+    if holds is not None:
+        given = {"--set": arguments.options, "--checkpoint": arguments.checkpoint}
+        for option, value in given.items():
+            if value:
+                raise FxfuseError(f"{option} does not apply to a checkpoint's folder", where=arguments.source)
+    if generates(arguments, holds):
         flex = {"--flex-attention": arguments.flex_attention, "--windows": arguments.windows}
         for option, value in flex.items():
             if value not in ("standard", "mask"):
@@ -55,13 +60,6 @@ def check_options(arguments: argparse.Namespace) -> None:
         if arguments.package == "genai":
             check_form(arguments.cache or "auto")
         check_choices(one_token=arguments.pair, **_choices(arguments))
-    if is_pretrained(arguments.source):
-        given = {"--set": arguments.options, "--checkpoint": arguments.checkpoint}
-        for option, value in {**given, "--batch": arguments.batch, "--seq": arguments.seq}.items():
-            if value:
-                raise FxfuseError(f"{option} does not apply to a checkpoint's folder", where=arguments.source)
-        return
-    if generates(arguments):
         for option, value in (("--batch", arguments.batch), ("--seq", arguments.seq)):
             if value:
                 raise FxfuseError(f"{option} does not apply to a graph with a cache", where=arguments.source)
@@ -76,6 +74,12 @@ def check_options(arguments: argparse.Namespace) -> None:
     }
     for option, value in asked.items():
         if value is not None:
+            if holds is not None:
+                raise FxfuseError(
+                    f"{option} is for a model that generates text: {holds.cls.__name__} keeps no cache",
+                    where=arguments.source,
+                    hint=f"leave {option} out; it is exported as it is",
+                )
             raise FxfuseError(
                 f"{option} is for a model that generates text",
                 where=arguments.source,
@@ -83,7 +87,7 @@ def check_options(arguments: argparse.Namespace) -> None:
             )
 
 
-def export_generation(arguments: argparse.Namespace, out: Console, err: Console) -> None:
+def export_generation(arguments: argparse.Namespace, holds: Holds | None, out: Console, err: Console) -> None:
     """Loads, exports with its cache, compares a prompt and the steps after it, and writes the package.
 
     Raises:
@@ -97,8 +101,8 @@ def export_generation(arguments: argparse.Namespace, out: Console, err: Console)
     stages = Stages(err)
     with report_files(arguments.report) as write_reports:
         with stages.stage("load"):
-            model, about, notes = load_model(arguments, dtype)
-        # Late: they import transformers, which load_pretrained has found or missed.
+            model, about, notes = load_model(arguments, holds, dtype)
+        # Late: they import transformers, which may not be installed.
         from fxfuse.onnx.decoder import export_decoder
         from fxfuse.onnx.package import write_package
         from fxfuse.onnx.step import export_step
@@ -112,6 +116,7 @@ def export_generation(arguments: argparse.Namespace, out: Console, err: Console)
             decode = export_step(model, **options) if arguments.pair else None
         report = fxfuse.report(decode or prefill)
         checks: list[Check] = []
+        unrunnable = next(model.parameters()).dtype not in CPU_DTYPES
 
         def check(folder: Path) -> None:
             gc.collect()
@@ -124,7 +129,8 @@ def export_generation(arguments: argparse.Namespace, out: Console, err: Console)
             with stages.stage("onnxruntime"):
                 results = check_package(folder, eager(model), wide)
             names = ["prompt", *(f"step {step}" for step in range(1, len(results)))]
-            checks.extend(Check("ONNX Runtime", n, n, result) for n, result in zip(names, results, strict=True))
+            backend = "ONNX Runtime (f32)" if unrunnable else "ONNX Runtime"
+            checks.extend(Check(backend, n, n, result) for n, result in zip(names, results, strict=True))
 
         with stages.stage("write"):
             manifest = write_package(
@@ -133,7 +139,7 @@ def export_generation(arguments: argparse.Namespace, out: Console, err: Console)
                 decode=decode,
                 package=arguments.package or "fxfuse",
                 model=about,
-                tokenizer=Path(arguments.source) if is_pretrained(arguments.source) else arguments.checkpoint,
+                tokenizer=Path(arguments.source) if holds is not None else arguments.checkpoint,
                 check=check if arguments.parity else None,
             )
         sizes = {path.name: path.stat().st_size for path in target.iterdir() if path.suffix in (".onnx", ".data")}
@@ -147,8 +153,9 @@ def export_generation(arguments: argparse.Namespace, out: Console, err: Console)
             notes = [*notes, "compared while no token had dropped out: beyond that a stream is not the model's own"]
         for note in notes:
             out.print(f"note: {note}", markup=False, highlight=False)
+        runs = NO_BFLOAT16 + FOR_A_CPU if unrunnable else f"fxfuse.runtime.Session({str(target)!r})"
         out.print(
-            f"{len(cache.layers)} layers, a {cache.form} cache, {cache.dtype}: fxfuse.runtime.Session({str(target)!r})",
+            f"{len(cache.layers)} layers, a {cache.form} cache, {cache.dtype}: {runs}",
             markup=False,
             highlight=False,
             soft_wrap=True,
@@ -173,13 +180,16 @@ def _fusing(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"accept": arguments.accept, "budget": arguments.budget}
 
 
-def load_model(arguments: argparse.Namespace, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any], list[str]]:
+def load_model(
+    arguments: argparse.Namespace, holds: Holds | None, dtype: torch.dtype | None
+) -> tuple[Any, dict[str, Any], list[str]]:
     """The model, what a manifest says of it, and what its user should know."""
-    if is_pretrained(arguments.source):
+    if holds is not None:
         from fxfuse.onnx.package import facts
 
-        model = load_pretrained(Path(arguments.source), dtype)
-        return model, facts(model.config), []
+        chosen, note = dtype_for_cpu(holds.config, dtype)
+        model, notes = load(holds, chosen, allow_missing=arguments.allow_missing)
+        return model, facts(model.config), [*notes, *([note] if note else [])]
     options = source.parse_options(arguments.options)
     loaded = source.load(source.Request(arguments.source, dtype, options, arguments.checkpoint))
     tune: Any = loaded.model
@@ -213,20 +223,3 @@ def special_tokens(checkpoint: Path | None) -> dict[str, Any]:
         raise FxfuseError(f"not a configuration: {error}", where=str(file)) from error
     eos = ids["eos"]
     return {**ids, "eos": eos if isinstance(eos, list) else [] if eos is None else [eos]}
-
-
-def load_pretrained(folder: Path, dtype: torch.dtype | None) -> Any:
-    """The causal language model in `folder`, in evaluation mode; `dtype` None is what the checkpoint is in.
-
-    Raises:
-        FxfuseError: transformers is not installed, or does not load it.
-    """
-    try:
-        from transformers import AutoModelForCausalLM
-    except ImportError as error:
-        raise FxfuseError("transformers is not installed", hint="pip install 'fxfuse[transformers]'") from error
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
-    except Exception as error:  # a broken checkpoint raises what its reader raises
-        raise FxfuseError(f"the model cannot be loaded: {error}", where=str(folder)) from error
-    return model.eval().requires_grad_(False)

@@ -99,9 +99,11 @@ def _operators(arguments: argparse.Namespace) -> list[str]:
     if arguments.source is not None and (arguments.op or arguments.full):
         raise FxfuseError("--op and --full are for the operators, not for a model", where=arguments.source)
     if arguments.source is None:
-        for option in ("options", "dtype", "checkpoint", "batch", "seq"):
+        for option in ("options", "dtype", "checkpoint", "batch", "seq", "allow_missing"):
             if getattr(arguments, option):
-                raise FxfuseError(f"--{option.replace('options', 'set')} is for a model", hint="name a SOURCE")
+                raise FxfuseError(
+                    f"--{option.replace('options', 'set').replace('_', '-')} is for a model", hint="name a SOURCE"
+                )
     if arguments.plot is not None and not Path(arguments.plot).absolute().parent.is_dir():
         raise FxfuseError("no such folder", where=f"--plot {arguments.plot}")
     return list(arguments.op or known)

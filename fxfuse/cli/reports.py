@@ -12,9 +12,9 @@ import torch
 
 import fxfuse
 from fxfuse.cli.progress import Stages, human, peak_memory
-from fxfuse.cli.verify import Check
 from fxfuse.errors import FxfuseError
 from fxfuse.onnx.files import staging
+from fxfuse.parity.eager import Check
 from fxfuse.report.html import page
 from fxfuse.report.model import Report
 from fxfuse.report.record import dumps, record

@@ -19,6 +19,9 @@ from torch.utils import _pytree as pytree
 from fxfuse.cli.checkpoint import load_checkpoint
 from fxfuse.cli.torchtune import build, sample
 from fxfuse.errors import FxfuseError
+from fxfuse.pretrained import dtype_for_cpu, look, sample_of
+from fxfuse.pretrained import load as load_pretrained
+from fxfuse.pretrained.holds import is_pretrained
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -33,6 +36,7 @@ class Request:
     checkpoint: Path | None = None
     batch: int | None = None
     seq: int | None = None
+    allow_missing: bool = False
 
 
 @dataclass
@@ -45,6 +49,8 @@ class Loaded:
     dynamic_shapes: Any = None
     notes: list[str] = field(default_factory=list)
     """What the user should know about it: that its weights are random."""
+    folder: Path | None = None
+    """Of the checkpoint, where its configuration and tokenizer lie."""
 
 
 def load(request: Request) -> Loaded:
@@ -54,16 +60,14 @@ def load(request: Request) -> Loaded:
         FxfuseError: it names nothing, cannot be loaded, or an option does not apply to it.
     """
     kind, _, name = request.source.partition(":")
-    if kind == "torchtune":
+    if kind == "torchtune" and not request.allow_missing:
         return _torchtune(name, request)
+    if is_pretrained(request.source):
+        return _pretrained(request)
+    if request.allow_missing:
+        raise FxfuseError("--allow-missing is for a checkpoint's folder of transformers", where=request.source)
     if request.batch is not None or request.seq is not None:
-        raise FxfuseError("--batch and --seq are for torchtune models", where=request.source)
-    if (Path(request.source) / "config.json").is_file():
-        raise FxfuseError(
-            "a model of transformers is exported with its cache",
-            where=request.source,
-            hint="fxfuse export FOLDER --out DIR, whose report says what was fused",
-        )
+        raise FxfuseError("--batch and --seq are for models of torchtune and transformers", where=request.source)
     if request.source.endswith(".pt2") or (not name and Path(request.source).exists()):
         return _saved(Path(request.source), request)
     if name:
@@ -109,6 +113,28 @@ def _torchtune(name: str, request: Request) -> Loaded:
     else:
         loaded.notes.append("the weights are random: no --checkpoint was given")
     return loaded
+
+
+def _pretrained(request: Request) -> Loaded:
+    """An encoder of transformers; a decoder is exported with its cache, see `fxfuse.cli.generation`."""
+    holds = look(request.source)
+    if holds.generates:
+        raise FxfuseError(
+            f"{holds.cls.__name__} generates text, and is exported with its cache",
+            where=request.source,
+            hint="fxfuse export FOLDER --out DIR, whose report says what was fused",
+        )
+    for option, given in (("--set", request.options), ("--checkpoint", request.checkpoint)):
+        if given:
+            raise FxfuseError(f"{option} does not apply to a checkpoint's folder", where=request.source)
+    dtype, note = dtype_for_cpu(holds.config, request.dtype)
+    model, notes = load_pretrained(holds, dtype, allow_missing=request.allow_missing)
+    # What its forward takes where it is not told otherwise: no cache, outputs with their names.
+    model.config.use_cache, model.config.return_dict = False, True
+    folder = Path(request.source)
+    sample = sample_of(model, folder, request.batch, request.seq)
+    notes += [note] if note else []
+    return Loaded(model, (), dict(sample.kwargs), sample.dynamic_shapes, notes, folder)
 
 
 def _saved(path: Path, request: Request) -> Loaded:

@@ -1,65 +1,15 @@
-"""State that a model writes in place, at the command line: what became of it, and parity over consecutive calls."""
+"""State that a model writes in place, as the command line tells of it."""
 
 from __future__ import annotations
 
-from operator import attrgetter
 from typing import Any
 
 import torch
-from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
-from fxfuse.cache.lift import Lifted, State
-from fxfuse.parity import ShapeCase
+from fxfuse.cache.lift import State
 
 Pairs = list[tuple[State, str, str]]
 """States with their inputs and outputs in the ONNX graph."""
-
-
-def consecutive_calls(
-    model: torch.nn.Module | ExportedProgram, lifted: Lifted, cases: list[ShapeCase]
-) -> tuple[list[ShapeCase], list[list[torch.Tensor]]]:
-    """Runs the original on one case after the other, its state going from each to the next, and puts it back.
-
-    Args:
-        model: what was captured.
-        lifted: its capture.
-        cases: inputs of the lifted program.
-
-    Returns:
-        The cases as the lifted program has them, each with the state that the original had before that call; and for
-        each what the original returned, and its state after the call.
-    """
-    buffers = [s for s in lifted.states if s.initial is not None]
-    module = model.module(check_guards=False) if isinstance(model, ExportedProgram) else model
-    held = [_tensor(module, s) for s in buffers]
-    first = [t.detach().clone() for t in held]
-    names = list(lifted.program.graph_signature.user_inputs)
-    given, results = [], []
-    with torch.no_grad():
-        for case in cases:
-            before = {s.placeholder: t.detach().clone() for s, t in zip(buffers, held, strict=True)}
-            inputs = ShapeCase(case.label, case.args, {**case.kwargs, **before})
-            given.append(inputs)
-            args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (inputs.args, inputs.kwargs))
-            leaves = dict(zip(names, pytree.tree_leaves((args, kwargs)), strict=True))
-            returned = module(*args, **{name: value for name, value in kwargs.items() if name not in before})
-            after = [leaves[s.placeholder] if s.initial is None else _tensor(module, s) for s in lifted.states]
-            outputs = [t.clone() for t in (*pytree.tree_leaves(returned), *after) if isinstance(t, torch.Tensor)]
-            results.append(outputs)
-        for tensor, value in zip([_tensor(module, s) for s in buffers], first, strict=True):
-            tensor.copy_(value)
-    return given, results
-
-
-def _tensor(module: torch.nn.Module, state: State) -> torch.Tensor:
-    """The tensor of the module, which may hold another after every call; of one without a name, what was captured."""
-    try:
-        found: Any = attrgetter(state.target)(module)
-    except AttributeError:
-        found = state.initial
-    assert isinstance(found, torch.Tensor), "a state is a tensor"
-    return found
 
 
 def record_of(pairs: Pairs) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fxfuse.cli.progress import Stages, human, peak_memory
-from fxfuse.cli.verify import Check
+from fxfuse.parity.eager import Check
 from fxfuse.recognise.answers import Pattern
 from fxfuse.repair import Repaired
 from fxfuse.report.model import Report

@@ -22,6 +22,7 @@ from fxfuse.onnx.active import within
 from fxfuse.onnx.bfloat16 import without_bfloat16_gaps
 from fxfuse.onnx.boolean import without_boolean_where
 from fxfuse.onnx.capture import capture, check_program, named
+from fxfuse.onnx.check import check_export, check_weights
 from fxfuse.onnx.files import save
 from fxfuse.onnx.flex_attention import join_flex_attention
 from fxfuse.onnx.lowest import without_lowest
@@ -35,6 +36,7 @@ from fxfuse.onnx.widened import warn_of_widened
 from fxfuse.ops import holds_fused, translation_table
 from fxfuse.ops.registry import check_opset
 from fxfuse.options import Options
+from fxfuse.parity import require_onnxruntime
 from fxfuse.prepass import options_of
 from fxfuse.quiet import quiet
 from fxfuse.recognise.answers import Pattern
@@ -61,6 +63,7 @@ def export(
     frozen: bool | None = None,
     accept: Sequence[str] | None = None,
     budget: float | None = None,
+    check: bool = False,
     custom_translation_table: dict[Callable[..., Any], Callable[..., Any]] | None = None,
     export_params: bool = True,
     keep_initializers_as_inputs: bool = False,
@@ -104,6 +107,9 @@ def export(
             the module was marked with.
         budget: seconds after which the search for more to fuse ends; None means what the module was marked with, or
             else 60.
+        check: run the result in ONNX Runtime and compare it with eager PyTorch, at the sample, at batch 1 and at
+            another batch and length where `dynamic_shapes` lets them vary (needs the `ort` extra). By default nothing
+            is compared: fusions are proven, but torch's translation of everything else is not looked at.
         custom_translation_table: translations beside fxfuse's own; on the same operator these win.
         verify: torch.onnx's own check of the written graph in ONNX Runtime (needs the `ort` extra).
 
@@ -115,6 +121,8 @@ def export(
 
     Raises:
         FxfuseError: bad input; the message says what and where. Nothing is written then.
+        ParityError: with `check`, ONNX Runtime does not give what eager PyTorch does; the message holds the largest
+            difference. Nothing is written then.
     """
     if not dynamo:
         raise FxfuseError("fxfuse fuses captured programs; there are none with dynamo=False", where="dynamo")
@@ -135,6 +143,9 @@ def export(
         marked.budget if budget is None else budget,
     )
     opset = as_opset(marked.opset if opset_version is None else opset_version)
+    if check:
+        require_onnxruntime()
+        check_weights(model)
     lifted = lifted_program(model, args, kwargs, dynamic_shapes)
     program = lifted.program
     fused = program if holds_fused(program) else fxfuse.fuse(program, **options.for_export(opset))
@@ -155,6 +166,8 @@ def export(
         artifacts_dir=artifacts_dir,
     )
     name_states(onnx_program.model, fused, lifted.states)
+    if check:
+        check_export(onnx_program, model, lifted, args, kwargs)
     if f is not None:
         save(
             onnx_program,

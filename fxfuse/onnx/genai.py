@@ -20,10 +20,17 @@ def genai_config(manifest: Manifest) -> dict[str, Any]:
     """What the file holds.
 
     Raises:
-        FxfuseError: what it has no words for: layers of different heads, no context length, no pad and no eos token.
+        FxfuseError: bfloat16, which does not run there. What it has no words for: layers of different heads, no context
+            length, no pad and no eos token.
     """
     model, cache = manifest.model, manifest.cache
     check_form(cache.form)
+    if cache.dtype == "bfloat16":
+        raise FxfuseError(
+            "bfloat16: the configuration names the CPU, where ONNX Runtime has no bfloat16 attention",
+            where="--package genai",
+            hint="export the model in float32 or float16",
+        )
     if len(set(cache.layers)) != 1:
         raise FxfuseError(
             "layers of different heads: genai_config.json has one number for all", where="--package genai"

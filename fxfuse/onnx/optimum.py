@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import tempfile
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,13 +14,15 @@ import onnx_ir as ir
 import torch
 
 import fxfuse
-from fxfuse.errors import FxfuseError, ParityError
+from fxfuse.errors import FxfuseError, FxfuseWarning, ParityError, callers_level
 from fxfuse.onnx.choices import Names
 from fxfuse.onnx.decoder import export_decoder
 from fxfuse.onnx.files import move_into, staging
 from fxfuse.ops.registry import check_opset
 from fxfuse.options import BUDGET, DEFAULT_OPSET
 from fxfuse.parity import OnnxRuntime, compare, float32_twin
+from fxfuse.pretrained import dtype_for_cpu, load, look
+from fxfuse.pretrained.dtypes import FOR_A_CPU, NO_BFLOAT16
 from fxfuse.report import Report
 
 MODEL = "model.onnx"
@@ -34,6 +37,7 @@ def export_pretrained(
     names: Names = "optimum",
     dtype: Dtype = "auto",
     trust_remote_code: bool = False,
+    allow_missing: bool = False,
     accept: Sequence[str] = (),
     budget: float = BUDGET,
 ) -> Report:
@@ -44,24 +48,31 @@ def export_pretrained(
     Args:
         model: a folder, or the name of a model on the Hub.
         names: see `fxfuse.onnx.decoder`.
-        dtype: of the weights; "auto" is what the checkpoint is in.
+        dtype: of the weights; "auto" is what the checkpoint is in, where ONNX Runtime's CPU provider runs that, or else
+            float32.
+        allow_missing: go on where weights are missing (and then random), unused, or of other shapes.
         accept: refusals to overrule by name; see `fxfuse.fuse`.
         budget: seconds after which the search for more to fuse ends; see `fxfuse.fuse`.
 
     Raises:
-        FxfuseError: a model that cannot be loaded or exported, or a folder that cannot be written.
+        FxfuseError: a model that cannot be loaded whole or exported, or a folder that cannot be written.
         ParityError: ONNX Runtime computes something else.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     check_opset(opset)
     if dtype not in get_args(Dtype):
         raise FxfuseError(f"unknown dtype={dtype!r}", where="dtype", hint=" or ".join(get_args(Dtype)))
-    options = {"trust_remote_code": trust_remote_code}
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **options).eval()
-    except (OSError, ValueError) as error:
-        raise FxfuseError(f"the model cannot be loaded: {error}", where=model) from error
+    holds = look(model, trust_remote_code=trust_remote_code, local=False)
+    if not holds.generates:
+        raise FxfuseError(
+            f"{holds.cls.__name__} does not generate text",
+            where=model,
+            hint="fxfuse export FOLDER writes it as it is, without a cache",
+        )
+    chosen, note = dtype_for_cpu(holds.config, None if dtype == "auto" else getattr(torch, dtype))
+    loaded, notes = load(holds, chosen, allow_missing=allow_missing, local=False)
+    for text in (*notes, note, NO_BFLOAT16 + FOR_A_CPU if chosen == torch.bfloat16 else None):
+        if text is not None:
+            warnings.warn(text, FxfuseWarning, stacklevel=callers_level())
     program = export_decoder(loaded, opset=opset, names=names, accept=accept, budget=budget)
     target = Path(out)
     with staging(target, MODEL) as folder:
@@ -70,7 +81,9 @@ def export_pretrained(
         loaded.config.save_pretrained(folder)
         loaded.generation_config.save_pretrained(folder)
         with suppress(OSError, ValueError):  # there may be no tokenizer
-            AutoTokenizer.from_pretrained(model, **options).save_pretrained(folder)
+            from transformers import AutoTokenizer
+
+            AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code).save_pretrained(folder)
         move_into(folder, target, model=MODEL)
     return fxfuse.report(program)
 

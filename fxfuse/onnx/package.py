@@ -11,7 +11,6 @@ tokenizer files, config.json, generation_config.json
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -24,10 +23,10 @@ from fxfuse.onnx.genai import CONFIG, write_genai_config
 from fxfuse.onnx.manifest import MANIFEST, Manifest, manifest_of
 from fxfuse.onnx.step import share_weights
 from fxfuse.onnx.token_windows import with_token_windows
+from fxfuse.pretrained.files import copy_tokenizer
 
 Package = Literal["fxfuse", "genai"]
 MODEL, PREFILL, DECODE, WEIGHTS = "model.onnx", "prefill.onnx", "decode.onnx", "weights.data"
-TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
 
 
 def write_package(
@@ -82,14 +81,6 @@ def write_package(
         except OSError as error:
             raise FxfuseError(f"writing failed: {error.strerror or error}", where=str(out)) from error
     return manifest
-
-
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copies what belongs to a tokenizer, as transformers names it."""
-    for pattern in TOKENIZER:
-        for path in source.glob(pattern):
-            if path.is_file():
-                shutil.copy(path, folder / path.name)
 
 
 def facts(config: Any, **more: Any) -> dict[str, Any]:

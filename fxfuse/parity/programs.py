@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from fxfuse.ops.switch import use_kernels
 from fxfuse.parity.cell import Cell, judged, skipped
 from fxfuse.parity.ort import check_onnx, open_session
 from fxfuse.parity.shapes import ShapeCase, shape_cases
-from fxfuse.parity.wide import wide_outputs, working_dtype
+from fxfuse.parity.wide import tensors_of, wide_outputs, working_dtype
 
 Outputs = list[torch.Tensor]
 
@@ -132,8 +132,7 @@ def outputs(module: torch.nn.Module, case: ShapeCase, device: torch.device) -> O
     args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), (case.args, case.kwargs))
     with torch.no_grad():
         found: Any = module(*args, **kwargs)
-    leaves: Sequence[Any] = pytree.tree_leaves(found)
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return tensors_of(found)
 
 
 def check_device(name: str) -> torch.device:

@@ -34,7 +34,11 @@ class ShapeCase:
 
 
 def shape_cases(
-    program: ExportedProgram, args: tuple[Any, ...] | None = None, kwargs: Mapping[str, Any] | None = None
+    program: ExportedProgram,
+    args: tuple[Any, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    longer: bool = True,
 ) -> list[ShapeCase]:
     """Inputs for `program` at its export shape and, where its dimensions are dynamic, at batch 1 and at another shape.
 
@@ -45,6 +49,7 @@ def shape_cases(
         program: captured; with its example inputs, unless `args` are given.
         args: sample inputs; their dynamic dimensions may differ from the export shape's.
         kwargs: the same by name.
+        longer: is the other shape longer than the sample, or shorter?
 
     Raises:
         FxfuseError: the program has no example inputs, and none are given.
@@ -75,7 +80,8 @@ def shape_cases(
             cases.append(ShapeCase(label, args, kwargs))
 
     at("batch 1", {symbol: 1 if symbol in batches else size for symbol, size in sizes.items()})
-    at("other shape", {symbol: size + (1 if symbol in batches else 3) for symbol, size in sizes.items()})
+    step = 3 if longer else -1
+    at("other shape", {symbol: size + (1 if symbol in batches else step) for symbol, size in sizes.items()})
     return cases
 
 

@@ -29,7 +29,13 @@ def wide_outputs(
     leaves = pytree.tree_leaves((tuple(args), dict(kwargs or {})))
     with torch.no_grad():
         outputs = _Wide(module, wide).run(*leaves)
-    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+    return tensors_of(outputs)
+
+
+def tensors_of(outputs: Any) -> list[torch.Tensor]:
+    """What a program returns as its ONNX graph does: a size is a tensor there, and None is left out."""
+    leaves = pytree.tree_leaves(outputs)
+    return [torch.tensor(leaf) if isinstance(leaf, int) else leaf for leaf in leaves if leaf is not None]
 
 
 def working_dtype(program: ExportedProgram) -> torch.dtype:

@@ -213,7 +213,7 @@ def test_a_package_of_what_does_not_generate(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_a_broken_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
     assert main(["export", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "cannot be loaded" in capsys.readouterr().err
 

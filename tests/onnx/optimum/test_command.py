@@ -134,8 +134,8 @@ def test_bad_input_is_named_and_leaves_nothing(llama: Path, tmp_path: Path) -> N
     t5 = AutoModel.from_config(T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4))
     t5.save_pretrained(tmp_path / "t5")
     cases = [
-        (("-m", tmp_path / "missing"), "cannot be loaded"),
-        (("-m", tmp_path / "t5"), "cannot be loaded"),
+        (("-m", tmp_path / "missing"), "the configuration cannot be read"),
+        (("-m", tmp_path / "t5"), "T5Model is an encoder–decoder"),
         (("-m", llama, "--opset", 22), "not in opset 22"),
         (("-m", llama, "--dtype", "float17"), "float17"),
     ]

@@ -31,7 +31,15 @@ class FxfuseExportCommand(BaseOptimumCLICommand):
             "(optimum, genai), or as transformers' own exporters call them (hf)",
         )
         dtypes = ("auto", "float32", "float16", "bfloat16")
-        parser.add_argument("--dtype", choices=dtypes, default="auto", help="auto is what the model is in")
+        parser.add_argument(
+            "--dtype",
+            choices=dtypes,
+            default="auto",
+            help="auto is what the model is in, or float32 where ONNX Runtime's CPU provider does not run that",
+        )
+        parser.add_argument(
+            "--allow-missing", action="store_true", help="go on where weights are missing, unused, or of other shapes"
+        )
         parser.add_argument(
             "--accept",
             action="append",
@@ -54,6 +62,7 @@ class FxfuseExportCommand(BaseOptimumCLICommand):
                 names=self.args.names,
                 dtype=self.args.dtype,
                 trust_remote_code=self.args.trust_remote_code,
+                allow_missing=self.args.allow_missing,
                 accept=self.args.accept,
                 budget=self.args.budget,
             )

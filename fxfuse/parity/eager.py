@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
+from fxfuse.errors import FxfuseError
 from fxfuse.parity import Result, ShapeCase, check_onnx, compare, open_session, wide_outputs, working_dtype
+from fxfuse.parity.wide import tensors_of
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,30 @@ class Expected:
 
 
 def eager_outputs(model: torch.nn.Module | ExportedProgram, cases: list[ShapeCase]) -> list[list[torch.Tensor]]:
-    """Runs the original."""
+    """Runs the original.
+
+    Raises:
+        FxfuseError: it does not run.
+    """
     module = model.module(check_guards=False) if isinstance(model, ExportedProgram) else model
-    return [_run(module, case) for case in cases]
+    return [tensors_of(run_original(module, case)) for case in cases]
+
+
+def run_original(module: torch.nn.Module, case: ShapeCase) -> Any:
+    """What the original returns.
+
+    Raises:
+        FxfuseError: it does not run at these sizes.
+    """
+    try:
+        with torch.no_grad():
+            return module(*case.args, **case.kwargs)
+    except Exception as error:  # the model's own
+        raise FxfuseError(
+            f"the model itself does not run at {case.label}: {type(error).__name__}: {error}",
+            where=f"inputs {case.sizes}",
+            hint="bound the dimension in dynamic_shapes, as in Dim('sequence', max=512), if it is too long",
+        ) from error
 
 
 def expectations(program: ExportedProgram, cases: list[ShapeCase], eager: list[list[torch.Tensor]]) -> list[Expected]:
@@ -76,5 +98,4 @@ def check_model(path: Path, expected: list[Expected]) -> list[Check]:
 
 def _run(module: torch.nn.Module, case: ShapeCase) -> list[torch.Tensor]:
     with torch.no_grad():
-        outputs = module(*case.args, **case.kwargs)
-    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+        return tensors_of(module(*case.args, **case.kwargs))
