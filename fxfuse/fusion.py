@@ -26,7 +26,7 @@ from fxfuse.graph.put_back import put_back
 from fxfuse.graph.real_parts import real_tables
 from fxfuse.graph.splice import INSERTED
 from fxfuse.ops.registry import check_opset
-from fxfuse.options import BUDGET, check_accept, check_budget, check_frozen, check_patterns
+from fxfuse.options import BUDGET, check_accept, check_budget, check_frozen, check_patterns, check_strict
 from fxfuse.quiet import shared_specs
 from fxfuse.recognise.answers import Pattern
 from fxfuse.recognise.catalogue import catalogue
@@ -56,6 +56,7 @@ def fuse(
     frozen: bool = False,
     accept: Sequence[str] = (),
     budget: float = BUDGET,
+    strict: bool = False,
 ) -> ExportedProgram:
     """Collapse every region that computes a known operator into one op that maps to one ONNX node.
 
@@ -79,6 +80,8 @@ def fuse(
             differ; it says so too where a refusal cannot be overruled. Of a name that changes nothing an
             `FxfuseWarning` is given.
         budget: seconds after which the search for more ends; the report says so. What is fused by then stays.
+        strict: is a norm left that keeps rows from 0 by a bound, ``F.normalize(x) * √D * g``? An operator only adds an
+            epsilon. Where rows of 1e-6 and more come out the same it is fused, and the report says from where on.
 
     A pattern that fails does not take the others down: the report says which one failed, and how.
 
@@ -101,10 +104,12 @@ def fuse(
     check_frozen(frozen)
     check_accept(accept)
     check_budget(budget)
+    check_strict(strict)
     if patterns is not None:
         check_patterns(patterns)
     chosen = [p for p in (catalogue() if patterns is None else patterns) if p.since_opset <= opset]
-    asking = Asking(block_mask, flex_attention, windows, frozen, frozenset(accept), time.perf_counter() + budget)
+    until = time.perf_counter() + budget
+    asking = Asking(block_mask, flex_attention, windows, frozen, frozenset(accept), until, strict)
     broken: list[Entry] = []
     while True:
         try:

@@ -57,6 +57,12 @@ def check_frozen(frozen: object) -> None:
         raise FxfuseError(f"frozen is True or False, not {frozen!r}", where="frozen")
 
 
+def check_strict(strict: object) -> None:
+    """Raises FxfuseError if it is neither True nor False."""
+    if not isinstance(strict, bool):
+        raise FxfuseError(f"strict is True or False, not {strict!r}", where="strict")
+
+
 @dataclass(frozen=True)
 class Options:
     """Arguments of `fuse`; checked where they are given, not where they are used much later.
@@ -78,6 +84,7 @@ class Options:
     program."""
     accept: Sequence[str] = ()
     budget: float = BUDGET
+    strict: bool = False
 
     def __post_init__(self) -> None:
         if self.opset is not None:
@@ -91,6 +98,7 @@ class Options:
             check_frozen(self.frozen)
         check_accept(self.accept)
         check_budget(self.budget)
+        check_strict(self.strict)
         if self.patterns is not None:
             check_patterns(self.patterns)
 
@@ -113,4 +121,5 @@ class Options:
             "frozen": bool(self.frozen),
             "accept": tuple(self.accept),
             "budget": self.budget,
+            "strict": self.strict,
         }

@@ -54,6 +54,7 @@ def prepass(
     frozen: bool | None = None,
     accept: Sequence[str] = (),
     budget: float = BUDGET,
+    strict: bool = False,
 ) -> Callable[[T], T]: ...
 @overload
 def prepass(
@@ -69,6 +70,7 @@ def prepass(
     frozen: bool | None = None,
     accept: Sequence[str] = (),
     budget: float = BUDGET,
+    strict: bool = False,
 ) -> T: ...
 def prepass(
     target: Any = None,
@@ -83,6 +85,7 @@ def prepass(
     frozen: bool | None = None,
     accept: Sequence[str] = (),
     budget: float = BUDGET,
+    strict: bool = False,
 ) -> Any:
     """Fuse what `target` exports.
 
@@ -100,6 +103,7 @@ def prepass(
             other buffers, and yes for a module on its way to ONNX.
         accept: refusals to overrule by name; see `fxfuse.fuse`.
         budget: seconds after which the search ends; see `fxfuse.fuse`.
+        strict: is nothing fused that differs on the smallest rows? See `fxfuse.fuse`.
 
     Returns:
         For a function another of the same name and signature, which returns the program fused, and raises FxfuseError
@@ -110,7 +114,7 @@ def prepass(
     Raises:
         FxfuseError: bad options, or a target that is none of these.
     """
-    options = Options(opset, patterns, verify, block_mask, flex_attention, windows, frozen, accept, budget)
+    options = Options(opset, patterns, verify, block_mask, flex_attention, windows, frozen, accept, budget, strict)
     return functools.partial(_apply, options) if target is None else _apply(options, target)
 
 

@@ -34,6 +34,7 @@ class Asking:
     frozen: bool
     accept: frozenset[str]
     until: float
+    strict: bool = False
     written: dict[int, frozenset[str]] = field(default_factory=dict, compare=False)
     """What each program writes to, which no fusion changes."""
 
@@ -46,6 +47,7 @@ class Asking:
             self.flex_attention,
             self.windows,
             frozen=self.frozen if frozen is None else frozen,
+            strict=self.strict,
             accept=self.accept | frozenset(accept),
             until=self.until,
             written=self.written[id(program)],

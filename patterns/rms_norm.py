@@ -20,12 +20,12 @@ from fxfuse.graph.region import Region, between
 from fxfuse.graph.view import ARITHMETIC, CAST, LAYOUT, ROOTS, GraphView, argument, fake, is_float, op_name, static
 from fxfuse.proof.evaluate import draw, generator
 from fxfuse.recognise.answers import Form, Found, Input, Proposal, Reason
+from fxfuse.recognise.epsilon import measure_epsilon
 from fxfuse.recognise.literals import snap
 from fxfuse.recognise.normalisation import (
     NormFunction,
     Scale,
     cast,
-    measure_epsilon,
     near_miss,
     precisely,
     scale_source,
@@ -96,10 +96,12 @@ class RMSNorm:
         scale = scale_source(region, functions, scales)
         if isinstance(scale, Reason):
             return scale
-        epsilon = measure_epsilon(f, x, scales[-1])
-        if isinstance(epsilon, Reason):
-            return epsilon
-        epsilon = snap(epsilon, region, tolerance=1e-6, known=f.numbers)
+        measured = measure_epsilon(f, x, scales[-1], ask)
+        if isinstance(measured, Reason):
+            return measured
+        epsilon = measured.value
+        if measured.floor is None:
+            epsilon = snap(epsilon, region, tolerance=1e-6, known=f.numbers)
         known = scale.offset if scale.position is None else Input(scale.position)
         parameters = {"epsilon": epsilon, "scale": known}
         forms = _forms(region, scale, epsilon)
@@ -107,7 +109,7 @@ class RMSNorm:
         rank = (_SCALED if scale.position is not None else _PLAIN if scale.offset == 1 else 0) + (
             fake(x).dtype == fake(region.output).dtype
         )
-        return Found(self.operator, parameters, forms, rank=rank, from_leaves=f.from_leaves)
+        return Found(self.operator, parameters, forms, rank=rank, from_leaves=f.from_leaves, floor=measured.floor)
 
 
 def _forms(region: Region, scale: Scale, epsilon: float) -> tuple[Form, ...]:

@@ -159,6 +159,11 @@ def _budget(sub: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help=f"how long to look for more to fuse (default {BUDGET:g})",
     )
+    sub.add_argument(
+        "--strict",
+        action="store_true",
+        help="leave norms that bound what they divide by (F.normalize): an epsilon differs on rows below 1e-6",
+    )
 
 
 def _model(sub: argparse.ArgumentParser, nargs: str | None) -> None:

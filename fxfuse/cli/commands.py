@@ -168,6 +168,7 @@ def fusing(arguments: argparse.Namespace) -> dict[str, Any]:
         "frozen": True,  # what is written holds the values of the buffers
         "accept": arguments.accept,
         "budget": arguments.budget,
+        "strict": arguments.strict,
     }
 
 

@@ -177,7 +177,7 @@ def _choices(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _fusing(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options of `export_decoder` that are those of `fxfuse.fuse`."""
-    return {"accept": arguments.accept, "budget": arguments.budget}
+    return {"accept": arguments.accept, "budget": arguments.budget, "strict": arguments.strict}
 
 
 def load_model(

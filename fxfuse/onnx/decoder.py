@@ -32,7 +32,7 @@ from fxfuse.onnx.ring_cache import make_rings
 from fxfuse.onnx.scaled_query import scale_queries
 from fxfuse.onnx.static_cache import Profile, describe, make_static
 from fxfuse.onnx.streaming_cache import make_streaming
-from fxfuse.options import BUDGET, DEFAULT_OPSET, check_accept, check_budget
+from fxfuse.options import BUDGET, DEFAULT_OPSET, check_accept, check_budget, check_strict
 from fxfuse.quiet import quiet
 from fxfuse.versions import CACHE_NAMES
 
@@ -64,6 +64,7 @@ def export_decoder(
     window: int | None = None,
     accept: Sequence[str] = (),
     budget: float = BUDGET,
+    strict: bool = False,
 ) -> ir.Model:
     """The graph of `model`, a `PreTrainedModel` that generates text from text, with its cache as inputs and outputs.
 
@@ -85,6 +86,7 @@ def export_decoder(
         window: of a streaming cache, how many of the last are.
         accept: refusals to overrule by name; see `fxfuse.fuse`.
         budget: seconds after which the search for more to fuse ends; see `fxfuse.fuse`.
+        strict: is nothing fused that differs on the smallest rows? See `fxfuse.fuse`.
 
     Raises:
         FxfuseError: a model that is no such, a cache that is not one key and one value a layer (with `names` other than
@@ -102,9 +104,10 @@ def export_decoder(
     )
     check_accept(accept)
     check_budget(budget)
+    check_strict(strict)
     windows = windows_of(model) if cache == "sliding" else {}
     export = _of_torchtune if torchtune.is_decoder(model) else _of_transformers
-    program = export(model, opset, names, one_token, {"accept": tuple(accept), "budget": budget})
+    program = export(model, opset, names, one_token, {"accept": tuple(accept), "budget": budget, "strict": strict})
     _name_axes(program)
     simplify_padding(program)
     if ragged:

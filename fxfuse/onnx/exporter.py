@@ -64,6 +64,7 @@ def export(
     accept: Sequence[str] | None = None,
     budget: float | None = None,
     check: bool = False,
+    strict: bool | None = None,
     custom_translation_table: dict[Callable[..., Any], Callable[..., Any]] | None = None,
     export_params: bool = True,
     keep_initializers_as_inputs: bool = False,
@@ -110,6 +111,8 @@ def export(
         check: run the result in ONNX Runtime and compare it with eager PyTorch, at the sample, at batch 1 and at
             another batch and length where `dynamic_shapes` lets them vary (needs the `ort` extra). By default nothing
             is compared: fusions are proven, but torch's translation of everything else is not looked at.
+        strict: is nothing fused that differs on the smallest rows, see `fxfuse.fuse`; None means what the module was
+            marked with, or else no.
         custom_translation_table: translations beside fxfuse's own; on the same operator these win.
         verify: torch.onnx's own check of the written graph in ONNX Runtime (needs the `ort` extra).
 
@@ -141,6 +144,7 @@ def export(
         marked.frozen if frozen is None else frozen,
         marked.accept if accept is None else accept,
         marked.budget if budget is None else budget,
+        marked.strict if strict is None else strict,
     )
     opset = as_opset(marked.opset if opset_version is None else opset_version)
     if check:

@@ -40,6 +40,7 @@ def export_pretrained(
     allow_missing: bool = False,
     accept: Sequence[str] = (),
     budget: float = BUDGET,
+    strict: bool = False,
 ) -> Report:
     """Writes ``model.onnx`` (its weights beside it), the configurations and the tokenizer to the folder `out`.
 
@@ -53,6 +54,7 @@ def export_pretrained(
         allow_missing: go on where weights are missing (and then random), unused, or of other shapes.
         accept: refusals to overrule by name; see `fxfuse.fuse`.
         budget: seconds after which the search for more to fuse ends; see `fxfuse.fuse`.
+        strict: is nothing fused that differs on the smallest rows? See `fxfuse.fuse`.
 
     Raises:
         FxfuseError: a model that cannot be loaded whole or exported, or a folder that cannot be written.
@@ -73,7 +75,7 @@ def export_pretrained(
     for text in (*notes, note, NO_BFLOAT16 + FOR_A_CPU if chosen == torch.bfloat16 else None):
         if text is not None:
             warnings.warn(text, FxfuseWarning, stacklevel=callers_level())
-    program = export_decoder(loaded, opset=opset, names=names, accept=accept, budget=budget)
+    program = export_decoder(loaded, opset=opset, names=names, accept=accept, budget=budget, strict=strict)
     target = Path(out)
     with staging(target, MODEL) as folder:
         ir.save(program, folder / MODEL, external_data=MODEL + ".data")

@@ -50,6 +50,7 @@ def install(
     frozen: bool = True,
     accept: Sequence[str] = (),
     budget: float = BUDGET,
+    strict: bool = False,
 ) -> None:
     """From now on ``torch.onnx.export(..., dynamo=True)`` fuses, in every thread, until `uninstall`.
 
@@ -65,6 +66,7 @@ def install(
         frozen: persistent buffers keep what they hold, as they do in a file.
         accept: refusals to overrule by name; see `fxfuse.fuse`.
         budget: seconds after which the search ends; see `fxfuse.fuse`.
+        strict: is nothing fused that differs on the smallest rows? See `fxfuse.fuse`.
 
     An export at an opset outside 23 to 25 (torch's default is 20), or one that fails when it is fused, is done as if
     fxfuse were not installed; one `FxfuseWarning` says why.
@@ -73,7 +75,7 @@ def install(
         FxfuseError: an option is not what it should be.
     """
     global _installed
-    active = activation(patterns, prove, block_mask, flex_attention, windows, frozen, accept, budget)
+    active = activation(patterns, prove, block_mask, flex_attention, windows, frozen, accept, budget, strict)
     with _lock:
         if not _installed:
             _acquire()
@@ -102,6 +104,7 @@ def enabled(
     frozen: bool = True,
     accept: Sequence[str] = (),
     budget: float = BUDGET,
+    strict: bool = False,
 ) -> Iterator[None]:
     """Within the block ``torch.onnx.export(..., dynamo=True)`` fuses; the arguments are those of `install`.
 
@@ -111,7 +114,7 @@ def enabled(
     Raises:
         FxfuseError: an option is not what it should be.
     """
-    active = activation(patterns, prove, block_mask, flex_attention, windows, frozen, accept, budget)
+    active = activation(patterns, prove, block_mask, flex_attention, windows, frozen, accept, budget, strict)
     with _lock:
         _acquire()
     try:
@@ -131,11 +134,12 @@ def activation(
     frozen: bool = True,
     accept: Sequence[str] = (),
     budget: float = BUDGET,
+    strict: bool = False,
 ) -> Active:
     """The arguments of `install` and `enabled`, checked."""
     if prove not in ("on", "off"):
         raise FxfuseError(f"unknown prove={prove!r}", where="prove", hint='"on" or "off"')
-    return Active(Options(None, patterns, prove, block_mask, flex_attention, windows, frozen, accept, budget))
+    return Active(Options(None, patterns, prove, block_mask, flex_attention, windows, frozen, accept, budget, strict))
 
 
 def _acquire() -> None:

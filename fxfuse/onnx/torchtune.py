@@ -36,12 +36,14 @@ def export_growing(
     one_token: bool = False,
     accept: Sequence[str] = (),
     budget: float = BUDGET,
+    strict: bool = False,
 ) -> ir.Model:
     """The graph of a `TransformerDecoder` whose cache grows. `model` is not changed; its caches, if any, are not used.
 
     Args:
         accept: refusals to overrule by name; see `fxfuse.fuse`.
         budget: seconds after which the search for more to fuse ends; see `fxfuse.fuse`.
+        strict: is nothing fused that differs on the smallest rows? See `fxfuse.fuse`.
 
     Raises:
         FxfuseError: a model with other layers than self-attention, in training mode, or that cannot be captured.
@@ -60,6 +62,7 @@ def export_growing(
         opset_version=opset,
         accept=accept,
         budget=budget,
+        strict=strict,
         input_names=["input_ids", "attention_mask", "position_ids", *pasts],
         output_names=["logits", *(name.replace("past_key_values", "present") for name in pasts)],
     )

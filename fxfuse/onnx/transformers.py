@@ -43,7 +43,7 @@ NAME = "fxfuse"
 
 @dataclass
 class FxfuseConfig(OnnxConfig):  # type: ignore[misc]
-    """`OnnxConfig` at opset 24; `patterns`, `prove`, `accept` and `budget` are those of `fxfuse.onnx.export`.
+    """`OnnxConfig` at opset 24; `patterns`, `prove`, `accept`, `budget` and `strict` are those of `fxfuse.onnx.export`.
 
     Raises:
         FxfuseError: an opset without the fused operators, `ort_fusions`, or an option that is none.
@@ -55,13 +55,14 @@ class FxfuseConfig(OnnxConfig):  # type: ignore[misc]
     prove: Literal["on", "off"] = "on"
     accept: Sequence[str] = ()
     budget: float = BUDGET
+    strict: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.opset_version is None:
             self.opset_version = DEFAULT_OPSET
         check_opset(self.opset_version)
-        activation(self.patterns, self.prove, accept=self.accept, budget=self.budget)
+        activation(self.patterns, self.prove, accept=self.accept, budget=self.budget, strict=self.strict)
         if self.ort_fusions is not None:
             raise FxfuseError(
                 "ort_fusions writes operators of ONNX Runtime's own, fxfuse the standard ones",
@@ -81,7 +82,13 @@ class FxfuseExporter(OnnxExporter):  # type: ignore[misc]
     def export_program(
         self, model: Any, sample_inputs: MutableMapping[str, Any], config: FxfuseConfig
     ) -> tuple[Any, Any]:
-        fusing = enabled(patterns=config.patterns, prove=config.prove, accept=config.accept, budget=config.budget)
+        fusing = enabled(
+            patterns=config.patterns,
+            prove=config.prove,
+            accept=config.accept,
+            budget=config.budget,
+            strict=config.strict,
+        )
         with fusing, quiet():
             program: tuple[Any, Any] = super().export_program(model, sample_inputs, config)
         return program

@@ -12,6 +12,7 @@ than the region itself. The evidence is kept.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ from fxfuse.proof.compare import Refused, same
 from fxfuse.proof.draws import BASE, BELOW, GENTLE, Variant, at_numbers, searches
 from fxfuse.proof.evaluate import CannotEvaluate
 from fxfuse.proof.evidence import Evidence
+from fxfuse.proof.floor import Floor
 from fxfuse.proof.rounding import rounding
 from fxfuse.proof.trials import Compared, Trial, Trials, run_form, same_shape
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from fxfuse.recognise.answers import Form, Found
     from fxfuse.recognise.questions import Questions
 
+Digits = Callable[[], torch.Tensor]
 DRAWS = 2
 """Sets of sizes at which ordinary numbers must have been compared, at least."""
 
@@ -200,7 +203,7 @@ def _compare(trials: Trials, form: Form, trial: Trial, compared: Compared) -> No
     results = run_form(form, trial.inputs, len(trial.results))
     for place, (expected, actual) in enumerate(zip(trial.results, results, strict=True)):
         same_shape(expected, actual)
-        free = None
+        free = None if found.floor is None else found.floor.free(trial.inputs[0])
         if found.averaging and expected.is_floating_point():
             free = expected.isnan() & (actual == 0)
             if bool(free.any()):
@@ -208,12 +211,20 @@ def _compare(trials: Trials, form: Form, trial: Trial, compared: Compared) -> No
         try:
             wide = expected.is_floating_point() and fake(region.outputs[place]).dtype == torch.float64
             digits = None if wide else partial(trial.digits, region, place)
+            if found.floor is not None:
+                digits = partial(_hidden, found.floor, trial.inputs[0], expected, digits)
             error = same(expected, actual, partial(trial.loss, region, place), free=free, digits=digits)
         except Refused as refused:
             raise Refused(f"{refused}{_where(trials, trial, compared)}") from None
         compared.error = max(compared.error, error)
     if trial not in compared.trials:
         compared.trials.append(trial)
+
+
+def _hidden(floor: Floor, x: torch.Tensor, result: torch.Tensor, digits: Digits | None) -> torch.Tensor:
+    """What an element may be off for its digits, and beside the model's bound."""
+    off = floor.hides(x, result)
+    return off if digits is None else off + digits()
 
 
 def _where(trials: Trials, trial: Trial, compared: Compared) -> str:

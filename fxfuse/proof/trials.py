@@ -168,6 +168,8 @@ class Trials:
             done.append(BreakEvidence(one.name, ran, beyond))
             if one.fill is not None and self.found.averaging and one.name not in self.ask.accept:
                 notes = [*notes, f"{one.name} masks with {one.fill:g}: for scores above it"]
+        if self.found.floor is not None:
+            notes = [*notes, *self.found.floor.said]
         trials = compared.trials
         overruled = accepted(self.region, self.breaks.found.values(), self.ask.accept)
         return Evidence(

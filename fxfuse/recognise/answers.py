@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from fxfuse.graph.region import Region
 from fxfuse.graph.view import GraphView
+from fxfuse.proof.floor import Floor
 
 if TYPE_CHECKING:
     from fxfuse.recognise.questions import Questions
@@ -52,6 +53,8 @@ class Found:
     type's minimum, anywhere, whole rows included."""
     read: bool = False
     """What it computes of positions was read step by step (the mods of flex_attention): no draw has to show it."""
+    floor: Floor | None = None
+    """Rows of the source so small that the operator's epsilon differs from what the model has in its place."""
     claims: tuple[str, ...] = ()
     """What was read of positions and sizes, and how it was decided: for the report."""
     meaning: Callable[..., torch.Tensor] | None = None

@@ -95,27 +95,6 @@ def _constant(values: torch.Tensor) -> bool:
     return torch.allclose(values, values[:1].expand_as(values), rtol=1e-5, atol=1e-5)
 
 
-def measure_epsilon(f: NormFunction, x: Node, scale: torch.Tensor) -> float | Reason:
-    """Solve (x·scale/y)² - mean(x²) for tiny x, where epsilon is not."""
-    found = []
-    for magnitude in (3e-2, 1e-3, 1e-4):
-        tiny = draw(x, f.evaluator, generator(7)) * magnitude
-        measured = (tiny * scale / f(tiny)).square() - tiny.square().mean(-1, keepdim=True)
-        epsilon = measured.mean().item()
-        if not torch.allclose(measured, torch.full_like(measured, epsilon), rtol=1e-3, atol=1e-12):
-            return Reason(
-                "RMSNorm, but epsilon is not added to the mean square under the root (outside it, or clamped)", 3
-            )
-        found.append(epsilon)
-    last = found[-1]
-    moves = any(abs(e - last) > 1e-3 * abs(last) + 1e-12 for e in found)
-    # Without an epsilon 0 is 0 / 0; where it is 0, something keeps the root from being 0.
-    clamped = abs(last) < 1e-15 and bool(f(torch.zeros_like(tiny)).isfinite().all())
-    if moves or last < -1e-15 or clamped:
-        return Reason("RMSNorm, but epsilon is not added to the mean square under the root (outside it, or clamped)", 3)
-    return max(last, 0.0)
-
-
 def near_miss(f: NormFunction, x: Node, size: int) -> Reason:
     """Scale-invariant per position, so a normalisation of some kind: which property fails?"""
     values = draw(x, f.evaluator, generator(5)) * 1e4

@@ -62,6 +62,7 @@ class Questions:
     Args:
         frozen: do persistent buffers keep what they hold? On the way to a file they do; in a program that goes on
             living `load_state_dict` may change them.
+        strict: is nothing fused that differs, be it on rows of 1e-9?
         accept: refusals that the caller overrules, by name.
         until: when the search has to end, by `time.perf_counter`.
         written: the targets of what the program writes to, where that is known already.
@@ -75,6 +76,7 @@ class Questions:
         windows: Windows = "mask",
         *,
         frozen: bool = False,
+        strict: bool = False,
         accept: frozenset[str] = frozenset(),
         until: float | None = None,
         written: frozenset[str] | None = None,
@@ -85,6 +87,7 @@ class Questions:
         """How lists of blocks are taken, as `fuse` has it; so are these."""
         self.flex_attention = flex_attention
         self.windows = windows
+        self.strict = strict
         self.accept = accept
         self.settled: dict[Any, Any] = {}
         """What was found out about block masks, each once."""

@@ -88,6 +88,7 @@ def verify(
     accept: Sequence[str] = (),
     block_mask: BlockMasks = "check",
     budget: float = 600.0,
+    strict: bool = False,
 ) -> Verification:
     """Prove a fused program against the original once more, region by region, trusting nothing but the two.
 
@@ -98,6 +99,7 @@ def verify(
         accept: refusals that were overruled when it was fused. Beyond them the two differ, which `evidence` says.
         block_mask: as `fuse` was told.
         budget: seconds that each fusion of the original may take.
+        strict: is nothing taken for proven that differs on the smallest rows? See `fxfuse.fuse`.
 
     Returns:
         What was proven, and how.
@@ -124,7 +126,8 @@ def verify(
     done: list[ExportedProgram] = []
     if found is not None:
         for options in attempts(original, fused, patterns, done):
-            again = fxfuse.fusion.fuse(proven.source, **options, accept=accept, block_mask=block_mask, budget=budget)
+            options |= {"accept": accept, "block_mask": block_mask, "budget": budget, "strict": strict}
+            again = fxfuse.fusion.fuse(proven.source, **options)
             proven.add(again, fxfuse.fusion.report(again))
             tried.append(options)
             done.append(again)

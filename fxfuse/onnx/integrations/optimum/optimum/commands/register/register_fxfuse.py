@@ -48,6 +48,7 @@ class FxfuseExportCommand(BaseOptimumCLICommand):
             help="overrule a refusal, by the name that the report gives it: clamp@model.py:12; repeatable",
         )
         parser.add_argument("--budget", type=float, default=60.0, metavar="SECONDS", help="of looking for more to fuse")
+        parser.add_argument("--strict", action="store_true", help="leave norms that differ on rows below 1e-6")
         parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
     def run(self) -> None:
@@ -65,6 +66,7 @@ class FxfuseExportCommand(BaseOptimumCLICommand):
                 allow_missing=self.args.allow_missing,
                 accept=self.args.accept,
                 budget=self.args.budget,
+                strict=self.args.strict,
             )
         except FxfuseError as error:
             print(f"error: {error}", file=sys.stderr)
