@@ -22,18 +22,20 @@ from fxfuse.proof.evaluate import draw, generator
 from fxfuse.recognise.answers import Form, Found, Input, Proposal, Reason
 from fxfuse.recognise.epsilon import measure_epsilon
 from fxfuse.recognise.literals import snap
+from fxfuse.recognise.near_norms import near_miss, of_another
 from fxfuse.recognise.normalisation import (
     NormFunction,
     Scale,
     cast,
-    near_miss,
     precisely,
     scale_source,
 )
 from fxfuse.recognise.questions import Questions
 from fxfuse.recognise.walk import backward, forward
 
-_ANCHORS = frozenset({"rsqrt", "sqrt", "rms_norm", "linalg_vector_norm", "norm"})
+_ANCHORS = frozenset({"rsqrt", "sqrt", "rms_norm", "linalg_vector_norm", "norm", "std"})
+_SPREADS = frozenset({"var", "std", "var_mean", "std_mean"})
+"""What makes it a LayerNorm, which is to be said."""
 _SCALED, _PLAIN = 4, 2
 _WHOLE = _SCALED + 1
 _DOUBLE = 11
@@ -41,7 +43,7 @@ _DOUBLE = 11
 
 
 def _walked(name: str) -> bool:
-    return name in ARITHMETIC or name in CAST or name in LAYOUT or name in ROOTS
+    return name in ARITHMETIC or name in CAST or name in LAYOUT or name in ROOTS or name in _SPREADS
 
 
 class RMSNorm:
@@ -54,7 +56,7 @@ class RMSNorm:
     def propose(self, view: GraphView, ask: Questions) -> Iterator[Proposal]:
         for node in view.nodes:
             if op_name(node) in _ANCHORS or _is_root_power(node):
-                yield Proposal(node, self._around(view, node), best_rank=_WHOLE)
+                yield Proposal(node, self._around(view, node), of_another(view, node), best_rank=_WHOLE)
 
     def _around(self, view: GraphView, anchor: Node) -> Iterator[Region]:
         """Outputs after the root, nearest first, each with the nearest inputs of its shape before it."""
@@ -77,11 +79,11 @@ class RMSNorm:
 
     def recognise(self, region: Region, ask: Questions) -> Found | Reason:
         (x,) = region.sources
-        size = static(fake(x).shape[-1])
-        if size is None or size < 2:
-            return Reason("the normalised axis has no fixed size")
         if not all(is_float(n) for n in region.others):
             return Reason("it also reads tensors that are not floating point")
+        size = static(fake(x).shape[-1])
+        if size is None or size < 2:
+            return near_miss(NormFunction(region, ask, 1), x)
         scales = []
         functions = [NormFunction(region, ask, seed) for seed in (1, 2)]
         for seed, f in enumerate(functions):
@@ -91,7 +93,7 @@ class RMSNorm:
             if not torch.isfinite(rows).all():
                 return Reason("not a normalisation")
             if not torch.allclose(rows, rows[:1].expand_as(rows), rtol=1e-6):
-                return near_miss(f, x, size)
+                return near_miss(f, x)
             scales.append(precisely(f, big, rows[0]))
         scale = scale_source(region, functions, scales)
         if isinstance(scale, Reason):

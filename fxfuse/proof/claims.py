@@ -7,6 +7,7 @@ right.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice, permutations
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from fxfuse.proof.terms import Term
 MASKS = {torch.float16: -32752.0}
 """A number from here down masks: scores lie above it. Half precision has its own."""
 MASK = -1e8
+_ORDERS = 24
+"""Of the parts of a sum, how many are tried."""
 
 
 def masks_from(dtype: torch.dtype) -> float:
@@ -156,8 +159,19 @@ def equal_terms(reader: Reader, one: Term, two: Term, at: str) -> bool:
     if one.op == "sum":
         if one.args[0] != two.args[0] or len(one.args[1]) != len(two.args[1]):
             return False
-        pairs = zip(one.args[1], two.args[1], strict=True)
-        return all(c == d and equal_terms(reader, a, b, at) for (a, c), (b, d) in pairs)
+        return any(
+            all(c == d and equal_terms(reader, a, b, at) for (a, c), (b, d) in zip(one.args[1], order, strict=True))
+            for order in islice(permutations(two.args[1]), _ORDERS)
+        )
+    if _is_product(one) and len(one.args) == len(two.args):  # the one of its factors that was read first stands first
+        *same, a, b = one.args
+        *other, c, d = two.args
+        if same != other:
+            return False
+        return any(
+            equal_terms(reader, a, first, at) and equal_terms(reader, b, second, at)
+            for first, second in ((c, d), (d, c))
+        )
     for a, b in zip(one.args, two.args, strict=True):
         if isinstance(a, Term) and isinstance(b, Term):
             if not equal_terms(reader, a, b, at):
@@ -165,6 +179,10 @@ def equal_terms(reader: Reader, one: Term, two: Term, at: str) -> bool:
         elif a != b:
             return False
     return True
+
+
+def _is_product(term: Term) -> bool:
+    return term.op == "product" or (term.op == "apply" and str(term.args[0]).startswith("product in "))
 
 
 def _same_in_table(reader: Reader, one: Term, two: Term, at: str) -> bool:

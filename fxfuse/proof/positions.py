@@ -123,6 +123,8 @@ class Reader:
             value = arg.meta.get("val")
             if isinstance(value, (int, float, bool, torch.SymInt)):
                 return self.size(value)
+            if self.opaque and isinstance(value, torch.SymFloat):
+                return self.terms.given(f"{arg.name} of graph {id(arg.graph)}", (), "real")
             raise Unreadable(f"the number {arg.name}")
         if isinstance(arg, (int, float, bool, torch.SymInt)):
             return self.size(arg)

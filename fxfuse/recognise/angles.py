@@ -61,8 +61,25 @@ def one_angle(
     if alike and _either(reader, sin, minus_sin):
         return "both rows of a pair use one angle (by structure)"
     reflected = alike and equal_terms(reader, sin, minus_sin, _PAIR)
-    why = "the signs of sin agree (a reflection)" if reflected else "their cos or sin are computed differently"
+    unlike = _unlike(reader, cos, other_cos) if not alike else _unlike(reader, sin, minus_sin)
+    why = "the signs of sin agree (a reflection)" if reflected else unlike
     return Reason(f"a rotation but for the angles of the two rows of a pair: {why}", 3)
+
+
+def _unlike(reader: Reader, one: Term, two: Term) -> str:
+    """What the elements are read from, where that decides it."""
+    both = dict.fromkeys(str(t.args[0]) for t in one.walk() if t.op == "given")
+    others = {str(t.args[0]) for t in two.walk() if t.op == "given"}
+    names = [name for name in both if name in others and " of graph " not in name]
+    given = [name for name in names if name.removeprefix("table ") not in reader.tables]
+    if given:
+        return (
+            f"they are different elements of {given[0]!r}, which may hold anything (pass cos and sin of half the "
+            "width, or let the model compute both halves alike)"
+        )
+    if names:
+        return f"the constant {names[0].removeprefix('table ')!r} holds different values for them"
+    return "their cos or sin are computed differently"
 
 
 def _either(reader: Reader, sin: Term, minus_sin: Term) -> bool:

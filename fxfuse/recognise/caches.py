@@ -147,8 +147,8 @@ def _steps(places: torch.Tensor, source: tuple[int, ...], shape: torch.Size, wha
         if step is None:
             return Reason(f"a rotation, but {what} is read from its tensor in no regular order (other positions?)", 2)
         steps.append(step)
-    if sum(s.kind == "pair" for s in steps) != 1 and shape[-1] > 1:
-        return Reason(f"a rotation, but every pair uses the same {what}", 2)
+    if sum(s.kind == "pair" for s in steps) > 1:
+        return Reason(f"a rotation, but {what} is read from its tensor in no regular order (other positions?)", 2)
     return tuple(reversed(steps))
 
 

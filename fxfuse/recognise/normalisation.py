@@ -95,22 +95,5 @@ def _constant(values: torch.Tensor) -> bool:
     return torch.allclose(values, values[:1].expand_as(values), rtol=1e-5, atol=1e-5)
 
 
-def near_miss(f: NormFunction, x: Node, size: int) -> Reason:
-    """Scale-invariant per position, so a normalisation of some kind: which property fails?"""
-    values = draw(x, f.evaluator, generator(5)) * 1e4
-    ratio = f(values) / (values / values.square().mean(-1, keepdim=True).sqrt())
-    scaled = f(values * 3) / (values / values.square().mean(-1, keepdim=True).sqrt())
-    if not torch.allclose(ratio, scaled, rtol=1e-5) or not torch.isfinite(ratio).all():
-        return Reason("not a normalisation")
-    by_position = ratio / ratio[..., :1]
-    if torch.allclose(by_position, by_position.reshape(-1, size)[:1].expand_as(by_position), rtol=1e-6):
-        return Reason("RMSNorm but for its size, which is not the root mean square over the last axis alone", 2)
-    centred = values - values.mean(-1, keepdim=True)
-    flat = f(values) / (centred / centred.square().mean(-1, keepdim=True).sqrt())
-    if torch.allclose(flat, flat.reshape(-1, size)[:1].expand_as(flat), rtol=1e-5):
-        return Reason("it subtracts the mean first: a LayerNorm, not an RMSNorm", 3)
-    return Reason("RMSNorm but for the weight, which varies over the positions (a gate?)", 2)
-
-
 def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x if x.dtype == dtype else x.to(dtype)

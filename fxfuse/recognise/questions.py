@@ -283,6 +283,13 @@ class Questions:
         except CannotEvaluate:
             return []
 
+    def is_fixed(self, node: Node) -> bool:
+        """Is it made of constants alone, and of no size that may be another?"""
+        if self.depends_on_input(node):
+            return False
+        values = (n.meta.get("val") for n in _ancestors([node]))
+        return not any(_is_symbolic(d) for v in values for d in (v.shape if isinstance(v, torch.Tensor) else (v,)))
+
     def depends_on_input(self, node: Node) -> bool:
         """Does the value depend on anything but constants and sizes?"""
         self.read_leaves = True
@@ -357,6 +364,10 @@ def _check_views(nodes: list[Node], values: Mapping[Node, Any]) -> None:
             and base.untyped_storage().data_ptr() != values[node].untyped_storage().data_ptr()
         ):
             raise CannotEvaluate(f"{node.name} is a copy at the probed sizes, and no view")
+
+
+def _is_symbolic(value: Any) -> bool:
+    return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
 def _attribute(node: Node) -> Any:

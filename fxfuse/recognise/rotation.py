@@ -70,13 +70,15 @@ def measure_rotation(region: Region, ask: Questions) -> Rotation | Reason:
     if isinstance(pairing, Reason):
         return pairing
     cos, sin, minus_sin, other_cos = _rows_of(region, evaluator, others, pairing)
+    together = torch.allclose(cos, other_cos, rtol=_CLOSE) and torch.allclose(sin, -minus_sin, rtol=_CLOSE)
     first, second = sample[..., pairing.first], sample[..., pairing.second]
     expected = sample.clone()
     expected[..., pairing.out_first] = cos * first + minus_sin * second
     expected[..., pairing.out_second] = sin * first + other_cos * second
     if not torch.allclose(expected, y, rtol=1e-9, atol=1e-9):
+        if together:
+            return Reason("a rotation, but scaled by what is computed of x itself", 2)
         return Reason("pairs of features are mixed, but not linearly and position by position, or others are scaled", 1)
-    together = torch.allclose(cos, other_cos, rtol=_CLOSE) and torch.allclose(sin, -minus_sin, rtol=_CLOSE)
     if together:
         return Rotation(evaluator, others, shape[-1], pairing, cos, sin, bool(signs))
     rows = (cos, other_cos, sin, minus_sin)
@@ -96,7 +98,7 @@ def _signs(region: Region, dim: int, evaluator: Evaluator, ask: Questions) -> di
         shape = tuple(static(s) for s in fake(node).shape)  # a symbol compared with a size would be guarded on
         if shape[-1:] != (dim,) or any(s not in (1, dim) for s in shape[:-1]) or ask.depends_on_input(node):
             continue
-        if not same_at_every_size(ask.reader, node):
+        if not (ask.is_fixed(node) or same_at_every_size(ask.reader, node)):
             continue
         (value,) = ask.leaf_values([node], evaluator, 3)
         if bool(((value == 0) | (value.abs() == 1)).all()) and bool((value < 0).any() or len(shape) > 1):
