@@ -74,12 +74,21 @@ def _unlike(reader: Reader, one: Term, two: Term) -> str:
     given = [name for name in names if name.removeprefix("table ") not in reader.tables]
     if given:
         return (
-            f"they are different elements of {given[0]!r}, which may hold anything (pass cos and sin of half the "
-            "width, or let the model compute both halves alike)"
+            f"they are different elements of {_called(given[0])}, which may hold anything (pass cos and sin of half "
+            "the width, or let the model compute both halves alike)"
         )
     if names:
-        return f"the constant {names[0].removeprefix('table ')!r} holds different values for them"
+        return f"{_called(names[0].removeprefix('table '))} holds different values for them"
     return "their cos or sin are computed differently"
+
+
+def _called(placeholder: str) -> str:
+    """A buffer or parameter by the name that the model has for it."""
+    kind, _, name = placeholder.partition("_")
+    if kind == "c":
+        return "a constant"
+    what = {"b": "the buffer ", "p": "the parameter "}.get(kind)
+    return f"{placeholder!r}" if what is None or not name else f"{what}{name!r}"
 
 
 def _either(reader: Reader, sin: Term, minus_sin: Term) -> bool:

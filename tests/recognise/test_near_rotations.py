@@ -83,7 +83,10 @@ def test_rare_spellings_fuse(function: Callable[..., Tensor]) -> None:
 
 
 TOLD = {
-    "unequal halves": (lambda m, x: x * m.unequal[: x.shape[2]] + swapped(x) * m.sin[: x.shape[2]], "b_unequal' holds"),
+    "unequal halves": (
+        lambda m, x: x * m.unequal[: x.shape[2]] + swapped(x) * m.sin[: x.shape[2]],
+        "the buffer 'unequal' holds",
+    ),
     "a reflection": (
         lambda m, x: x * m.cos[: x.shape[2]] + torch.cat(x.chunk(2, -1)[::-1], -1) * m.sin[: x.shape[2]],
         "a reflection",

@@ -48,7 +48,7 @@ class Mutant:
 
 
 MUTANTS: list[Mutant] = []
-SILENT: tuple[str, ...] = ()
+SILENT = ("scaled by the length of what is turned",)
 """Near misses that nothing is fused of and that the report does not explain, though a reader would want to know."""
 
 
@@ -401,7 +401,7 @@ def by_batch(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), -1)
 
 
-@rotation("scaled by the length of what is turned", explained=True)
+@rotation("scaled by the length of what is turned")
 def scaled_by_norm(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, -1)
     cos, sin = cos[:, None] * x.norm(dim=-1, keepdim=True), sin[:, None] * x.norm(dim=-1, keepdim=True)
