@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
@@ -90,6 +91,8 @@ def _merge(graph: Graph, nodes: list[Node], wanted: Callable[[Node, Node], bool]
             continue
         if tensor(node) is None and not isinstance(node.meta.get("val"), (list, tuple)):
             continue
+        if torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ()):
+            continue  # of two `nonzero` each has a length of its own
         if (whole := cut_whole(node)) is not None:
             same[node] = same.get(whole, whole)
             continue

@@ -43,7 +43,7 @@ NAME = "fxfuse"
 
 @dataclass
 class FxfuseConfig(OnnxConfig):  # type: ignore[misc]
-    """`OnnxConfig` at opset 24; `patterns`, `prove`, `accept`, `budget` and `strict` are those of `fxfuse.onnx.export`.
+    """`OnnxConfig` at opset 24; `patterns`, `prove`, `accept` and `budget` are those of `fxfuse.onnx.export`.
 
     Raises:
         FxfuseError: an opset without the fused operators, `ort_fusions`, or an option that is none.
@@ -55,14 +55,15 @@ class FxfuseConfig(OnnxConfig):  # type: ignore[misc]
     prove: Literal["on", "off"] = "on"
     accept: Sequence[str] = ()
     budget: float = BUDGET
-    strict: bool = False
+    strict_fusion: bool = False
+    """`strict` of `fxfuse.onnx.export`; the field `strict` is torch.export's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.opset_version is None:
             self.opset_version = DEFAULT_OPSET
         check_opset(self.opset_version)
-        activation(self.patterns, self.prove, accept=self.accept, budget=self.budget, strict=self.strict)
+        activation(self.patterns, self.prove, accept=self.accept, budget=self.budget, strict=self.strict_fusion)
         if self.ort_fusions is not None:
             raise FxfuseError(
                 "ort_fusions writes operators of ONNX Runtime's own, fxfuse the standard ones",
@@ -87,7 +88,7 @@ class FxfuseExporter(OnnxExporter):  # type: ignore[misc]
             prove=config.prove,
             accept=config.accept,
             budget=config.budget,
-            strict=config.strict,
+            strict=config.strict_fusion,
         )
         with fusing, quiet():
             program: tuple[Any, Any] = super().export_program(model, sample_inputs, config)
