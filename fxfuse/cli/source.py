@@ -21,6 +21,7 @@ from fxfuse.cli.torchtune import build, sample
 from fxfuse.errors import FxfuseError
 from fxfuse.pretrained import dtype_for_cpu, look, sample_of
 from fxfuse.pretrained import load as load_pretrained
+from fxfuse.pretrained.beside import left_out
 from fxfuse.pretrained.holds import is_pretrained
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -133,7 +134,7 @@ def _pretrained(request: Request) -> Loaded:
     model.config.use_cache, model.config.return_dict = False, True
     folder = Path(request.source)
     sample = sample_of(model, folder, request.batch, request.seq)
-    notes += [note] if note else []
+    notes += [*left_out(folder, allow_missing=request.allow_missing), *([note] if note else [])]
     return Loaded(model, (), dict(sample.kwargs), sample.dynamic_shapes, notes, folder)
 
 
@@ -150,6 +151,12 @@ def saved_program(path: Path) -> ExportedProgram:
     Raises:
         FxfuseError: there is no such file, or it is none that torch.export.save wrote.
     """
+    if path.is_dir():
+        raise FxfuseError(
+            "the folder is no checkpoint of transformers: it has no config.json",
+            where=str(path),
+            hint="name the folder that holds it beside the weights; other weights go with --checkpoint",
+        )
     if not path.is_file():
         raise FxfuseError("no such file", where=str(path))
     try:

@@ -151,6 +151,12 @@ def test_options_that_do_not_fit_a_decoder(
     assert said in " ".join(capsys.readouterr().err.split()) and not (tmp_path / "out").exists()
 
 
+def test_a_folder_without_a_configuration(tmp_path: Path, capsys: Printed) -> None:
+    (tmp_path / "model.safetensors").touch()
+    assert main(["export", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "it has no config.json" in " ".join(capsys.readouterr().err.split())
+
+
 def test_allow_missing_is_for_folders(tmp_path: Path, capsys: Printed) -> None:
     assert main(["export", "torchtune:llama3_2_1b", "--allow-missing", "--out", str(tmp_path / "out")]) == 2
     assert "--allow-missing is for a checkpoint's folder" in " ".join(capsys.readouterr().err.split())
