@@ -157,6 +157,12 @@ def _of_transformers(model: Any, opset: int, names: Names, one_token: bool, fusi
     stage, inputs = _decode_stage(model, one_token)
     with quiet(*_ONE_TOKEN if one_token else ()):
         program: ir.Model = FxfuseExporter().export(stage, inputs, config).program
+    if not any(_OF_CACHE.fullmatch(value.name or "") for value in program.graph.outputs):
+        raise FxfuseError(
+            "the model gives no cache back, and so reads all tokens in every call",
+            where=type(model).__name__,
+            hint="a decoder of its family has is_decoder in its configuration",
+        )
     if names != "hf":
         _drop_windows(program.graph)
     for value in (*program.graph.inputs, *program.graph.outputs):

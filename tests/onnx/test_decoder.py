@@ -8,7 +8,7 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MambaConfig
+from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, Gemma3TextConfig, LlamaConfig, MambaConfig
 
 import fxfuse
 import fxfuse.onnx.optimum as door
@@ -101,6 +101,13 @@ def test_a_model_without_keys_and_values_is_refused() -> None:
         export_decoder(build(MambaConfig(**SIZES, state_size=4)))
 
 
+def test_a_model_that_gives_no_cache_back_is_refused() -> None:
+    """BERT's language model without is_decoder attends to both sides, and reads all tokens in every call."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    with pytest.raises(FxfuseError, match=r"gives no cache back(.|\n)*BertLMHeadModel(.|\n)*is_decoder"):
+        export_decoder(BertLMHeadModel(BertConfig(**sizes, intermediate_size=48)).eval())
+
+
 @pytest.mark.parametrize("options", [{"names": "ort"}, {"opset": 22}])
 def test_bad_options_are_named(options: dict[str, Any]) -> None:
     with pytest.raises(FxfuseError, match=next(iter(options))):
@@ -108,7 +115,7 @@ def test_bad_options_are_named(options: dict[str, Any]) -> None:
 
 
 def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
-    with pytest.raises(FxfuseError, match="cannot be loaded"):
+    with pytest.raises(FxfuseError, match="the configuration cannot be read"):
         door.export_pretrained(str(tmp_path / "missing"), str(tmp_path / "out"))
     with pytest.raises(FxfuseError, match="float17"):
         door.export_pretrained(str(tmp_path), str(tmp_path / "out"), dtype="float17")  # type: ignore[arg-type]
