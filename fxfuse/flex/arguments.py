@@ -21,7 +21,8 @@ from fxfuse.flex.lists import agrees
 from fxfuse.flex.one_block import flatten, keyed, unflatten
 from fxfuse.flex.patches import Patch, Undo
 
-_LISTS = [name for name, kind in BlockMask.__annotations__.items() if "Tensor" in str(kind)]
+# The type of mask_mod, which takes tensors, is written out in torch 2.11.
+_LISTS = [n for n, kind in BlockMask.__annotations__.items() if "Tensor" in str(kind) and n != "mask_mod"]
 _agree: WeakKeyDictionary[BlockMask, bool] = WeakKeyDictionary()
 """Masks whose lists were compared with their function."""
 
