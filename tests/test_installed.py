@@ -49,7 +49,7 @@ def test_what_the_tests_run_with_fits(extra: str, pretend: dict[str, str | None]
         ("", "onnx", "1.19.1", r"onnx 1\.19\.1 is installed, and fxfuse needs onnx>=1\.20"),
         ("transformers", "transformers", "5.17.0", r"fxfuse\[transformers\] needs transformers<6,>=5\.23"),
         ("torchtune", "torchao", "0.18.0", r"fxfuse\[torchtune\] needs torchao<0\.16,>=0\.13"),
-        ("ort", "onnxruntime", "1.20.0", r"fxfuse\[ort\] needs onnxruntime>=1\.24"),
+        ("ort", "onnxruntime", "1.24.1", r"fxfuse\[ort\] needs onnxruntime>=1\.25"),
     ],
 )
 def test_what_does_not_fit_is_named(

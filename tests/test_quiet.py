@@ -85,7 +85,8 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_fuse_and_export_print_nothing(tmp_path: Path) -> None:
     done = run(tmp_path, "-c", IN_PYTHON)
-    assert done.stderr == ""
+    # torchao's own, when transformers imports it: from 0.14 on, where its C++ is for another torch.
+    assert [line for line in done.stderr.splitlines() if not line.startswith("Skipping import of cpp extensions")] == []
     *others, untranslated, decoder = done.stdout.splitlines()
     assert others == [
         "fused {'RMSNormalization': 1}",
@@ -150,11 +151,11 @@ def test_only_idle_messages_of_this_thread_are_left_out(caplog: pytest.LogCaptur
 
 def test_leaves_are_shared_within_the_block_alone() -> None:
     leaf = pytree.tree_structure(0)
-    with shared_specs():
+    before = vars(type(leaf)).get("__deepcopy__")
+    with shared_specs(), warnings.catch_warnings():
+        warnings.simplefilter("error")
         assert copy.deepcopy([leaf])[0] is leaf
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        assert copy.deepcopy([leaf])[0] is not leaf
+    assert vars(type(leaf)).get("__deepcopy__") is before
 
 
 def test_what_a_failed_capture_prints_comes_back(capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,10 +68,10 @@ def test_repeats_of_a_cache_that_was_joined_before(tmp_path: Path) -> None:
     """As transformers has it: past and new keys joined, then repeated."""
     text = """
         f (float[b,4,s,8] q, float[b,2,s,8] k, float[b,2,s,8] v, float[b,2,p,8] pk, float[b,2,p,8] pv)
-        => (float[b,4,s,8] y, float[b,2,"p + s",8] nk, float[b,2,"p + s",8] nv)
+        => (float[b,4,s,8] y, float[b,2,t,8] nk, float[b,2,t,8] nv)
         <int64[1] two = {2}, int64[5] group = {1, 1, 2, 1, 1}, int64[4] merged = {0, 4, -1, 8},
-         float[b,2,1,"p + s",8] k5, float[b,2,1,"p + s",8] v5, float[b,2,2,"p + s",8] k6, float[b,2,2,"p + s",8] v6,
-         float[b,4,"p + s",8] k4, float[b,4,"p + s",8] v4>
+         float[b,2,1,t,8] k5, float[b,2,1,t,8] v5, float[b,2,2,t,8] k6, float[b,2,2,t,8] v6,
+         float[b,4,t,8] k4, float[b,4,t,8] v4>
         { nk = Concat <axis = 2> (pk, k) nv = Concat <axis = 2> (pv, v)
           k5 = Unsqueeze (nk, two) k6 = Expand (k5, group) k4 = Reshape (k6, merged)
           v5 = Unsqueeze (nv, two) v6 = Expand (v5, group) v4 = Reshape (v6, merged)
