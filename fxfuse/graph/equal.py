@@ -16,8 +16,9 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from fxfuse.graph.region import real_users
 from fxfuse.graph.spelled import call_of, cut_whole
-from fxfuse.graph.view import ARITHMETIC, CAST, LAYOUT, ROOTS, is_pure, mutated, op_name, tensor, touches
+from fxfuse.graph.view import ARITHMETIC, ASSERTIONS, CAST, LAYOUT, ROOTS, is_pure, mutated, op_name, tensor, touches
 
 MERGED = "fxfuse_merged"
 """Of a node that nothing reads for now, for an equal one is read: it is no dead code."""
@@ -74,11 +75,14 @@ def part(graph: Graph, merged: Merged) -> None:
                 return node if node in alive and read is merged.first.get(node) else read
 
             user.args, user.kwargs = map_arg(args, own), map_arg(kwargs, own)
+    unread: set[Node] = set()
     for node in reversed(list(graph.nodes)):
-        if node in merged.first:
-            del node.meta[MERGED]
-            if not node.users:
-                graph.erase_node(node)
+        if node in merged.first or node in unread:
+            node.meta.pop(MERGED, None)
+            if not real_users(node) and is_pure(node):  # what read it is fused; what was asserted of it goes along
+                unread.update(node.all_input_nodes)
+                for dead in (*node.users, node):
+                    graph.erase_node(dead)
 
 
 def _merge(graph: Graph, nodes: list[Node], wanted: Callable[[Node, Node], bool]) -> Merged:
@@ -87,7 +91,8 @@ def _merge(graph: Graph, nodes: list[Node], wanted: Callable[[Node, Node], bool]
     known: dict[Hashable, Node] = {}
     same: dict[Node, Node] = {}
     for node in nodes:
-        if not node.users or not is_pure(node) or touches(node, written):
+        users = [u for u in node.users if u.op != "output"]
+        if not any(op_name(u) not in ASSERTIONS for u in users) or not is_pure(node) or touches(node, written):
             continue
         if tensor(node) is None and not isinstance(node.meta.get("val"), (list, tuple)):
             continue
@@ -101,7 +106,7 @@ def _merge(graph: Graph, nodes: list[Node], wanted: Callable[[Node, Node], bool]
             continue
         merged.first[node] = same[node] = first
         node.meta[MERGED] = True
-        for user in [u for u in node.users if u.op != "output"]:
+        for user in users:
             merged.before.setdefault(user, (user.args, user.kwargs))
             user.replace_input_with(node, first)
     return merged

@@ -141,3 +141,16 @@ class Written(Twice):
 
 def test_what_is_written_to_in_between_is_another() -> None:
     assert fused(Written("rotation", *CUTS["slices"]))[1] == {}
+
+
+class CastAndRead(Twice):
+    def forward(self, x: Tensor) -> Any:
+        one, two = (x[:, 1:].double() for _ in range(2))
+        return one * self.cos[: x.shape[2]] + swapped(two) * self.sin[: x.shape[2]], x[:, 1:]
+
+
+def test_nothing_is_left_that_nobody_reads() -> None:
+    made, counts = fused(CastAndRead("rotation", *CUTS["slices"]))
+    assert counts == {"RotaryEmbedding": 1}
+    calls = [n for n in made.graph.nodes if n.op == "call_function" and "_assert" not in str(n.target)]
+    assert all(n.users for n in calls)
