@@ -37,6 +37,7 @@ CACHE_METADATA = "fxfuse.cache"
 Form = Literal["growing", "static", "sliding", "streaming"]
 PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 _PAST_OF_TRANSFORMERS = re.compile(rf"input\.(?:{'|'.join(CACHE_NAMES)})\.layers\.(\d+)\.(key|value)s")
+_OF_CACHE = re.compile(rf"past_key_values|^input\.(?:{'|'.join(CACHE_NAMES)})\.")
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,7 @@ def _cache(program: ir.Model, file: str) -> tuple[Cache, list[Link]]:
     rings = said.get("form") in ("sliding", "streaming")
     for value in program.graph.inputs:
         place = place_of(value.name or "")
-        if place is None and "past_key_values" in (value.name or ""):
+        if place is None and _OF_CACHE.search(value.name or ""):
             raise FxfuseError(
                 f"the cache holds {value.name}, which is neither keys nor values",
                 where=file,
