@@ -33,9 +33,10 @@ from fxfuse.graph.view import ARITHMETIC, CAST, LAYOUT, GraphView, fake, is_floa
 from fxfuse.ops.dequantize_linear import stored_as
 from fxfuse.recognise.answers import NEAR, Form, Found, Input, Proposal, Reason
 from fxfuse.recognise.dequantized import Dequantized, dequantized, is_exact
-from fxfuse.recognise.kept import size_in_bytes
+from fxfuse.recognise.kept import SMALL, size_in_bytes
 from fxfuse.recognise.questions import Questions
 from fxfuse.recognise.scaled_integers import scaled_integers
+from fxfuse.recognise.unpacked import BITS, is_packed, tables, type_of, unpacked
 from fxfuse.recognise.widened import widened
 
 DEQUANTIZES = frozenset(
@@ -52,7 +53,7 @@ _BACK = 8
 
 
 def _walked(name: str) -> bool:
-    return name in ARITHMETIC or name in CAST or name in LAYOUT or name in DEQUANTIZES
+    return name in ARITHMETIC or name in CAST or name in LAYOUT or name in DEQUANTIZES or name in BITS
 
 
 class DequantizeLinear:
@@ -71,6 +72,8 @@ class DequantizeLinear:
                     scaled = _region(view, ask, leaf, y, product.args[0])
                     yield Proposal(y, () if scaled is None else (scaled,), best_rank=0)
                 outputs = list(_outputs(end, leaf))
+                if fake(leaf).dtype not in SMALL and not _is_packed(view, ask, leaf, outputs[0]):
+                    continue  # as large as what is made of it
                 regions = [r for r in (_region(view, ask, leaf, y) for y in outputs) if r is not None]
                 why = None if regions else Reason("it cannot be looked at at any size that can be run", NEAR)
                 yield Proposal(outputs[0], regions, missed=why, nodes=(end,), best_rank=0)
@@ -84,23 +87,29 @@ class DequantizeLinear:
         if any(fake(n).dtype == torch.float64 for n in (region.output, *region.others)):
             return Reason("it computes in float64, and DequantizeLinear does not", NEAR)
         ask.read_leaves = ask.read_leaves or small.narrowed
-        found = scaled_integers(small, ask.evaluator(), [n.name for n in region.others])
+        part = unpacked(small)
+        kind = None if part is None else type_of(part.integers)
+        if part is None or kind is None:
+            return Reason(
+                "it is packed, and its integers do not stand at one place, or are not known to fit a byte", NEAR
+            )
+        found = scaled_integers(part.after, ask.evaluator(), [region.others[p].name for p in part.places])
         if isinstance(found, Reason):
             return found
-        how = dequantized(found, small, fake(region.sources[0]).dtype)
+        how = dequantized(found, part.after, kind)
         if isinstance(how, Reason):
             return how
-        shape = _shapes(region, found.index.dim())[fake(region.sources[0]).numel()]
+        shape = _shape(region)
         beside = len(region.sources)
         parameters: dict[str, Any] = {
             "axis": how.blocks.axis,
             "block_size": how.blocks.size_of([shape[a] for a in how.order]),
-            "scale": [Input(beside + p.place) for p in found.scales] or found.factor,
-            "zero_point": [Input(beside + p.place) for p in found.zeros] or found.zero,
+            "scale": [Input(beside + part.places[p.place]) for p in found.scales] or found.factor,
+            "zero_point": [Input(beside + part.places[p.place]) for p in found.zeros] or found.zero,
             "stored": partial(_stored, how, ask),
         }
         out = fake(region.output).dtype
-        kinds = how.scale_types(region.others)
+        kinds = how.scale_types(part.after.others)
         forms = tuple(_form(region, how, kind) for kind in dict.fromkeys((*kinds, out)))
         product = beside > 1
         return Found(self.operator, parameters, forms, ulp=4.0 if product else 0.0, averaging=product)
@@ -169,14 +178,26 @@ def _scaled_products(end: Node, ask: Questions) -> Iterator[tuple[Node, Node]]:
 
 
 def _region(view: GraphView, ask: Questions, leaf: Node, y: Node, given: Any = None) -> Region | None:
-    """From what is kept, and what is `given`, to y: scales, too, as they are kept, before they are repeated."""
+    """From what is kept, and what is `given`, to y, with fewer rows to ask; None where that cannot be."""
+    region = _around(view, ask, leaf, y, given)
+    if region is None:
+        return None
+    fixed, part = tables(region), unpacked(region)
+    kind = None if part is None else type_of(part.integers)
+    fits = {n: kind for n in region.others if n not in fixed and kind is not None and _fits(ask, n, kind)}
+    small = smaller(region, fits, fixed)
+    return None if small is None else replace(region, small=replace(small, words=is_packed(region)))
+
+
+def _around(view: GraphView, ask: Questions, leaf: Node, y: Node, given: Any = None) -> Region | None:
+    """Scales and zero points are taken as they are kept, before they are repeated; those that are packed, after."""
     nodes, others, stack = set[Node](), dict[Node, None](), [y]
     while stack:
         node = stack.pop()
         if node in nodes or node is leaf or node is given:
             continue
-        walked = _walked(op_name(node)) or (given is not None and op_name(node) in _PRODUCTS)
-        if walked and is_pure(node) and len(nodes) < _LIMIT:
+        walked = _walked(op_name(node)) or (given is not None and op_name(node) in _PRODUCTS) or _is_counted(node)
+        if walked and is_pure(node) and len(nodes) < _LIMIT and not _is_packed_beside(node, leaf):
             nodes.add(node)
             stack.extend(i for i in node.all_input_nodes if not is_size(i))
         elif tensor(node) is None or node not in ask.kept:
@@ -187,10 +208,32 @@ def _region(view: GraphView, ask: Questions, leaf: Node, y: Node, given: Any = N
     sources = (leaf,) if given is None else (leaf, given)
     if view.mutations and view.mutated_between([*sources, *others, *inside], view.order[inside[0]], view.order[y]):
         return None
-    region = Region(view, y, sources, tuple(view.sorted(others)), tuple(inside))
-    fits = {n: fake(leaf).dtype for n in region.others if _fits(ask, n, fake(leaf).dtype)}
-    small = smaller(region, fits)
-    return None if small is None else replace(region, small=small)
+    return Region(view, y, sources, tuple(view.sorted(others)), tuple(inside))
+
+
+def _is_packed(view: GraphView, ask: Questions, leaf: Node, y: Node) -> bool:
+    region = _around(view, ask, leaf, y)
+    return region is not None and is_packed(region)
+
+
+def _is_counted(node: Node) -> bool:
+    """Numbers that are counted up: by how much words are shifted."""
+    return op_name(node) == "arange" and not node.all_input_nodes
+
+
+def _is_packed_beside(node: Node, leaf: Node) -> bool:
+    """Zero points that are taken out of words of their own."""
+    if is_float(node) or _comes_from(node, leaf):
+        return False
+    stack, seen = [node], set[Node]()
+    while stack:
+        current = stack.pop()
+        if op_name(current) in BITS:
+            return True
+        if current not in seen:
+            seen.add(current)
+            stack.extend(current.all_input_nodes)
+    return False
 
 
 def _fits(ask: Questions, node: Node, kind: torch.dtype) -> bool:
@@ -214,25 +257,23 @@ def _is_taken_off(node: Node) -> bool:
     )
 
 
-def _shapes(region: Region, rank: int) -> dict[int, tuple[int, ...]]:
-    """The shape of the weight, by how many integers there are: of the region, and of what is asked in its place."""
-    found = {}
-    for r in (region.asked, region):
-        given = r.sources[1:]
-        shape = tuple(fake(r.output).shape)
-        found[fake(r.sources[0]).numel()] = (fake(given[0]).shape[-1], shape[-1]) if given else shape
-        assert len(found[fake(r.sources[0]).numel()]) == rank
-    return found
+def _shape(region: Region) -> tuple[int, ...]:
+    """The shape of the weight; of a product, that of what is multiplied with."""
+    shape = tuple(fake(region.output).shape)
+    return (fake(region.sources[1]).shape[-1], shape[-1]) if len(region.sources) > 1 else shape
 
 
 def _form(region: Region, how: Dequantized, inside: torch.dtype) -> Form:
     """The operator with scales of type `inside`; then the product, where it is of one."""
     out = fake(region.output).dtype
-    shapes = _shapes(region, len(how.order))
+    ways = {fake(r.sources[0]).numel(): (r, unpacked(r), _shape(r)) for r in (region.asked, region)}
 
     def weight(x: Tensor, *others: Tensor) -> Tensor:
-        y = how(x, others, shapes[x.numel()], inside)
-        return y if is_exact(others) or y.dtype == out else y.to(out)
+        whole, part, shape = ways[x.numel()]
+        assert part is not None, "the region was recognised"
+        read = [others[place] for place in part.places]
+        y = how(part(whole, x, others), read, shape, inside)
+        return y if is_exact(read) or y.dtype == out else y.to(out)
 
     def product(x: Tensor, a: Tensor, *others: Tensor) -> Tensor:
         return torch.matmul(a, weight(x, *others))
@@ -242,8 +283,10 @@ def _form(region: Region, how: Dequantized, inside: torch.dtype) -> Form:
 
 def _stored(how: Dequantized, ask: Questions, region: Region) -> str:
     """The type that the integers are written in, as far as that is known."""
-    zeros = [region.others[p.place] for p in how.found.zeros]
-    held = [v for v in map(ask.kept.value, (region.sources[0], *zeros)) if v is not None and v.numel()]
+    part = unpacked(region)
+    assert part is not None, "the region was recognised"
+    zeros = [region.others[part.places[p.place]] for p in how.found.zeros]
+    held = [v for v in map(ask.kept.value, (part.integers, *zeros)) if v is not None and v.numel()]
     if len(held) <= len(zeros):
         return str(how.kind).removeprefix("torch.").upper()
     low, high = min(int(v.min()) for v in held), max(int(v.max()) for v in held)

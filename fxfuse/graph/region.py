@@ -40,6 +40,8 @@ class Region:
     """Values computed on the way that the replacement gives too, after the output."""
     small: Region | None = None
     """It at smaller sizes, where it computes alike: this one is asked and proven in its place."""
+    words: bool = False
+    """The integers of the first source are words of several, and drawn with every bit."""
     narrowed: bool = False
     """Of a small one: does it rest on what inputs of the large one hold?"""
 

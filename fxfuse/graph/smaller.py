@@ -8,7 +8,7 @@ there is none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -54,12 +54,13 @@ def _treats_rows_alike(node: Node) -> bool:
     return op_name(node) not in _NOT_ALIKE
 
 
-def smaller(region: Region, narrow: Mapping[Node, torch.dtype]) -> Region | None:
+def smaller(region: Region, narrow: Mapping[Node, torch.dtype], fixed: Set[Node] = frozenset()) -> Region | None:
     """A copy of the region with fewer rows of its source; None where there is none that is small enough.
 
     Args:
         narrow: inputs all of whose values are known to fit in an integer type: the copy takes them in that type, so
             that what is asked of all values is asked of those that may occur.
+        fixed: inputs that keep what they hold in the program: by how much words are shifted.
     """
     (source, *_) = region.sources
     sizes = [tuple(fake(n).shape) for n in (*region.inputs, *region.nodes) if tensor(n) is not None]
@@ -69,27 +70,31 @@ def smaller(region: Region, narrow: Mapping[Node, torch.dtype]) -> Region | None
     for axis, size in enumerate(fake(source).shape):
         taken = {size for shape in sizes for size in shape if isinstance(size, int)}
         rows = next((r for r in (5, 7, 11, 13) if r not in taken), 0)
-        if alike and rows and size > LARGE and (copy := _copied(region, narrow, axis, size, rows)) is not None:
+        if alike and rows and size > LARGE and (copy := _copied(region, narrow, fixed, axis, size, rows)):
             again = None
             if len(region.sources) > 1:  # a product runs over the other axis, which costs the square of it
                 again = smaller(copy, {})
             return copy if again is None else replace(again, narrowed=copy.narrowed)
-    return _copied(region, narrow, 0, 0, 0) if fake(source).numel() <= MAX_ELEMENTS else None
+    return _copied(region, narrow, fixed, 0, 0, 0) if fake(source).numel() <= MAX_ELEMENTS else None
 
 
-def _copied(region: Region, narrow: Mapping[Node, torch.dtype], axis: int, size: int, rows: int) -> Region | None:
+def _copied(
+    region: Region, narrow: Mapping[Node, torch.dtype], fixed: Set[Node], axis: int, size: int, rows: int
+) -> Region | None:
     """The copy with `rows` for `size` along the source's `axis`; None where it does not run at those sizes."""
     mode = getattr(fake(region.sources[0]), "fake_mode", None)
     env = None if mode is None else mode.shape_env
     try:
         # What an operator asks of a symbol here is nothing that the program rests on.
         with mode or nullcontext(), nullcontext() if env is None else env.suppress_guards():
-            return _copy(region, narrow, axis, size, rows)
+            return _copy(region, narrow, fixed, axis, size, rows)
     except Exception:  # whatever an operator raises at other sizes: this is no copy
         return None
 
 
-def _copy(region: Region, narrow: Mapping[Node, torch.dtype], axis: int, size: int, rows: int) -> Region | None:
+def _copy(
+    region: Region, narrow: Mapping[Node, torch.dtype], fixed: Set[Node], axis: int, size: int, rows: int
+) -> Region | None:
     graph = Graph()
     env: dict[Node, Node] = {}
     inputs: list[Node] = []
@@ -98,9 +103,9 @@ def _copy(region: Region, narrow: Mapping[Node, torch.dtype], axis: int, size: i
         shape = list(fake(node).shape)
         if place == 0 and size:
             shape[axis] = rows
-        elif size:
+        elif size and node not in fixed:
             shape = _fewer(shape, size, rows)
-        given = graph.placeholder(f"fxfuse_small_{place}")
+        given = graph.placeholder(node.name if node in fixed else f"fxfuse_small_{place}")
         kind = fake(node).dtype
         given.meta["val"] = torch.empty(shape, dtype=narrow.get(node, kind))
         inputs.append(given)

@@ -67,6 +67,24 @@ def erfinv(self: Any) -> Any:
     return y
 
 
+def right_shift(self: Any, other: Any) -> Any:
+    """Integers less what is below 2^other, divided by that: ONNX shifts unsigned integers only, which lose their sign.
+
+    In int64, for 2^31 is no int32. Packed weights are taken apart by it; where they are kept, the result is folded.
+
+    Superfluous once torchlib has `aten::__rshift__.Tensor`, and gives the type that it is given where a number is
+    shifted by (uint8 comes back as int16).
+    """
+    op = _operators()
+    x = op.Cast(self, to=7)
+    if isinstance(other, int):
+        unit = op.Constant(value_int=1 << other)
+    else:
+        one = op.Cast(op.Constant(value_int=1), to=13)
+        unit = op.Cast(op.BitShift(one, op.Cast(other, to=13), direction="LEFT"), to=7)
+    return op.Cast(op.Div(op.Sub(x, op.Mod(x, unit)), unit), to=int(self.dtype))
+
+
 def _operators() -> Any:
     from onnxscript.onnx_opset import opset23
 
@@ -77,6 +95,7 @@ _BY_NAME: dict[str, Callable[..., Any]] = {
     "transformers::grouped_mm_fallback": grouped_mm,
     "aten::_grouped_mm": grouped_mm,
     "aten::erfinv": erfinv,
+    "aten::__rshift__": right_shift,
 }
 
 

@@ -159,6 +159,7 @@ def _cast_pieces(call: Call) -> tuple[Pieces | None, Any]:
     if before == torch.bool or torch.iinfo(after).bits >= 32:
         return None, ()
     info = torch.iinfo(after)
+    x = x.to(torch.int64)  # beside a byte, -128 is 128
     return {"wrapped": (x < info.min) | (x > info.max), "held": (x >= info.min) & (x <= info.max)}, ()
 
 

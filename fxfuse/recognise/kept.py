@@ -16,7 +16,9 @@ from fxfuse.proof.sizes import Sizes
 
 INNER = "access_subclass_inner_tensor"
 """The call that stands for a tensor inside of a weight that is a subclass of Tensor (torchao's are)."""
-STORED = (torch.int8, torch.uint8, torch.int16)
+SMALL = (torch.int8, torch.uint8, torch.int16)
+STORED = (*SMALL, torch.int32)
+"""Types of integers that weights are kept in; an int32 holds several."""
 _KEPT = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 

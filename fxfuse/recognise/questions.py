@@ -208,6 +208,10 @@ class Questions:
             if from_leaves
             else self.draws(region.others, evaluator, seed + 1, high=below)
         )
+        if region.words:
+            info, gen = torch.iinfo(sources[0].dtype), generator(seed + 2)
+            every = torch.randint(info.min, info.max + 1, sources[0].shape, generator=gen, dtype=torch.int64)
+            sources[0] = every.to(sources[0].dtype)
         drawn = sources + others
         if region.ascending:
             drawn = [
