@@ -24,6 +24,7 @@ from fxfuse.graph.inline import inline
 from fxfuse.graph.program import check_program, copy_program, name_outputs
 from fxfuse.graph.put_back import put_back
 from fxfuse.graph.real_parts import real_tables
+from fxfuse.graph.recompose import recompose, take_apart
 from fxfuse.graph.splice import INSERTED
 from fxfuse.ops.registry import check_opset
 from fxfuse.options import BUDGET, check_accept, check_budget, check_frozen, check_patterns, check_strict
@@ -141,6 +142,7 @@ def _fused(
     if asking.block_mask == "reconstruct":
         reconstruct(result, asking.of(result))
     before = calls(result.graph)
+    recomposed = recompose(result.graph)
     writes = functionalise(result.graph)
     name_outputs(result)
     # As torch.onnx captures and decomposes: its symbols may be 1, and a question whether they are would be a guard.
@@ -153,6 +155,7 @@ def _fused(
                 break
         part(result.graph, moves)
     restore(result.graph, writes)
+    take_apart(result.graph, recomposed)
     put_back(result, blocks)
     report.entries.extend(left_alone(blocks))
     real_tables(result.graph, [n for n in result.graph.nodes if n.meta.get(INSERTED)])

@@ -17,7 +17,18 @@ from collections.abc import Iterator
 from torch.fx import Node
 
 from fxfuse.graph.region import Region, between
-from fxfuse.graph.view import ARITHMETIC, CAST, LAYOUT, GraphView, fake, is_float, op_name, static
+from fxfuse.graph.view import (
+    ARITHMETIC,
+    CAST,
+    LAYOUT,
+    SCATTERS,
+    UNSET,
+    GraphView,
+    fake,
+    is_float,
+    op_name,
+    static,
+)
 from fxfuse.recognise.answers import Found, Input, Proposal, Reason
 from fxfuse.recognise.caches import read_caches
 from fxfuse.recognise.questions import Questions
@@ -57,11 +68,11 @@ class RotaryEmbedding:
                 continue
             tried = 0
             for source in sources:
-                if not is_float(source) or not view.same_shape(source, output):
+                if not is_float(source) or not view.same_shape(source, output) or op_name(source) in UNSET:
                     continue
                 region = between(view, output, [source], _walked, limit=48)
                 if region is not None and anchor in region.nodes and _multiplies(region):
-                    tried += 1
+                    tried += op_name(source) not in SCATTERS  # halfway through what is written into place
                     yield region
                 if tried == 4:
                     break

@@ -60,6 +60,9 @@ def all_left_as_they_were(monkeypatch: Any) -> Iterator[None]:
     monkeypatch.setattr(fxfuse.fusion, "copy_program", remembered)
     yield
     for program, before in met:
+        del before[
+            "symbols"
+        ]  # torch.onnx decomposes what was fused, and notes guards in the environment that all share
         assert_same(before, snapshot(program))
 
 

@@ -11,7 +11,19 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from fxfuse.graph.view import ASSERTIONS, DETACHED, LAYOUT, GraphView, is_pure, is_size, op_name, size_text, tensor
+from fxfuse.graph.view import (
+    ASSERTIONS,
+    BLANK,
+    DETACHED,
+    LAYOUT,
+    UNSET,
+    GraphView,
+    is_pure,
+    is_size,
+    op_name,
+    size_text,
+    tensor,
+)
 
 
 @dataclass(frozen=True)
@@ -137,7 +149,8 @@ def between(
         if node in depends:
             stack.pop()
             continue
-        if view.order[node] < first or node.op != "call_function" or is_size(node):
+        unset = node.op == "call_function" and op_name(node) in UNSET
+        if (view.order[node] < first and not unset) or node.op != "call_function" or is_size(node):
             depends[node] = False
             stack.pop()
             continue
@@ -148,7 +161,7 @@ def between(
                 return None
             stack.extend(pending)
             continue
-        depends[node] = any(depends[i] for i in node.all_input_nodes)
+        depends[node] = unset or any(depends[i] for i in node.all_input_nodes)
         stack.pop()
     if not depends[output]:
         return None
@@ -160,7 +173,7 @@ def between(
         node = walk.pop()
         if node in nodes:
             continue
-        if not allowed(op_name(node)) or not is_pure(node) or DETACHED in node.meta:
+        if not (allowed(op_name(node)) or op_name(node) in BLANK) or not is_pure(node) or DETACHED in node.meta:
             return None
         nodes.add(node)
         if len(nodes) > limit:

@@ -74,9 +74,19 @@ LAYOUT = frozenset(
         "getitem",
         "numpy_T",
         "T",
+        "copy",
+        "slice_scatter",
+        "select_scatter",
+        "diagonal_scatter",
     ]
 )
 """Operators that only move elements."""
+SCATTERS = frozenset(["slice_scatter", "select_scatter", "diagonal_scatter"])
+"""A tensor but for a part of it, which is another: what is written in place, read as what it computes."""
+UNSET = frozenset(["empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"])
+"""Tensors that hold nothing until they are written to."""
+BLANK = UNSET | frozenset(["zeros", "zeros_like", "new_zeros"])
+"""What is made to be written to: it depends on nothing, and belongs to the region that writes to it."""
 CAST = frozenset(["to", "_to_copy", "type_as", "float", "half", "bfloat16", "double"])
 NO_OP = frozenset(["dropout", "feature_dropout", "native_dropout", "alpha_dropout", "identity"])
 """Random in training, the identity in evaluation: allowed only as the identity."""
@@ -313,6 +323,8 @@ def bases(node: Node) -> list[Node]:
     """The nodes whose storage its value may be a view of, or that it may be itself."""
     if (inside := block(node)) is not None:
         return [o for o in inside.operands if isinstance(o, Node)]
+    if node.op == "call_function" and isinstance(out := node.kwargs.get("out"), Node):
+        return [out]
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
         return []
     schema = getattr(node.target, "_schema", None)

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxfuse.graph.source import place_of
-from fxfuse.graph.view import CAST, fake, op_name, tensor
-from fxfuse.proof.analytic import is_analytic
+from fxfuse.graph.view import CAST, UNSET, fake, op_name, tensor
+from fxfuse.proof.analytic import MOVED, is_analytic
 from fxfuse.proof.claims import masks_from
 from fxfuse.proof.pieces import Call, by_slice, out_of_range, pieces_of
 
@@ -115,7 +115,7 @@ class Breaks:
         if self.outside is not None or not isinstance(value, Tensor) or not value.is_floating_point():
             return
         declared = tensor(node)
-        if declared is None or not declared.dtype.is_floating_point or op_name(node) in _SINGULAR:
+        if declared is None or not declared.dtype.is_floating_point or op_name(node) in _SINGULAR | MOVED | UNSET:
             return
         kind = torch.finfo(declared.dtype)
         largest = kind.max * (1 + kind.eps / 4)  # what rounds to infinity

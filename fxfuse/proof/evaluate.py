@@ -13,7 +13,7 @@ from torch.fx.node import map_arg
 from fxfuse.graph.flex import Flex, flex
 from fxfuse.graph.region import Region
 from fxfuse.graph.source import place_of
-from fxfuse.graph.view import ASSERTIONS, CAST, argument, fake, op_name
+from fxfuse.graph.view import ASSERTIONS, CAST, UNSET, argument, fake, op_name
 from fxfuse.graph.wrapped import Wrapped, wrapped
 from fxfuse.proof.analytic import ACCUMULATES, MOVED
 from fxfuse.proof.breaks import Breaks
@@ -123,8 +123,8 @@ class Evaluator:
         if node.target is torch.ops.aten.view.default:
             return args[0].reshape(args[1])  # strides are the graph's concern, not the meaning's
         try:
-            value = (target or node.target)(*args, **{**kwargs, **given})  # type: ignore[operator]
-            return self._seen(node, name, args, kwargs, self._upcast(value))
+            value = self._upcast((target or node.target)(*args, **{**kwargs, **given}))  # type: ignore[operator]
+            return self._seen(node, name, args, kwargs, _unset(value) if name in UNSET else value)
         except CannotEvaluate:
             raise
         except Exception as error:  # any failure of a torch operator at these sizes is an answer, not a crash
@@ -259,6 +259,13 @@ def _default_epsilon(dtype: torch.dtype) -> float:
     Source: `rms_norm_composite` in aten/src/ATen/native/layer_norm.cpp of PyTorch.
     """
     return torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+
+
+def _unset(value: torch.Tensor) -> torch.Tensor:
+    """What nothing was written to yet: whoever reads it shows."""
+    if value.dtype.is_floating_point or value.dtype.is_complex:
+        return value.fill_(math.nan)
+    return value.fill_(True if value.dtype == torch.bool else torch.iinfo(value.dtype).min)
 
 
 def _is_complex(value: Any) -> bool:

@@ -96,7 +96,7 @@ class Extents:
         value = tensor(node)
         for dim in value.shape if value is not None else ():
             self._take(dim, node)
-        if op_name(node) in ("slice", "narrow"):
+        if op_name(node) in ("slice", "narrow", "slice_scatter"):
             self._slice(node)
 
     def _take(self, value: Any, node: Node) -> None:

@@ -10,6 +10,7 @@ from torch.fx import Node
 
 from fxfuse.graph.view import argument, fake, op_name
 from fxfuse.proof.arithmetic import kept, narrowed, times
+from fxfuse.proof.scattered import SCATTERED
 from fxfuse.proof.terms import Term, Unreadable
 from fxfuse.proof.views import is_one as _one
 from fxfuse.proof.views import reshaped
@@ -91,16 +92,19 @@ def _permute(reader: Reader, node: Node, index: Index) -> Term:
     return reader.read(source, tuple(found))
 
 
-def _from(reader: Reader, source: Node, axis: int, start: Any, place: Term, step: int = 1) -> Term:
-    """start + step · place along an axis, where a start below 0 counts from the end."""
+def start_of(reader: Reader, source: Node, axis: int, start: Any) -> Term:
+    """Where a slice begins along an axis; a start below 0 counts from the end."""
     t = reader.terms
     begin = t.number(0) if start is None else reader.scalar(start)
-    size = reader.shape(source)[axis]
-    if begin.bounds[1] < 0:
-        begin = t.maximum(t.add(begin, size), t.number(0))
-    elif begin.bounds[0] < 0:
-        return _fail("a slice that may start before 0")
-    return t.add(begin, t.scale(place, step))
+    if begin.bounds[0] >= 0:
+        return begin
+    from_end = t.maximum(t.add(begin, reader.shape(source)[axis]), t.number(0))
+    return from_end if begin.bounds[1] < 0 else t.choose(t.at_most(t.number(0), begin), begin, from_end)
+
+
+def _from(reader: Reader, source: Node, axis: int, start: Any, place: Term, step: int = 1) -> Term:
+    """start + step · place along an axis."""
+    return reader.terms.add(start_of(reader, source, axis, start), reader.terms.scale(place, step))
 
 
 def _slice(reader: Reader, node: Node, index: Index) -> Term:
@@ -446,6 +450,7 @@ MOVES: dict[str, Any] = {
     **dict.fromkeys(("matmul", "bmm", "mm"), _matmul),
     "einsum": _einsum,
     "cumsum": _cumsum,
+    **SCATTERED,
     "diff": _diff,
     **{f"{n}[]": _pieces for n in _SPLITS},
 }

@@ -16,7 +16,7 @@ from fxfuse.recognise.contraction import Product, product, swapped
 from fxfuse.recognise.questions import Questions
 from fxfuse.recognise.walk import chain_back, chain_forward
 
-SOFTMAX = frozenset({"softmax", "_softmax"})
+SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
 ANCHORS = SOFTMAX | {"exp"}
 SDPA = "scaled_dot_product_attention"
 _ELEMENTWISE = frozenset(

@@ -9,7 +9,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from fxfuse.graph.functional import functionalise
+from fxfuse.graph.functional import FUNCTIONAL, functionalise
 from fxfuse.graph.program import copy_program
 from fxfuse.graph.source import module_path, source_line
 from fxfuse.graph.splice import INSERTED, STANDS_FOR
@@ -63,7 +63,7 @@ class Equalities:
         self.source = copy_program(original)
         """To be fused. What an earlier fusion noted on its nodes is not believed."""
         for node in self.source.graph.nodes:
-            for note in (INSERTED, STANDS_FOR):
+            for note in (INSERTED, STANDS_FOR, FUNCTIONAL):
                 node.meta.pop(note, None)
         self.original = readable(original)
         self.classes = Classes()
@@ -71,7 +71,7 @@ class Equalities:
         self.fusions: list[Fusion] = []
         self.clear = True
         """Two storages that are written to were never taken for one."""
-        self._names = {n.name: n for n in self.original.graph.nodes}
+        self._names = {n.name: n for n in self.original.graph.nodes if FUNCTIONAL not in n.meta}
 
     def add(self, fused: ExportedProgram, report: Report) -> None:
         """Take in a fusion of the original that was made and proven in this process."""
@@ -80,7 +80,7 @@ class Equalities:
         inserted = []
         for node, term in numbering.of.items():
             own = self._names.get(node.name)
-            if own is None or node.meta.get(INSERTED) or not _same_call(own, node):
+            if own is None or node.meta.get(INSERTED) or node.meta.get(FUNCTIONAL) or not _same_call(own, node):
                 inserted.append(node)
                 own = self._stands_for(node)
             if own is not None:
