@@ -19,7 +19,7 @@ Intervals = frozenset[Interval]
 """Every element lies in one of these, both ends included."""
 
 Operation = Callable[[Any, Any], Any]
-"""Monotone in both of its numbers, which are of float32."""
+"""Monotone in both of its numbers, which are of one type."""
 
 ANYTHING: Intervals = frozenset({(-math.inf, math.inf)})
 MOST = 8
@@ -98,9 +98,10 @@ class Numbers:
             return reduce(lambda x, b: _pairs(b[1], x, self.at((node, b[0]))), bounds, self.at((node, 0)))
         every = [self.at((node, place)) for place in read]
         if node.op_type in COMPUTED:
-            # It is known of float32 how a result is rounded.
+            # It is known of these how a result is rounded.
+            kind = {ir.DataType.FLOAT: np.float32, ir.DataType.FLOAT16: np.float16}.get(value.dtype)  # type: ignore[arg-type]
             f = COMPUTED[node.op_type]
-            return reduce(lambda x, y: _pairs(f, x, y), every) if value.dtype == ir.DataType.FLOAT else ANYTHING
+            return ANYTHING if kind is None else reduce(lambda x, y: _pairs(f, x, y, kind), every)
         if node.op_type in ("Max", "Min"):
             return reduce(lambda x, y: _pairs(max if node.op_type == "Max" else min, x, y), every)
         zero = [frozenset({(0.0, 0.0)})] if node.op_type == "Trilu" else []
@@ -140,7 +141,8 @@ def of_array(array: np.ndarray | None) -> Intervals:
         return ANYTHING
     if len(flat) <= 1 << 12 and len(distinct := np.unique(flat)) <= MOST:
         return frozenset((float(n), float(n)) for n in distinct)
-    ends = {(n, n) for n in (-math.inf, float(np.finfo(np.float32).min)) if (flat == n).any()}
+    lowest = float(np.finfo(array.dtype if array.dtype.kind == "f" else np.float32).min)
+    ends = {(n, n) for n in (-math.inf, lowest) if (flat == n).any()}
     for number, _ in ends:
         flat = flat[flat != number]
     return frozenset(ends | ({(float(flat.min()), float(flat.max()))} if len(flat) else set()))
@@ -153,11 +155,11 @@ def few(numbers: Intervals) -> Intervals:
 
 
 def _cast(source: ir.Value | None, to: ir.DataType | None, numbers: Intervals) -> Intervals:
+    if source is not None and source.dtype == ir.DataType.BOOL and to is not None and to.is_floating_point():
+        return frozenset({(0.0, 0.0), (1.0, 1.0)})
     if source is None or source.dtype is None or to != ir.DataType.FLOAT:
         return ANYTHING
     reach: Interval
-    if source.dtype == ir.DataType.BOOL:
-        return frozenset({(0.0, 0.0), (1.0, 1.0)})
     if source.dtype.is_integer():
         reach = (-(2.0**63), 2.0**64)
     elif source.dtype == ir.DataType.FLOAT16:
@@ -172,12 +174,12 @@ def _cast(source: ir.Value | None, to: ir.DataType | None, numbers: Intervals) -
     return frozenset(kept | {ends for ends in infinite if holds(numbers, ends[0])})
 
 
-def _pairs(f: Operation, one: Intervals, two: Intervals) -> Intervals:
+def _pairs(f: Operation, one: Intervals, two: Intervals, kind: Any = np.float32) -> Intervals:
     """Of f's results: their ends are among those of its operands' ends. Where one is nan, anything."""
     result = set()
     with np.errstate(all="ignore"):
         for x, y in itertools.product(one, two):
-            ends = [float(f(np.float32(a), np.float32(b))) for a, b in itertools.product(x, y)]
+            ends = [float(f(kind(a), kind(b))) for a, b in itertools.product(x, y)]
             if any(math.isnan(end) for end in ends):
                 return ANYTHING
             result.add((min(ends), max(ends)))
@@ -189,4 +191,4 @@ COMPUTED: dict[str, Operation] = {
     "Mul": lambda x, y: x * y,
     "Sub": lambda x, y: x - y,
 }
-"""Rounded to float32, as ONNX rounds them."""
+"""Rounded to the type, as ONNX rounds them."""

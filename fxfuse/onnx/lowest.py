@@ -1,4 +1,4 @@
-"""Masks that hide keys with the lowest number of float32: written so that ONNX Runtime's Attention averages, too.
+"""Masks that hide keys with the lowest number of their type: written so that ONNX Runtime's Attention averages, too.
 
 A query whose mask is `finfo.min` at every key averages over the keys in PyTorch: the scores are lost against that
 number, and softmax sees one number everywhere. transformers' eager masks are such in the rows of the padding. ONNX's
@@ -13,7 +13,7 @@ with nothing above these two neighbours would now average over both; no model is
 
     constants             are written anew, where nothing but masks is made of them: no node more
     what could be lowest  (an input, say)    Where(Equal(mask, lowest), next, mask), once for all who read it
-    all else              stays: booleans, biases that are constant, half precision, where eager rounds by accident
+    all else              stays: booleans, biases that are constant, other types, whose kernels know no such mark
 
 Superfluous once ONNX Runtime looks for -inf.
 """
@@ -21,6 +21,7 @@ Superfluous once ONNX Runtime looks for -inf.
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -30,12 +31,20 @@ from fxfuse.onnx.pieces import initializer
 
 LOWEST = np.finfo(np.float32).min
 NEXT = np.nextafter(LOWEST, np.float32(0))
+HALF_LOWEST = np.finfo(np.float16).min
+HALF_NEXT = np.nextafter(HALF_LOWEST, np.float16(0))
+ABOVE: dict[Any, tuple[Any, Any]] = {
+    np.dtype(np.float32): (LOWEST, NEXT),
+    np.dtype(np.float16): (HALF_LOWEST, HALF_NEXT),
+}
+"""The lowest number of a type, and the next one."""
+TYPES = {ir.DataType.FLOAT: np.dtype(np.float32), ir.DataType.FLOAT16: np.dtype(np.float16)}
 MASK = 3
 """Which of Attention's inputs the mask is."""
 
 
 def without_lowest(model: ir.Model) -> int:
-    """Rewrites the masks of the model's Attentions that can hold float32's lowest number, in place.
+    """Rewrites the masks of the model's Attentions that can hold the lowest number of their type, in place.
 
     Returns:
         How many were rewritten.
@@ -44,11 +53,11 @@ def without_lowest(model: ir.Model) -> int:
     found: dict[ir.Value, list[Use]] = {}
     for node in model.graph.all_nodes():
         mask = node.inputs[MASK] if _is_attention(node) and len(node.inputs) > MASK else None
-        if mask is not None and mask.dtype == ir.DataType.FLOAT and holds(numbers.at((node, MASK)), float(LOWEST)):
+        if mask is not None and mask.dtype in TYPES and holds(numbers.at((node, MASK)), _lowest(mask)):
             found.setdefault(mask, []).append((node, MASK))
     change, count = _Change(model.graph), 0
-    for uses in found.values():
-        if holds(raised.at(uses[0]), float(LOWEST)):
+    for mask, uses in found.items():
+        if holds(raised.at(uses[0]), _lowest(mask)):
             count += change.choose(uses)
         else:
             for use in uses:
@@ -118,8 +127,11 @@ class _Change:
         return True
 
     def _choice(self, mask: ir.Value) -> ir.Value:
-        lowest = initializer(self.graph, "fxfuse.lowest", ir.tensor(np.array(LOWEST)))
-        above = initializer(self.graph, "fxfuse.above_lowest", ir.tensor(np.array(NEXT)))
+        assert mask.dtype is not None
+        suffix = "" if mask.dtype == ir.DataType.FLOAT else "_half"
+        number, following = ABOVE[TYPES[mask.dtype]]
+        lowest = initializer(self.graph, f"fxfuse.lowest{suffix}", ir.tensor(np.array(number)))
+        above = initializer(self.graph, f"fxfuse.above_lowest{suffix}", ir.tensor(np.array(following)))
         equal = ir.node("Equal", [mask, lowest])
         choice = ir.node("Where", [equal.outputs[0], above, mask])
         equal.outputs[0].type, equal.outputs[0].shape = ir.TensorType(ir.DataType.BOOL), mask.shape
@@ -140,15 +152,26 @@ def _is_choice(mask: ir.Value) -> bool:
     if node is None or condition is None or condition.op_type != "Equal" or condition.inputs[0] is not node.inputs[2]:
         return False
     lowest, above = constant_at((condition, 1)), constant_at((node, 1))
-    return lowest is not None and above is not None and bool((lowest == LOWEST).all() and (above == NEXT).all())
+    if lowest is None or above is None or lowest.dtype not in ABOVE:
+        return False
+    number, following = ABOVE[lowest.dtype]
+    return bool((lowest == number).all() and (above == following).all())
+
+
+def _lowest(mask: ir.Value) -> float:
+    assert mask.dtype is not None
+    return float(ABOVE[TYPES[mask.dtype]][0])
 
 
 def _has_lowest(array: np.ndarray) -> bool:
-    return array.dtype == np.float32 and bool((array == LOWEST).any())
+    return array.dtype in ABOVE and bool((array == ABOVE[array.dtype][0]).any())
 
 
 def _without_lowest(array: np.ndarray) -> np.ndarray:
-    return np.where(array == LOWEST, NEXT, array) if _has_lowest(array) else array
+    if not _has_lowest(array):
+        return array
+    lowest, following = ABOVE[array.dtype]
+    return np.where(array == lowest, following, array)
 
 
 def _makes_masks(node: ir.Node) -> bool:

@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch.fx import Node
@@ -47,7 +48,7 @@ def scaled_dot_product_attention(
 
     op: Any = opset23
     if _fits(query, key, value, enable_gqa):
-        attributes = {} if scale is None else {"scale": scale}
+        attributes: dict[str, Any] = {} if scale is None else {"scale": scale}
         if is_causal:
             attributes["is_causal"] = 1
         mask = () if attn_mask is None else (_full(op, attn_mask, query, key),)
@@ -58,11 +59,11 @@ def scaled_dot_product_attention(
     # Half of the factor on either side, as PyTorch's own kernel has it: the products stay small.
     size = query.shape[-1]
     half = math.sqrt(size**-0.5 if scale is None else abs(scale))
-    factor = op.CastLike(op.Constant(value_float=half), query)
-    sign = op.CastLike(op.Constant(value_float=-half if scale is not None and scale < 0 else half), query)
+    factor = _number(op, half, query)
+    sign = _number(op, -half if scale is not None and scale < 0 else half, query)
     transposed = op.Transpose(key, perm=[*range(rank - 2), rank - 1, rank - 2])
     scores = op.MatMul(op.Mul(query, sign), op.Mul(transposed, factor))
-    lowest = op.CastLike(op.Constant(value_float=-math.inf), query)
+    lowest = _number(op, -math.inf, query)
     if is_causal:
         lengths = op.Concat(op.Shape(query, start=-2, end=-1), op.Shape(key, start=-2, end=-1), axis=0)
         ones = op.Trilu(op.Expand(op.Constant(value_int=1), lengths), upper=0)
@@ -74,13 +75,17 @@ def scaled_dot_product_attention(
     weights = op.Softmax(scores, axis=-1)
     if attn_mask is not None:
         sees_nothing = op.Equal(op.ReduceMax(scores, op.Constant(value_ints=[-1])), lowest)
-        weights = op.Where(sees_nothing, op.CastLike(op.Constant(value_float=0.0), query), weights)
+        weights = op.Where(sees_nothing, _number(op, 0.0, query), weights)
     return op.MatMul(weights, value)
 
 
+def _number(op: Any, number: float, like: Any) -> Any:
+    return op.CastLike(op.Constant(value=ir.tensor(np.array(number, np.float64))), like)
+
+
 def _fits(query: Any, key: Any, value: Any, grouped: bool) -> bool:
-    """Are they what Attention takes, as far as is known? Then nothing broadcasts."""
-    if not len(query.shape) == len(key.shape) == len(value.shape) == 4:
+    """Are they what Attention takes, as far as is known, and computes exactly? Then nothing broadcasts."""
+    if not len(query.shape) == len(key.shape) == len(value.shape) == 4 or query.dtype == ir.DataType.DOUBLE:
         return False
     if not query.shape[0] == key.shape[0] == value.shape[0] or key.shape[1] != value.shape[1]:
         return False

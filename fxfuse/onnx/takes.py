@@ -29,11 +29,15 @@ def table() -> dict[str, Any]:
 
 
 def untaken(operator: str, dtype: torch.dtype) -> str | None:
-    """Why ONNX's operator cannot have inputs of this floating-point type; None where it can."""
-    taken = table()["operators"].get(operator, {}).get("types", list(TYPES))
-    if not dtype.is_floating_point or any(TYPES[name][1] == dtype for name in taken):
+    """Why ONNX's operator cannot compute in this floating-point type what fxfuse's does; None where it can."""
+    entry = table()["operators"].get(operator, {})
+    taken, exact = (entry.get(name, list(TYPES)) for name in ("types", "exact"))
+    if not dtype.is_floating_point:
         return None
-    return f"{operator} is defined for {', '.join(taken)}, not for {str(dtype).removeprefix('torch.')}"
+    name = next((n for n, (_, torch_type) in TYPES.items() if torch_type == dtype), str(dtype))
+    if name not in taken:
+        return f"{operator} is defined for {', '.join(taken)}, not for {name}"
+    return None if name in exact else f"{operator} is exact in {', '.join(exact)}, not in {name}"
 
 
 def check_taken(model: ir.Model) -> None:

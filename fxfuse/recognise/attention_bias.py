@@ -18,6 +18,8 @@ class Fill:
     """Which part of the type's minimum hides a key."""
     over: bool = False
     """In the place of what other masks add, instead of on top of it."""
+    bounded: bool = False
+    """What the masks add is never below the type's minimum: the model says so of its scores."""
 
 
 def bias(
@@ -59,6 +61,8 @@ def bias(
         narrow = torch.finfo(result.dtype).bits > torch.finfo(dtype).bits or dtype == torch.float16
         # A finite minimum of the wider type would become -inf, and a row masked whole would be nan.
         result = result.clamp(min=torch.finfo(dtype).min).to(dtype) if narrow else result.to(dtype)
+    if fill.bounded and result is not None and result.dtype != torch.bool:
+        result = result.clamp(min=torch.finfo(dtype).min)
     if lower is not None:
         result = _combine(result, lower)
     if result is None:

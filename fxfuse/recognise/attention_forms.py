@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fxfuse.graph.region import Region
-from fxfuse.graph.view import fake
+from fxfuse.graph.view import fake, op_name
 from fxfuse.proof.claims import causal, said_of_causal
 from fxfuse.proof.decide import Holds
 from fxfuse.recognise.answers import Form
@@ -17,6 +17,9 @@ from fxfuse.recognise.heads import Axes, Heads, statically_square
 from fxfuse.recognise.masks import Mask
 from fxfuse.recognise.questions import Questions, may_change
 from fxfuse.recognise.scores import Scores
+
+_BOUNDS = frozenset(["clamp", "clamp_min", "maximum", "max"])
+"""What keeps sums of masks from becoming -inf: `torch.max(scores + mask, torch.finfo(…).min)`."""
 
 
 def attention_forms(
@@ -30,6 +33,10 @@ def attention_forms(
     ways = [Fill()]
     if any(m.finite for m in masks) and not all(m.finite for m in masks):
         ways = [Fill(), Fill(over=True), Fill(1.0), Fill(1.0, over=True)]
+    if masks and any(op_name(n) in _BOUNDS for n in region.nodes):
+        # What rows without keys are in half precision no proof asks: they are as the model's code has them.
+        half = torch.finfo(fake(region.output).dtype).bits < 32
+        ways.insert(0 if half else len(ways), Fill(bounded=True))
     return tuple(_form(region, heads, scores, causal=causal, masks=masks, fill=fill) for fill in ways)
 
 

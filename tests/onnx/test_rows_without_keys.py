@@ -223,10 +223,51 @@ def test_numbers_that_others_read_stay() -> None:
     check(program, Shared(), inputs(kept(6), 6), "shared")
 
 
-def test_half_precision_is_left_alone() -> None:
+def test_half_precision() -> None:
     x, mask = inputs(float_masks(5)["causal -10000"], 5)
     program = export(Layers(), (x.half(), mask.half()), 24)
-    assert count(program, "Attention", "Equal", "Where") == [2, 0, 0]
+    assert count(program, "Attention", "Equal", "Where") == [2, 1, 1]
+    lowest = torch.finfo(torch.float16).min
+    mask = torch.zeros(B, 1, 6, 6).masked_fill(~kept(6), lowest).half()
+    for given in (mask, torch.full_like(mask, lowest)):
+        x, _ = inputs(given, 6)
+        (actual,) = onnxruntime_outputs(program, (x.half(), given))
+        torch.testing.assert_close(actual, Layers()(x.half(), given), rtol=5e-3, atol=5e-3)
+
+
+class Bounded(Filled):
+    """Two masks of the lowest number, whose sum is kept from becoming -inf; `how` says by what."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor, given: Tensor) -> Any:
+        q, k, v = x.split([H, G, G], 1)
+        k, v = (t.repeat_interleave(H // G, 1) for t in (k, v))
+        lowest = torch.finfo(x.dtype).min
+        triangle = torch.full((x.shape[2], x.shape[2]), lowest, dtype=x.dtype).triu(1)
+        scores = q @ k.mT * 0.3 + torch.where(given, 0.0, lowest).to(x.dtype) + triangle
+        if self.how == "maximum":
+            scores = torch.maximum(scores, torch.tensor(lowest, dtype=x.dtype))
+        elif self.how == "clamp":
+            scores = scores.clamp(min=lowest)
+        return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("how", ["maximum", "clamp", "not at all"])
+def test_sums_of_the_lowest_number(how: str, dtype: torch.dtype) -> None:
+    """Bounded, such a row averages over all keys, and else over those that one mask alone hides."""
+    model = Bounded(how)
+    x, given = inputs(left_padded(5), 5)
+    program = export(model, (x.to(dtype), given), 24)
+    assert count(program, "Attention") == [1]
+    x, given = inputs(left_padded(7), 7)
+    given[0] = False
+    (actual,) = onnxruntime_outputs(program, (x.to(dtype), given))
+    tolerance = 1e-5 if dtype == torch.float32 else 5e-3
+    torch.testing.assert_close(actual, model(x.to(dtype), given), rtol=tolerance, atol=tolerance)
 
 
 def test_booleans_are_left_alone() -> None:
