@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-import torch.fx.experimental._config
 from torch.export import ExportedProgram
 from torch.fx import Graph
 
@@ -26,6 +25,7 @@ from fxfuse.graph.put_back import put_back
 from fxfuse.graph.real_parts import real_tables
 from fxfuse.graph.recompose import recompose, take_apart
 from fxfuse.graph.splice import INSERTED
+from fxfuse.one_sizes import sizes_of_one
 from fxfuse.ops.registry import check_opset
 from fxfuse.options import BUDGET, check_accept, check_budget, check_frozen, check_patterns, check_strict
 from fxfuse.quiet import shared_specs
@@ -145,8 +145,7 @@ def _fused(
     recomposed = recompose(result.graph)
     writes = functionalise(result.graph)
     name_outputs(result)
-    # As torch.onnx captures and decomposes: its symbols may be 1, and a question whether they are would be a guard.
-    with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+    with sizes_of_one():
         moves = merge_moves(result.graph)
         match = run.apply_twice if computes_twice(result.graph) else run.apply
         for pattern in patterns:

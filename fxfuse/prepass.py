@@ -24,6 +24,7 @@ from torch.export import ExportedProgram
 from fxfuse.errors import FxfuseError
 from fxfuse.flex.capture import flex_capture
 from fxfuse.fusion import fuse
+from fxfuse.one_sizes import sizes_of_one
 from fxfuse.options import BUDGET, Options
 from fxfuse.recognise.answers import Pattern
 from fxfuse.recognise.flex.choices import FlexCalls, Windows
@@ -153,7 +154,7 @@ def _fused(target: Callable[..., Any], options: Options) -> Callable[..., Export
     @functools.wraps(function)
     def exported(*args: Any, **kwargs: Any) -> ExportedProgram:
         with flex_capture():
-            program = function(*args, **kwargs)
+            program = _as_dynamic_as_can_be(function, args, kwargs)
         if not isinstance(program, ExportedProgram):
             raise FxfuseError(
                 f"the function returned a {type(program).__name__}, not a torch.export.ExportedProgram",
@@ -164,3 +165,15 @@ def _fused(target: Callable[..., Any], options: Options) -> Callable[..., Export
 
     _functions[exported] = function
     return exported
+
+
+def _as_dynamic_as_can_be(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """What the function returns, its samples of 1 dynamic where they are asked to be; where that fails, as it is.
+
+    torch cannot capture a model that adds a batch of 1 to a larger one, both dynamic, any other way.
+    """
+    try:
+        with sizes_of_one():
+            return function(*args, **kwargs)
+    except Exception:  # whatever the function raises, it raises again
+        return function(*args, **kwargs)

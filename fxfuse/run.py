@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 from torch.export import ExportedProgram
@@ -17,9 +18,11 @@ from fxfuse.graph.region import Region
 from fxfuse.graph.source import module_path, source_line
 from fxfuse.graph.splice import Guarded, Splicer, trace
 from fxfuse.graph.view import GraphView
+from fxfuse.proof.apart import ONE_DIM, groups
 from fxfuse.proof.evaluate import CannotEvaluate
 from fxfuse.proof.evidence import Evidence
 from fxfuse.proof.prove import Refused, prove
+from fxfuse.proof.sizes import ties_of
 from fxfuse.recognise.answers import NEAR, Found, Input, Pattern, Proposal, Reason
 from fxfuse.recognise.questions import OutOfTime, Questions
 from fxfuse.report.layer import mark
@@ -71,6 +74,10 @@ class Run:
     """Is the time over?"""
     unsaid: list[Entry] | None = None
     """Where reasons go while the graph is matched as it stands, though equal values could be read as one."""
+    unequal: set[Node] = field(default_factory=set)
+    """Anchors at which something could not be run, each symbol having a size of its own."""
+    said: dict[Node, list[Entry]] = field(default_factory=dict)
+    """What was noted at each anchor."""
 
     def __post_init__(self) -> None:
         self.suppose = Suppositions(self.program, self.asking)
@@ -102,6 +109,7 @@ class Run:
         view, ask = self.reading = self.reading or (GraphView(self.program.graph), self.asking.of(self.program))
         matches: list[Match] = []
         taken: set[Node] = set()
+        self.unequal, self.said = set(), {}
         try:
             ask.check_time()
             for proposal in self._guarded(pattern, self._timed("propose", lambda: pattern.propose(view, ask))):
@@ -111,6 +119,8 @@ class Run:
                     if match is not None:
                         matches.append(match)
                         taken.update(match.region.computed)
+            if self.unequal:
+                matches += self._as_in_the_sample(pattern, view, ask, taken)
         except OutOfTime:
             self.ended = True
             why = "the search ended here, and what comes after it was not looked for: its time was over (budget=…)"
@@ -131,6 +141,34 @@ class Run:
             why = failed(pattern, "failed while the graph was rewritten", error)
             raise Broken(pattern, self._note(pattern, "refused", (), None, reason=why)) from error
 
+    @cached_property
+    def ties(self) -> tuple[tuple[Any, Any], ...]:
+        """Sizes that are equal in the sample."""
+        return ties_of(self.program)
+
+    def _may_be_about_sizes(self, answer: Reason, region: Region) -> bool:
+        """Is it for sizes that are equal in the sample, and not here, that the region is nothing?"""
+        return _is_about_sizes(answer.text) or bool(self.ties and answer.closeness and groups(region, self.ties))
+
+    def _as_in_the_sample(self, pattern: Pattern, view: GraphView, ask: Questions, taken: set[Node]) -> Iterator[Match]:
+        """What could not be run, asked once more: sizes are equal that are equal in the sample."""
+        if not self.ties:
+            return
+        with ask.tied(self.ties):
+            for proposal in self._guarded(pattern, self._timed("propose", lambda: pattern.propose(view, ask))):
+                ask.check_time()
+                if proposal.anchor not in self.unequal or proposal.anchor in taken:
+                    continue
+                earlier = self.said.pop(proposal.anchor, [])
+                match = self._decide(pattern, proposal, ask, taken)
+                later = self.said.pop(proposal.anchor, [])
+                known = match is not None or any(ONE_DIM in str(entry.reason) for entry in later)
+                superseded = earlier if known else later
+                self._notes[:] = [e for e in self._notes if all(e is not s for s in superseded)]
+                if match is not None:
+                    taken.update(match.region.computed)
+                    yield match
+
     def _decide(self, pattern: Pattern, proposal: Proposal, ask: Questions, taken: set[Node]) -> Match | None:
         """The best region around one anchor that is the operator and proves it; else why not."""
         found: list[tuple[Region, Found]] = []
@@ -143,6 +181,8 @@ class Run:
             if taken & region.computed:
                 continue
             answer = self._recognise(pattern, region, ask)
+            if isinstance(answer, Reason) and self._may_be_about_sizes(answer, region):
+                self.unequal.add(proposal.anchor)
             if isinstance(answer, Found):
                 found.append((region, answer))
                 if region.closed and proposal.best_rank is not None and answer.rank >= proposal.best_rank:
@@ -165,6 +205,8 @@ class Run:
             refusal = refusal or (body, region, answer)
         if refusal is not None:
             why, region, answer = refusal
+            if _is_about_sizes(why):
+                self.unequal.add(proposal.anchor)
             why = self.suppose.refused(pattern, region, ask, why, name_of("", why, None))
             self._note(
                 pattern,
@@ -186,7 +228,7 @@ class Run:
 
     def _recognise(self, pattern: Pattern, region: Region, ask: Questions) -> Found | Reason:
         with self._clock("recognise"):
-            for key in (_key(pattern, region), _own_key(pattern, region, ask) if self.own else None):
+            for key in (_key(pattern, region, ask), _own_key(pattern, region, ask) if self.own else None):
                 if key is not None and key in self.answers:
                     return self.answers[key]
             ask.read_leaves = False
@@ -204,14 +246,14 @@ class Run:
                 key = _own_key(pattern, region, ask)
                 self.own.add(id(answer))
             else:
-                key = _key(pattern, region)
+                key = _key(pattern, region, ask)
             self.answers[key] = answer
             return answer
 
     def _prove(self, pattern: Pattern, region: Region, found: Found, ask: Questions) -> Traced | str:
         with self._clock("prove"):
             what = "decomposed" if found.decomposed is not None else found.operator
-            general = (*_key(pattern, region), what)
+            general = (*_key(pattern, region, ask), what)
             if general in self.proofs and not found.from_leaves and id(found) not in self.own:
                 return self.proofs[general]
             own = (*_own_key(pattern, region, ask), what)
@@ -277,8 +319,14 @@ class Run:
             source=source_line(anchor) if anchor is not None else None,
             module=module_path(anchor) if anchor is not None else None,
         )
-        (self.report.entries if self.unsaid is None else self.unsaid).append(entry)
+        self._notes.append(entry)
+        if anchor is not None:
+            self.said.setdefault(anchor, []).append(entry)
         return entry
+
+    @property
+    def _notes(self) -> list[Entry]:
+        return self.report.entries if self.unsaid is None else self.unsaid
 
     def _guarded(self, pattern: Pattern, items: Iterator[T], anchor: Node | None = None) -> Iterator[T]:
         """Pass items on; where making one fails, say so and stop: a pattern must not take the export down."""
@@ -312,13 +360,21 @@ class Run:
             yield item
 
 
-def _key(pattern: Pattern, region: Region) -> tuple[int, str]:
-    return id(pattern), region.key
+def _key(pattern: Pattern, region: Region, ask: Questions) -> tuple[int, str]:
+    return id(pattern), f"{region.key}|as in the sample" if ask.ties else region.key
 
 
 def _own_key(pattern: Pattern, region: Region, ask: Questions) -> tuple[int, str]:
     """For answers that hold for the values which these very inputs take in the program, or others computed alike."""
-    return id(pattern), region.key + "|" + ",".join(ask.content(n) for n in region.others)
+    own, key = _key(pattern, region, ask)
+    return own, key + "|" + ",".join(ask.content(n) for n in region.others)
+
+
+def _is_about_sizes(why: str) -> bool:
+    """Could something not be run, be it for the sizes that were chosen?"""
+    return any(
+        part in why for part in ("cannot run at the probed sizes", "could not be asked", "could not be compared")
+    )
 
 
 def _named(parameters: dict[str, Any], region: Region) -> dict[str, Any]:

@@ -20,8 +20,7 @@ from fxfuse.cli.progress import Stages, human, peak_memory
 from fxfuse.cli.reports import REPORT, report_files, run_record
 from fxfuse.cli.state import describe, record_of
 from fxfuse.errors import FxfuseError, ParityError
-from fxfuse.onnx.capture import named
-from fxfuse.onnx.exporter import lifted_program, translate
+from fxfuse.onnx.exporter import lifted_program, names_of, translate
 from fxfuse.onnx.files import move_into, save, staging
 from fxfuse.onnx.state import name_states
 from fxfuse.ops.registry import check_opset
@@ -74,7 +73,7 @@ def export(arguments: argparse.Namespace, out: Console, err: Console) -> None:
             with stages.stage("fused"):
                 checks += check_fused(fused, expected)
         with stages.stage("translate"):
-            names = loaded.dynamic_shapes if any(named(loaded.dynamic_shapes)) and not lifted.states else None
+            names = names_of(loaded.model, loaded.args, loaded.kwargs, loaded.dynamic_shapes, lifted)
             outputs = output_names(program) if loaded.folder is not None and not lifted.states else None
             onnx_program = translate(
                 fused, opset=arguments.opset, dynamic_shapes=names, output_names=outputs or None, verbose=False

@@ -100,3 +100,16 @@ def _own_subgraphs(root: torch.nn.Module) -> None:
         own.train(child.training)
         _own_subgraphs(own)
         setattr(root, name, own)
+
+
+def without_guards(program: ExportedProgram) -> ExportedProgram:
+    """The program, which no more asks of its inputs what held for the sample.
+
+    A decomposition runs these questions, and what it concludes stays: of `s == min(64, s)`, with Python's own `min`,
+    that `s` is 64, where that is the sample's (`_convert_guards_code_to_fn` in torch/export/_unlift.py).
+    """
+    if not getattr(program, "_guards_code", None):
+        return program
+    result = copy.copy(program)
+    result._guards_code = []
+    return result

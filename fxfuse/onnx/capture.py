@@ -2,85 +2,182 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+import enum
+import re
+import warnings
 from functools import partial
 from typing import Any
 
 import torch
-from torch.export import Dim, ExportedProgram
+from torch.export import AdditionalInputs, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
 
-from fxfuse.errors import FxfuseError
+from fxfuse.errors import FxfuseError, FxfuseWarning, callers_level
 from fxfuse.flex.capture import flex_capture
+from fxfuse.onnx.as_torch_captures import as_torch_captures
+from fxfuse.onnx.asked import Inputs, as_auto, asked, for_torch, refined
 from fxfuse.onnx.lengths import general
+from fxfuse.onnx.training import check_nothing_trains, evaluating, in_training
 
 
 def capture(
     module: torch.nn.Module,
     args: tuple[Any, ...] = (),
     kwargs: dict[str, Any] | None = None,
-    dynamic_shapes: dict[str, Any] | tuple[Any, ...] | list[Any] | None = None,
+    dynamic_shapes: Any = None,
     *,
     strict: bool | None = None,
 ) -> ExportedProgram:
-    """Captures `module` with ``torch.export.export``: non-strict, and strict where that fails.
+    """Captures `module` with ``torch.export.export``, as dynamic as ``torch.onnx.export`` does: non-strict, and strict
+    where that fails.
+
+    A dimension that the sample or the model fixes although it was asked to be dynamic is tried at other sizes. If it
+    stays fixed, that is a warning for ``Dim.AUTO`` and an error otherwise; both name the guard and the model's line.
 
     Args:
-        module: in evaluation mode, with all its submodules.
-        args: sample inputs; tensors in any nesting of tuples, lists and dicts.
+        module: with all its submodules. One in training mode is captured as in evaluation mode, after a warning.
+        args: sample inputs; tensors, numbers, texts and None in any nesting of tuples, lists, dicts and dataclasses
+            that were registered. All but tensors are constants of the program, as is a number that `dynamic_shapes`
+            does not ask to be dynamic.
         kwargs: sample inputs by name.
         dynamic_shapes: as ``torch.export.export`` takes it; a dimension may also be a string, its name in ONNX.
         strict: one of the two only.
 
     Raises:
-        FxfuseError: a training-mode module, an input that is no tensor or is complex, or a module that neither
-            mode of ``torch.export`` captures; the message holds what both said.
+        FxfuseError: a module that computes something else in training mode, in which it is; an input that ONNX has
+            nothing for; a dimension that stays fixed; or a module that neither mode of ``torch.export`` captures: the
+            message holds what both said.
     """
-    check_module(module)
-    with flex_capture():
-        modes = (False, True) if strict is None else (strict,)
-        return _captured(module, *check_inputs(args, kwargs), dynamic_shapes, modes)
+    inputs = check_inputs(args, kwargs)
+    modes = (False, True) if strict is None else (strict,)
+    if isinstance(dynamic_shapes, (ShapesCollection, AdditionalInputs)):
+        collected: Any = dynamic_shapes
+        dynamic_shapes = collected.dynamic_shapes(module, *inputs)
+    check_devices(module, inputs)
+    training = in_training(module)
+    with flex_capture(), evaluating(module):
+        program = _captured(module, inputs, dynamic_shapes, modes)
+    if training:
+        with flex_capture():
+            check_nothing_trains(
+                module, training, program, lambda: _captured(module, inputs, dynamic_shapes, modes, quiet=True)
+            )
+        warnings.warn(
+            f"{type(module).__qualname__} is in training mode; it is exported as in evaluation mode, in which it "
+            "computes the same",
+            FxfuseWarning,
+            stacklevel=callers_level(),
+        )
+    return program
 
 
 def _captured(
-    module: torch.nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    dynamic_shapes: Any,
-    modes: tuple[bool, ...],
+    module: torch.nn.Module, inputs: Inputs, dynamic_shapes: Any, modes: tuple[bool, ...], *, quiet: bool = False
 ) -> ExportedProgram:
-    shapes = without_names(dynamic_shapes)
-    failures = []
-    for mode in modes:
-        export = partial(torch.export.export, module, dynamic_shapes=shapes, strict=mode)
+    dims = asked(module, inputs, dynamic_shapes)
+
+    def attempt(args: tuple[Any, ...], kwargs: dict[str, Any], given: Any = dynamic_shapes) -> ExportedProgram:
+        resized = asked(module, (args, kwargs), given)
+        return _attempt(module, (args, kwargs), for_torch(given, resized), modes, dynamic=bool(dims))
+
+    given = dynamic_shapes
+    try:
+        program = attempt(*inputs)
+    except CaptureFailed as failed:
+        if not (dims and failed.constrained):
+            raise
+        # Torch only says which dimension: with Dim.AUTO the guard can be had, and whatever else is dynamic.
+        given = as_auto(dynamic_shapes)
         try:
-            return general(export(args, kwargs), module, (args, kwargs), export)
-        except Exception as error:  # torch.export raises whatever the model, dynamo or a guard raises
-            failures.append((mode, error))
-    raise FxfuseError(
+            program = attempt(*inputs, given)
+        except CaptureFailed:
+            raise failed from failed.__cause__
+    found, missing = general(program, module, inputs, dims, partial(attempt, given=given))
+    if quiet:
+        return found
+    fixed = [one for one in missing if one.how == "fixed" and one.asked.strict]
+    if fixed:
+        raise FxfuseError(
+            "a dimension that is asked to be dynamic has one size in the capture\n"
+            + "\n".join(f"  {one}" for one in fixed),
+            where=type(module).__qualname__,
+            hint="leave it out of dynamic_shapes, say Dim.AUTO, or change the line",
+        )
+    if missing:
+        warnings.warn(
+            f"{type(module).__qualname__} is not as dynamic as dynamic_shapes asks: " + "; ".join(map(str, missing)),
+            FxfuseWarning,
+            stacklevel=callers_level(),
+        )
+    return found
+
+
+class CaptureFailed(FxfuseError):
+    """Neither mode of ``torch.export`` captures the module."""
+
+    constrained = False
+    """Is it about dimensions that were asked to be dynamic?"""
+
+
+def _attempt(
+    module: torch.nn.Module, inputs: Inputs, shapes: Any, modes: tuple[bool, ...], *, dynamic: bool
+) -> ExportedProgram:
+    """The first capture that works: sizes of 1 in the sample dynamic, else as ``torch.export.export`` has it."""
+    failures: dict[bool, Exception] = {}
+    for oblivious in (True, False) if dynamic else (True,):
+        for mode in modes:
+            try:
+                with as_torch_captures(oblivious=oblivious, dynamic=dynamic):
+                    return _exported(module, inputs, shapes, mode)
+            except Exception as error:  # torch.export raises whatever the model, dynamo or a guard raises
+                failures.setdefault(mode, error)
+            if _CONSTRAINED.search(str(failures[mode])):
+                break  # no other way asks for less
+    failed = CaptureFailed(
         "torch.export.export could not capture the module\n"
-        + "\n".join(f"  strict={mode}: {_brief(error)}" for mode, error in failures),
+        + "\n".join(f"  strict={mode}: {_brief(error)}" for mode, error in failures.items()),
         where=type(module).__qualname__,
         hint="make `torch.export.export(module, args, kwargs, dynamic_shapes=...)` work first; "
         "the error above is torch's own",
-    ) from failures[0][1]
+    )
+    failed.constrained = any(_CONSTRAINED.search(str(error)) for error in failures.values())
+    raise failed from next(iter(failures.values()))
 
 
-def check_module(module: torch.nn.Module) -> None:
-    """Refuses a module of which any part is in training mode: dropout would be captured."""
-    training = [name or "the module itself" for name, part in module.named_modules() if part.training]
-    if training:
-        more = f" and {len(training) - 1} more" if len(training) > 1 else ""
-        raise FxfuseError(
-            "the module is in training mode",
-            where=f"{type(module).__qualname__}: {training[0]}{more}",
-            hint="call .eval() on it first",
-        )
+_CONSTRAINED = re.compile("Constraints violated|conflicts between user-specified|specialized")
+
+
+def _exported(module: torch.nn.Module, inputs: Inputs, shapes: Any, mode: bool) -> ExportedProgram:
+    args, kwargs = inputs
+    try:
+        return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=mode)
+    except Exception as error:
+        if (other := refined(error, shapes)) is None:
+            raise
+        return torch.export.export(module, args, kwargs, dynamic_shapes=other, strict=mode)
+
+
+META = "give them values first: module.to_empty(device='cpu'), then load_state_dict(...); or load with assign=True"
+
+
+def check_devices(module: torch.nn.Module, inputs: Inputs) -> None:
+    """Refuses weights on the meta device beside inputs that are not: torch captures no mixture.
+
+    Raises:
+        FxfuseError: the module has such weights.
+    """
+    real = any(isinstance(leaf, torch.Tensor) and not leaf.is_meta for leaf in pytree.tree_leaves(inputs))
+    held = [*module.named_parameters(), *module.named_buffers()]
+    empty = [name for name, value in held if value.is_meta]
+    if real and empty:
+        more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
+        raise FxfuseError("weights on the meta device hold no values", where=f"{empty[0]}{more}", hint=META)
 
 
 def check_inputs(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The inputs as `torch.export` wants them, every leaf a real tensor, a flag or None."""
+    """The inputs as `torch.export` wants them, every leaf a real tensor, a number, a text or None."""
     if isinstance(args, torch.Tensor):
         args = (args,)
     if not isinstance(args, (tuple, list)):
@@ -95,7 +192,7 @@ def check_inputs(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any
 
 
 def check_input(value: Any, where: str) -> None:
-    """Refuses what an ONNX graph has no input for. Flags and None are part of the call, and are captured."""
+    """Refuses what an ONNX graph has no input for. Numbers, texts and None are part of the call, and are captured."""
     if isinstance(value, torch.Tensor):
         if value.is_complex():
             raise FxfuseError(
@@ -103,12 +200,23 @@ def check_input(value: Any, where: str) -> None:
                 where=where,
                 hint="pass torch.view_as_real(x), and call torch.view_as_complex in the model",
             )
-    elif value is not None and not isinstance(value, bool):
+    elif value is not None and not isinstance(value, _CONSTANTS):
         raise FxfuseError(
-            f"an input that is no tensor: {_type(value)}",
-            where=where,
-            hint="pass a tensor, or bind the value in a module that wraps this one",
+            f"an input that torch.export does not take: {_type(value)}", where=where, hint=_instead_of(value)
         )
+
+
+_CONSTANTS = (bool, int, float, str, torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+def _instead_of(value: Any) -> str:
+    if isinstance(value, enum.Enum):
+        return "pass its .value, or bind it in a module that wraps this one"
+    if dataclasses.is_dataclass(value):
+        return f"call torch.export.register_dataclass({type(value).__qualname__}) first"
+    if hasattr(value, "__array__"):
+        return "pass torch.as_tensor(x)"
+    return "pass a tensor, or bind the value in a module that wraps this one"
 
 
 def check_program(program: ExportedProgram) -> None:
@@ -122,29 +230,6 @@ def check_program(program: ExportedProgram) -> None:
             check_input(spec.arg.value, where)
         else:
             check_input(placeholders[spec.arg.name].meta.get("val"), where)
-
-
-def without_names(dynamic_shapes: Any) -> Any:
-    """`dynamic_shapes` with every dimension that is only a name replaced by ``Dim.DYNAMIC``."""
-    if isinstance(dynamic_shapes, str):
-        return Dim.DYNAMIC
-    if isinstance(dynamic_shapes, dict):
-        return {key: without_names(value) for key, value in dynamic_shapes.items()}
-    if isinstance(dynamic_shapes, (tuple, list)):
-        return type(dynamic_shapes)(without_names(value) for value in dynamic_shapes)
-    return dynamic_shapes
-
-
-def named(dynamic_shapes: Any) -> Iterator[str]:
-    """The names that `dynamic_shapes` gives to dimensions as strings."""
-    if isinstance(dynamic_shapes, str):
-        yield dynamic_shapes
-    elif isinstance(dynamic_shapes, dict):
-        for value in dynamic_shapes.values():
-            yield from named(value)
-    elif isinstance(dynamic_shapes, (tuple, list)):
-        for value in dynamic_shapes:
-            yield from named(value)
 
 
 def _type(value: Any) -> str:

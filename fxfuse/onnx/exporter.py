@@ -17,11 +17,13 @@ from fxfuse.cache.lift import Lifted, lift
 from fxfuse.cache.mutations import mutations
 from fxfuse.errors import FxfuseError
 from fxfuse.fusion import REPORT
+from fxfuse.graph.program import without_guards
 from fxfuse.graph.source import source_line
 from fxfuse.onnx.active import within
+from fxfuse.onnx.axes import axis_names, without_numbers
 from fxfuse.onnx.bfloat16 import without_bfloat16_gaps
 from fxfuse.onnx.boolean import without_boolean_where
-from fxfuse.onnx.capture import capture, check_program, named
+from fxfuse.onnx.capture import META, capture, check_inputs, check_program
 from fxfuse.onnx.check import check_export, check_weights
 from fxfuse.onnx.files import save
 from fxfuse.onnx.flex_attention import join_flex_attention
@@ -82,13 +84,15 @@ def export(
     Takes what ``torch.onnx.export(..., dynamo=True)`` takes, with the same meaning; what differs is listed here.
 
     Args:
-        model: a module in evaluation mode, or a program from ``torch.export.export``, which may be fused already.
-            It is not changed.
-        args: sample inputs (tensors, nested as the module takes them); unused for a program.
+        model: a module, or a program from ``torch.export.export``, which may be fused already. It is not changed. A
+            module in training mode is exported, after a warning, if it computes the same as in evaluation mode.
+        args: sample inputs, nested as the module takes them; unused for a program. Numbers, texts and None are
+            constants of the graph, but for whole numbers that `dynamic_shapes` asks to be dynamic.
         f: the file to write, whole or not at all. None writes nothing.
         kwargs: sample inputs by name; unused for a program.
-        dynamic_shapes: which dimensions vary, as for ``torch.export.export``; strings name them in the ONNX graph.
-            For a program only the names are used.
+        dynamic_shapes: which dimensions vary, as for ``torch.export.export``; strings and `Dim` name them in the ONNX
+            graph. One that stays fixed is an error, and for ``Dim.AUTO`` a warning: it names the guard and the model's
+            line (`fxfuse.onnx.capture`). For a program only the names are used.
         opset_version: 23, 24 or 25; None means what `fxfuse.prepass` marked the module with, or else 24. ONNX
             Runtime's CPU kernels of Attention end at 24.
         external_data: the weights go to ``f + ".data"``. A model over 2 GB has no other way.
@@ -117,7 +121,7 @@ def export(
         verify: torch.onnx's own check of the written graph in ONNX Runtime (needs the `ort` extra).
 
     What the model writes to in place becomes inputs and outputs, behind all others: `fxfuse.onnx.state` says how they
-    are named. `dynamic_shapes` of such a program name no dimensions.
+    are named.
 
     Returns:
         The ONNX program. `fxfuse.report` of it says what was fused, and what was not and why.
@@ -152,12 +156,13 @@ def export(
         check_weights(model)
     lifted = lifted_program(model, args, kwargs, dynamic_shapes)
     program = lifted.program
+    check_values(program)
     fused = program if holds_fused(program) else fxfuse.fuse(program, **options.for_export(opset))
     check_no_flex_attention(fused)
     onnx_program = translate(
         fused,
         opset=opset,
-        dynamic_shapes=dynamic_shapes if any(named(dynamic_shapes)) and not lifted.states else None,
+        dynamic_shapes=names_of(model, args, kwargs, dynamic_shapes, lifted),
         input_names=input_names,
         output_names=output_names,
         custom_translation_table=custom_translation_table,
@@ -214,6 +219,26 @@ def lifted_program(
         raise
 
 
+def names_of(model: object, args: Any, kwargs: Any, dynamic_shapes: Any, lifted: Lifted) -> Any:
+    """`dynamic_shapes` for `translate`, which takes the names of dimensions from them."""
+    if isinstance(model, torch.nn.Module):
+        return axis_names(model, check_inputs(args, kwargs), dynamic_shapes, lifted.program)
+    return None if lifted.states else axis_names(model, ((), {}), dynamic_shapes, lifted.program)
+
+
+def check_values(program: ExportedProgram) -> None:
+    """Refuses weights without values: an ONNX file holds them.
+
+    Raises:
+        FxfuseError: one of them is on the meta device.
+    """
+    held: dict[str, Any] = {**program.state_dict, **program.constants}
+    empty = [name for name, value in held.items() if isinstance(value, torch.Tensor) and value.is_meta]
+    if empty:
+        more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
+        raise FxfuseError("weights on the meta device hold no values", where=f"{empty[0]}{more}", hint=META)
+
+
 def as_program(
     model: torch.nn.Module | ExportedProgram,
     args: tuple[Any, ...] = (),
@@ -262,7 +287,7 @@ def translate(
     with within(None), quiet(), one_message():
         try:
             onnx_program = torch.onnx.export(
-                program,
+                without_guards(program),
                 opset_version=opset,
                 dynamo=True,
                 custom_translation_table=table,
@@ -282,6 +307,7 @@ def finish(onnx_program: torch.onnx.ONNXProgram, fused: ExportedProgram) -> None
     check_taken(onnx_program.model)
     warn_of_widened(fused)
     join_flex_attention(onnx_program.model)
+    without_numbers(onnx_program.model)
     without_boolean_where(onnx_program.model)
     without_bfloat16_gaps(onnx_program.model)
     without_lowest(onnx_program.model)

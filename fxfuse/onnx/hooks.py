@@ -1,8 +1,8 @@
 """What three functions inside ``torch.onnx`` are wrapped in while fxfuse is installed.
 
     torch.onnx.export(model, …)
-      └─ export(model, …)                                     note how the module was marked by `fxfuse.prepass`
-           ├─ torch.export.export                             (a module only)
+      └─ export(model, …)                                     note how the module was marked by `fxfuse.prepass`, and
+           │                                                  capture it, as `fxfuse.onnx.export` does
            ├─ _prepare_exported_program_for_export(program)   fuse, before anything is decomposed
            └─ _exported_program_to_onnx_program(prepared)     finish the result: boolean Where, the report
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -24,15 +23,19 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 
 import fxfuse
 from fxfuse.cache.lift import check_nothing_dropped
 from fxfuse.errors import FxfuseError
 from fxfuse.flex.capture import flex_capture
+from fxfuse.graph.program import without_guards
 from fxfuse.onnx.active import Active, current, within
+from fxfuse.onnx.capture import capture
 from fxfuse.onnx.exporter import check_no_flex_attention, finish
 from fxfuse.onnx.missing import missing_translations
 from fxfuse.onnx.ready import ready
+from fxfuse.onnx.training import in_training
 from fxfuse.onnx.values import with_values
 from fxfuse.ops import holds_fused, translation_table
 from fxfuse.ops.registry import FIRST_OPSET, LAST_OPSET
@@ -66,8 +69,10 @@ def export(original: Function) -> Function:
         if is_quiet() and kwargs.get("verbose") is None:
             kwargs["verbose"] = False  # None prints each step: transformers' exporter does not pass it on
         try:
-            with nullcontext() if current() is None else flex_capture():
+            if current() is None:
                 return original(model, *args, **kwargs)
+            with flex_capture():
+                return original(_captured(model, *args, **kwargs), *args, **kwargs)
         except Exception as error:
             if isinstance(error.__cause__, FxfuseError):  # torch says that step 2 of 3 failed, and prints ours first
                 raise error.__cause__ from None
@@ -76,6 +81,25 @@ def export(original: Function) -> Function:
             _marked.reset(token)
 
     return hooked
+
+
+def _captured(
+    model: Any, args: Any = (), kwargs: Any = None, *, registry: Any = None, dynamic_shapes: Any = None, **_: Any
+) -> Any:
+    """The model's capture, as every door has it: torch's own may hold for the sample's sizes alone.
+
+    The model itself, if it is no module in evaluation mode, is not to be fused, or cannot be captured: torch then says
+    why.
+    """
+    opset = getattr(registry, "opset_version", None)
+    fusable = isinstance(opset, int) and FIRST_OPSET <= opset <= LAST_OPSET
+    module = isinstance(model, torch.nn.Module) and not isinstance(model, (torch.jit.ScriptModule, GraphModule))
+    if not (fusable and module) or in_training(model):
+        return model
+    try:
+        return capture(model, tuple(args), kwargs, dynamic_shapes)
+    except Exception:  # what torch takes, and fxfuse does not, is torch's
+        return model
 
 
 def prepare(original: Prepare) -> Prepare:
@@ -90,7 +114,7 @@ def prepare(original: Prepare) -> Prepare:
         if not registry.get_decomps(torch.ops.higher_order.flex_attention):
             check_no_flex_attention(ready.program)
         try:
-            prepared = original(ready.program, registry=registry, **rest)
+            prepared = original(without_guards(ready.program), registry=registry, **rest)
         except Exception as error:
             if ready.source is ready.program:
                 raise

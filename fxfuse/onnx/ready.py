@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-import torch.fx.experimental._config
 from torch.export import ExportedProgram
 from torch.fx import Node
 
@@ -19,6 +18,7 @@ from fxfuse.graph.real_parts import without_complex
 from fxfuse.graph.source import source_line
 from fxfuse.graph.splice import trace
 from fxfuse.graph.view import tensor
+from fxfuse.one_sizes import sizes_of_one
 from fxfuse.onnx.takes import untaken
 from fxfuse.ops.registry import OPS, PARTS
 from fxfuse.report.model import Report
@@ -76,7 +76,7 @@ def _write_out(node: Node) -> None:
         args = [next(values) if isinstance(a, Node) else a for a in node.args]
         return op.decomposition(*args, **node.kwargs)
 
-    with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+    with sizes_of_one():
         body = trace(form, tensors)
     env: dict[Node, Node] = {}
     inputs = iter(tensors)

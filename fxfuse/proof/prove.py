@@ -21,6 +21,7 @@ import torch
 
 from fxfuse.graph.region import Region
 from fxfuse.graph.view import LOWERED, fake
+from fxfuse.proof.apart import ONE_DIM, apart, groups, together
 from fxfuse.proof.breaks import Break, masks
 from fxfuse.proof.compare import Refused, same
 from fxfuse.proof.draws import BASE, BELOW, GENTLE, Variant, at_numbers, searches
@@ -123,6 +124,7 @@ def _proven(trials: Trials, form: Form) -> Compared:
     _search(trials, form, compared)
     _sizes_met(trials, form, compared)
     _all_met(trials)
+    _apart(trials, form, compared)
     return compared
 
 
@@ -167,6 +169,32 @@ def _sizes_met(trials: Trials, form: Form, compared: Compared) -> None:
             raise Refused(f"its sizes matter ({trials.extents.name}), and {error}") from error
         if trial.outside is None:
             _compare(trials, form, trial, compared)
+
+
+def _apart(trials: Trials, form: Form, compared: Compared) -> None:
+    """Sizes that were taken to be equal, made unequal.
+
+    Raises:
+        Refused: the region can be run there, and gives something else.
+    """
+    ask = trials.ask
+    if not ask.ties:
+        return
+    for number, (variant, said) in enumerate(apart(trials.region, ask)):
+        ask.check_time()
+        with ask.tied(()):
+            try:
+                trial = trials.run(variant, 700 + number)
+            except CannotEvaluate:
+                continue
+        if trial.outside is not None:
+            continue
+        try:
+            _compare(trials, form, trial, compared)
+        except Refused as refused:
+            raise Refused(f"only where {said} are equal, as in the sample: {ONE_DIM} ({refused})") from refused
+    for group in groups(trials.region, ask.ties):
+        trials.equal.append(f"{together(group, ask)} are equal, or the model fails")
 
 
 def _all_met(trials: Trials) -> None:

@@ -110,6 +110,36 @@ def _bound(value: Any, default: int | None) -> int | None:
     return bound if abs(bound) < 2**31 else default
 
 
+def ties_of(program: ExportedProgram) -> tuple[tuple[Any, Any], ...]:
+    """Symbols that are one size in the sample: pairs of sizes, each with the first of its size.
+
+    torch.export gives every dimension a symbol of its own, and equates those only that an operator compares.
+    """
+    first: dict[int, Any] = {}
+    found: dict[Any, tuple[Any, Any]] = {}
+    for node in program.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        shape: tuple[Any, ...] = tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+        for size in shape:
+            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol and size.node.hint is not None:
+                other = first.setdefault(int(size.node.hint), size)
+                if other.node.expr != size.node.expr:
+                    found[size.node.expr] = size, other
+    return tuple(found.values())
+
+
+def places_of(program: ExportedProgram) -> dict[Any, str]:
+    """Where each symbol stands first: ``"memory.shape[0]"``."""
+    found: dict[Any, str] = {}
+    for node in program.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        shape: tuple[Any, ...] = tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+        for axis, size in enumerate(shape):
+            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+                found.setdefault(size.node.expr, f"{node.name}.shape[{axis}]")
+    return found
+
+
 def ranges_of(program: ExportedProgram) -> dict[Any, Any]:
     """The value range of every symbol in the program."""
     return dict(program.range_constraints)

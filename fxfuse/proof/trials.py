@@ -81,6 +81,8 @@ class Trials:
         self.region, self.found, self.ask = region, found, ask
         self.breaks = Breaks(ask.accept)
         self.extents = Extents(region, ask)
+        self.equal: list[str] = []
+        """Sizes without which nothing can be run unless they are equal, as they are in the sample."""
         self._done: dict[Variant, Trial | CannotEvaluate] = {}
         kinds = [fake(n).dtype for n in region.inputs]
         self._counts = any(not (k.is_floating_point or k.is_complex or k == torch.bool) for k in kinds)
@@ -177,7 +179,10 @@ class Trials:
             sizes=tuple({str(k): v for k, v in s} for s in dict.fromkeys(_sizes(t) for t in trials)),
             magnitudes=tuple(dict.fromkeys(abs(t.variant.magnitude) for t in trials)),
             breaks=tuple(done),
-            claims=self.found.claims,
+            claims=(
+                *self.found.claims,
+                *(f"{said} are equal, or the model fails" for said in dict.fromkeys(self.equal)),
+            ),
             error=compared.error,
             rounding=ulp,
             differences=tuple(dict.fromkeys([*compared.differences, *notes, *overruled.values()])),

@@ -6,6 +6,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property, partial
 from operator import attrgetter
 from typing import Any, Literal, get_args
@@ -26,7 +27,7 @@ from fxfuse.graph.writes import Unclear, shares_storage, with_writes
 from fxfuse.proof.claims import one_number
 from fxfuse.proof.evaluate import CannotEvaluate, Evaluator, draw, generator
 from fxfuse.proof.positions import Reader
-from fxfuse.proof.sizes import Sizes, ranges_of
+from fxfuse.proof.sizes import Sizes, places_of, ranges_of
 from fxfuse.recognise.flex.choices import FlexCalls, Windows
 from fxfuse.recognise.kept import Kept
 
@@ -100,6 +101,10 @@ class Questions:
         """Reads what the program computes of positions and sizes."""
         # Each pair once: every layer has one, and mostly all have the same.
         self._alike = tuple({(size_text(a), size_text(b)): (a, b) for a, b in _lengths(program)}.values())
+        self.places = places_of(program)
+        """Where each symbol stands in the inputs, for what is said of it."""
+        self.ties: tuple[tuple[Any, Any], ...] = ()
+        """Sizes that are taken to be equal, as they are in the sample, where nothing can be evaluated otherwise."""
         self._until = until
         self._contents: dict[Node, str] = {}
         self.read_leaves = False
@@ -123,9 +128,19 @@ class Questions:
         alike: Iterable[tuple[Any, Any]] = (),
         preset: dict[Any, int] | None = None,
     ) -> Evaluator:
-        found = Evaluator(Sizes(self.ranges, profile, preset=preset, alike=(*self._alike, *alike)), exact=exact)
+        pairs = (*self._alike, *alike, *self.ties)
+        found = Evaluator(Sizes(self.ranges, profile, preset=preset, alike=pairs), exact=exact)
         found.accept = self.accept
         return found
+
+    @contextmanager
+    def tied(self, ties: tuple[tuple[Any, Any], ...]) -> Iterator[None]:
+        """Within the block these sizes are equal."""
+        before, self.ties = self.ties, ties
+        try:
+            yield
+        finally:
+            self.ties = before
 
     def content(self, node: Node) -> str:
         """What the node is computed from, spelled out: constants with what they hold, inputs by name."""

@@ -14,7 +14,7 @@ from torchtune.models.llama3_2 import llama3_2
 import fxfuse
 import fxfuse.onnx
 from fxfuse.errors import FxfuseError
-from fxfuse.onnx.capture import without_names
+from fxfuse.onnx.asked import as_auto
 from fxfuse.parity import compare, onnxruntime_outputs, wide_outputs
 from fxfuse.patterns.rms_norm import PATTERN as RMS_NORM
 
@@ -80,7 +80,7 @@ def test_computes_what_the_model_does(
     model: nn.Module, exported: torch.onnx.ONNXProgram, shape: tuple[int, int]
 ) -> None:
     tokens = torch.randint(0, 64, shape, generator=torch.Generator().manual_seed(3))
-    program = torch.export.export(model, (TOKENS,), dynamic_shapes=without_names(SHAPES))
+    program = torch.export.export(model, (TOKENS,), dynamic_shapes=as_auto(SHAPES))
     with torch.no_grad():
         eager = model(tokens)
     result = compare([eager], onnxruntime_outputs(exported, [tokens]), wide_outputs(program, (tokens,)))
@@ -150,16 +150,18 @@ BAD_INPUT = {
     "opset 22": (lambda: fxfuse.onnx.export(Scale().eval(), (X,), opset_version=22), ["23", "25", "22"]),
     "opset 26": (lambda: fxfuse.onnx.export(Scale().eval(), (X,), opset_version=26), ["23", "25", "26"]),
     "opset text": (lambda: fxfuse.onnx.export(Scale().eval(), (X,), opset_version="24"), ["'24'", "opset_version"]),
-    "number": (lambda: fxfuse.onnx.export(Scale().eval(), (X, 3.0)), ["float", "args[1]"]),
-    "numpy": (lambda: fxfuse.onnx.export(Scale().eval(), (X.numpy(),)), ["numpy.ndarray", "args[0]"]),
-    "text": (lambda: fxfuse.onnx.export(Scale().eval(), kwargs={"x": "hi"}), ["str", "kwargs['x']"]),
+    "numpy": (lambda: fxfuse.onnx.export(Scale().eval(), (X.numpy(),)), ["numpy.ndarray", "args[0]", "as_tensor"]),
+    "a type": (lambda: fxfuse.onnx.export(Scale().eval(), kwargs={"x": torch.int8}), ["torch.dtype", "kwargs['x']"]),
     "not a tuple": (lambda: fxfuse.onnx.export(Scale().eval(), 3), ["args", "int"]),
     "complex": (lambda: fxfuse.onnx.export(Scale().eval(), (X + 1j,)), ["complex64", "args[0]", "view_as_real"]),
     "complex program": (
         lambda: fxfuse.onnx.export(torch.export.export(Scale().eval(), (X + 1j,))),
         ["complex64", "'x'"],
     ),
-    "training": (lambda: fxfuse.onnx.export(nn.Sequential(Scale()), (X,)), ["training mode", "Sequential", ".eval()"]),
+    "training": (
+        lambda: fxfuse.onnx.export(nn.Sequential(nn.Dropout()), (X,)),
+        ["training mode", "dropout.py", "Sequential", ".eval()"],
+    ),
     "wrong arguments": (lambda: fxfuse.onnx.export(Scale().eval(), (X, X, X)), ["could not capture", "Scale"]),
     "a stream": (
         lambda: fxfuse.onnx.export(Scale().eval(), (X,), __import__("io").BytesIO()),
