@@ -72,6 +72,8 @@ class Run:
     """What is known of the graph as it stands; None once it was rewritten."""
     ended: bool = False
     """Is the time over?"""
+    outputs: set[Node] = field(default_factory=set)
+    """Of the matches so far."""
     unsaid: list[Entry] | None = None
     """Where reasons go while the graph is matched as it stands, though equal values could be read as one."""
     unequal: set[Node] = field(default_factory=set)
@@ -109,6 +111,7 @@ class Run:
         view, ask = self.reading = self.reading or (GraphView(self.program.graph), self.asking.of(self.program))
         matches: list[Match] = []
         taken: set[Node] = set()
+        self.outputs.clear()
         self.unequal, self.said = set(), {}
         try:
             ask.check_time()
@@ -119,6 +122,7 @@ class Run:
                     if match is not None:
                         matches.append(match)
                         taken.update(match.region.computed)
+                        self.outputs.update(match.region.outputs)
             if self.unequal:
                 matches += self._as_in_the_sample(pattern, view, ask, taken)
         except OutOfTime:
@@ -167,6 +171,7 @@ class Run:
                 self._notes[:] = [e for e in self._notes if all(e is not s for s in superseded)]
                 if match is not None:
                     taken.update(match.region.computed)
+                    self.outputs.update(match.region.outputs)
                     yield match
 
     def _decide(self, pattern: Pattern, proposal: Proposal, ask: Questions, taken: set[Node]) -> Match | None:
@@ -178,7 +183,9 @@ class Run:
             nearest = (proposal.missed, proposal.nodes or (proposal.anchor,))
         for region in self._guarded(pattern, self._timed("propose", lambda: proposal.regions), proposal.anchor):
             ask.check_time()
-            if taken & region.computed:
+            if proposal.shares and region.output not in taken and not self.outputs & set(region.nodes):
+                pass
+            elif taken & region.computed:
                 continue
             answer = self._recognise(pattern, region, ask)
             if isinstance(answer, Reason) and self._may_be_about_sizes(answer, region):
@@ -194,6 +201,8 @@ class Run:
                 near.append((answer.closeness, region))
             if nearest is None or answer.closeness > nearest[0].closeness:
                 nearest = (answer, region.nodes)
+        if not found and nearest is None and proposal.otherwise is not None:
+            nearest = (proposal.otherwise, (proposal.anchor,))
         refusal: tuple[str, Region, Found] | None = None
         for region, answer in sorted(found, key=lambda pair: (not pair[0].closed, -pair[1].rank)):
             body = self._prove(pattern, region, answer, ask)

@@ -224,7 +224,7 @@ def analytic_call(name: str, schema: Any, args: Any, kwargs: Any) -> bool:
     if name == "pow":
         return isinstance(given("exponent"), (int, float))
     if name in ("max", "min"):
-        return len(args) > 1 and isinstance(args[1], int)
+        return len(args) == 1 or isinstance(args[1], int)
     if name in _NORMS:
         order = given("ord") if name == "linalg_vector_norm" else given("p")
         return order in (None, 2, 2.0, "fro")

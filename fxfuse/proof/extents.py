@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sympy import preorder_traversal
 from torch.fx import Node
 
 from fxfuse.graph.region import Region
@@ -19,6 +20,7 @@ from fxfuse.graph.source import place_of
 from fxfuse.graph.view import argument, fake, is_size, op_name, tensor
 from fxfuse.proof.decide import Fails, Holds, always
 from fxfuse.proof.evaluate import Evaluator
+from fxfuse.proof.multiples import divided
 from fxfuse.proof.terms import Term, value_of
 
 if TYPE_CHECKING:
@@ -101,7 +103,9 @@ class Extents:
 
     def _take(self, value: Any, node: Node) -> None:
         if isinstance(value, (torch.SymInt, torch.SymFloat)):
-            self._walk(value.node.expr, node)
+            expr = value.node.expr
+            exact = divided(expr, self._ask.multiples)
+            self._walk(expr if any(type(e).__name__ in _STEPS for e in preorder_traversal(exact)) else exact, node)
 
     def _walk(self, expr: Any, node: Node) -> None:
         if expr in self._given or expr.is_Symbol or expr.is_number:

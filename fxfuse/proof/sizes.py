@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ class Sizes:
         stretch: up to this, symbols that have an upper bound take it instead (a sequence as long as its table).
         preset: sizes wanted for some symbols, as far as their range admits them.
         alike: pairs of sizes, the first of which takes the value of the second.
+        multiples: what a symbol has to be a multiple of.
     """
 
     def __init__(
@@ -34,8 +35,10 @@ class Sizes:
         stretch: int = 0,
         preset: dict[Any, int] | None = None,
         alike: Iterable[tuple[Any, Any]] = (),
+        multiples: Mapping[Any, int] | None = None,
     ) -> None:
         self._ranges = ranges
+        self._multiples = multiples or {}
         self._profile = profile
         self._stretch = stretch
         self._preset = preset or {}
@@ -85,14 +88,20 @@ class Sizes:
         return tuple(self(d) for d in node.meta["val"].shape)
 
     def _choose(self, symbol: Any) -> int:
+        unit = self._multiples.get(symbol, 1)
+        return self._chosen(symbol) if unit == 1 else unit * max(1, self._chosen(symbol, unit))
+
+    def _chosen(self, symbol: Any, unit: int = 1) -> int:
+        """The size, in units of what it has to be a multiple of."""
         allowed = self._ranges.get(symbol)
         low, high = (0, None) if allowed is None else (_bound(allowed.lower, 0) or 0, _bound(allowed.upper, None))
+        low, high = -(-low // unit), high if high is None else high // unit
         if symbol in self._preset:
-            wanted = self._preset[symbol]
+            wanted = -(-self._preset[symbol] // unit)
             low = 1 if low == 2 else low  # as the reader has it
             return max(low, wanted if high is None else min(high, wanted))
         if self._stretch and high is not None:
-            return max(low, min(high, self._stretch))
+            return max(low, min(high, self._stretch // unit))
         ladder = _LADDERS[self._profile]
         high = max(ladder) if high is None else high
         taken = set(self._values.values())

@@ -90,6 +90,10 @@ class Proposal:
     missed: Reason | None = None
     """Why no region could be proposed, where that is already known."""
     nodes: tuple[Node, ...] = field(default=())
+    otherwise: Reason | None = None
+    """What to say where there turns out to be no region to ask."""
+    shares: bool = False
+    """Regions around other anchors may compute some of the same on the way (two softmaxes of the same scores)."""
     best_rank: int | None = None
     """No region around this anchor can rank higher: the first of this rank that proves itself is taken."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,8 +25,7 @@ class Fill:
 
 def bias(
     masks: tuple[Mask, ...],
-    others: tuple[torch.Tensor, ...],
-    heads: int,
+    read: Callable[[Mask], torch.Tensor],
     lengths: tuple[int, int],
     dtype: torch.dtype,
     *,
@@ -35,7 +35,7 @@ def bias(
     """The masks as one, boolean or of the query's dtype, broadcastable to ``[B, H, Sq, T]``, its last two axes full.
 
     Args:
-        others: what `Mask.index` counts in.
+        read: the tensor that a mask is, broadcastable to ``[B, H, Sq, T]``.
         lengths: Sq and T.
         dtype: the query's.
         lower: one more mask, boolean ``[Sq, T]``.
@@ -45,11 +45,11 @@ def bias(
     result: torch.Tensor | None = None
     for mask in masks:
         if not mask.finite:
-            result = _combine(result, _read(mask, others[mask.index], heads, dtype))
+            result = _combine(result, _read(mask, read(mask)))
     filled: torch.Tensor | None = None  # what is filled twice is filled once
     for mask in masks:
         if mask.finite:
-            filled = _combine(filled, _read(mask, others[mask.index], heads, dtype))
+            filled = _combine(filled, _read(mask, read(mask)))
     if filled is not None:
         # Rows with no key: the fill is lost against itself, and the row averages, as the model's does.
         number = torch.finfo(dtype).min * fill.part
@@ -73,33 +73,40 @@ def bias(
     return result
 
 
-def with_sinks(
-    mask: torch.Tensor | None,
-    sinks: Mask,
-    value: torch.Tensor,
-    heads: int,
-    lengths: tuple[int, int],
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def with_sinks(mask: torch.Tensor | None, column: torch.Tensor, lengths: tuple[int, int]) -> torch.Tensor:
     """The mask with one more column, the sinks: ``[B or 1, H, Sq, T + 1]``.
 
     Exact where that column's key and value are zeros: its score is the mask alone, and it adds nothing to the result
     but its share.
+
+    Args:
+        column: ``[B or 1, H, 1 or Sq, 1]``, of the query's dtype.
     """
     if mask is None:
-        mask = torch.zeros(lengths, dtype=dtype, device=value.device)
+        mask = torch.zeros(lengths, dtype=column.dtype, device=column.device)
     elif mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -math.inf)
-    column = _read(sinks, value, heads, dtype).to(dtype)
-    batch = column.shape[0] if column.dim() == 4 else 1
+        mask = torch.zeros_like(mask, dtype=column.dtype).masked_fill(~mask, -math.inf)
+    batch, heads = column.shape[:2]
     while mask.dim() < 4:
         mask = mask.unsqueeze(0)
     mask = mask.expand(batch, heads, -1, -1) if mask.shape[0] == 1 else mask.expand(-1, heads, -1, -1)
     return torch.cat([mask, column.expand(mask.shape[0], heads, lengths[0], 1)], -1)
 
 
-def _read(mask: Mask, value: torch.Tensor, heads: int, dtype: torch.dtype) -> torch.Tensor:
-    value = _to_four_axes(value, mask.rank, heads)
+def with_one_sink(
+    mask: torch.Tensor | None, number: float, lengths: tuple[int, int], like: torch.Tensor
+) -> torch.Tensor | None:
+    """The same with one number for every row; none is needed where that is 0, the score of a key of zeros."""
+    if mask is None and number == 0:
+        return None
+    if mask is None:
+        mask = like.new_zeros(lengths)
+    if mask.dtype == torch.bool and number != 0:
+        mask = like.new_zeros(mask.shape).masked_fill(~mask, -math.inf)
+    return torch.nn.functional.pad(mask, (0, 1), value=True if mask.dtype == torch.bool else number)
+
+
+def _read(mask: Mask, value: torch.Tensor) -> torch.Tensor:
     if value.dtype != torch.bool:
         return value if mask.factor == 1 else value * mask.factor
     return value if mask.keeps else ~value
@@ -115,22 +122,3 @@ def _combine(one: torch.Tensor | None, two: torch.Tensor) -> torch.Tensor:
     if one.dtype == torch.bool:
         return torch.where(one, two, -math.inf)
     return one + two
-
-
-def _to_four_axes(mask: torch.Tensor, rank: int, heads: int) -> torch.Tensor:
-    """From broadcasting against scores of this rank to broadcasting against ``[B, H, Sq, T]``."""
-    if rank == 3 and mask.dim() == 3:
-        if mask.shape[0] == 1:
-            return mask.unsqueeze(0)
-        return torch.unflatten(mask, 0, (-1, heads))
-    if rank == 5 and mask.dim() > 3:
-        while mask.dim() < 5:
-            mask = mask.unsqueeze(0)
-        if mask.shape[1] == 1:
-            return (
-                mask.squeeze(1)
-                if mask.shape[2] == 1
-                else mask.expand(-1, heads // mask.shape[2], -1, -1, -1).flatten(1, 2)
-            )
-        return mask.expand(-1, -1, heads // mask.shape[1], -1, -1).flatten(1, 2)
-    return mask

@@ -12,10 +12,13 @@ from fxfuse.graph.view import fake, op_name
 from fxfuse.proof.claims import causal, said_of_causal
 from fxfuse.proof.decide import Holds
 from fxfuse.recognise.answers import Form
-from fxfuse.recognise.attention_bias import Fill, bias, with_sinks
-from fxfuse.recognise.heads import Axes, Heads, statically_square
+from fxfuse.recognise.attention_bias import Fill, bias, with_one_sink, with_sinks
+from fxfuse.recognise.attention_factors import multiplied
+from fxfuse.recognise.heads import Heads, length_of, statically_square
+from fxfuse.recognise.layouts import aligned
 from fxfuse.recognise.masks import Mask
 from fxfuse.recognise.questions import Questions, may_change
+from fxfuse.recognise.rearrange import rearranged
 from fxfuse.recognise.scores import Scores
 
 _BOUNDS = frozenset(["clamp", "clamp_min", "maximum", "max"])
@@ -41,7 +44,7 @@ def attention_forms(
 
 
 def _form(region: Region, heads: Heads, scores: Scores, *, causal: bool, masks: tuple[Mask, ...], fill: Fill) -> Form:
-    flat = "BHSD" not in (heads.q, heads.k, heads.v)
+    flat = heads.flat
     scale = scores.scale * heads.scale
     attributes: dict[str, float | int] = {}
     if not math.isclose(scale, heads.head_size**-0.5, rel_tol=1e-6):
@@ -59,25 +62,38 @@ def _form(region: Region, heads: Heads, scores: Scores, *, causal: bool, masks: 
         # Where the scores are wider than v, all is: the operator has one type.
         kind = torch.promote_types(torch.promote_types(inputs[0].dtype, inputs[1].dtype), inputs[2].dtype)
         q, k, v = (t if t.dtype == kind else t.to(kind) for t in inputs[:3])
-        lengths = (_length(q, heads.q), _length(k, heads.k))
+        sizes = heads.lengths(q, k, v)
+        lengths = tuple(math.prod(sizes[a] for a in atoms) for atoms in (heads.queries, heads.keys))
         others = inputs[3:]
         triangle = (
             torch.ones(lengths, dtype=torch.bool, device=q.device).tril() if causal and not by_attribute else None
         )
-        mask = bias(masks, others, heads.q_heads, lengths, q.dtype, lower=triangle, fill=fill)
-        if (sinks := scores.sinks) is not None:
-            mask = with_sinks(mask, sinks, others[sinks.index], heads.q_heads, lengths, q.dtype)
-            k, v = (torch.nn.functional.pad(t, _one_more(axes)) for t, axes in ((k, heads.k), (v, heads.v)))
+
+        def read(mask: Mask) -> torch.Tensor:
+            return rearranged_mask(others[mask.index], heads, mask.target, sizes)
+
+        mask = bias(masks, read, lengths, q.dtype, lower=triangle, fill=fill)
+        q, k = multiplied(q, k, scores.factors, others, heads, sizes)
         operands = [
-            _to(t, axes, flat, count)
-            for t, axes, count in (
-                (q, heads.q, heads.q_heads),
-                (k, heads.k, heads.kv_heads),
-                (v, heads.v, heads.kv_heads),
+            rearranged(t, axes, heads.operand(groups, positions, features, flat), sizes)
+            for t, axes, groups, positions, features in (
+                (q, heads.q, (*heads.groups, *heads.repeats), heads.queries, heads.features[0]),
+                (k, heads.k, heads.groups, heads.keys, heads.features[0]),
+                (v, heads.v, heads.groups, heads.keys, heads.features[1]),
             )
         ]
+        if scores.sinks is not None:
+            if isinstance(scores.sinks, Mask):
+                column = read(scores.sinks).to(q.dtype)
+                column = column.reshape([1] * (4 - column.dim()) + list(column.shape))
+                column = column.expand(-1, heads.q_heads, -1, -1)
+                mask = with_sinks(mask, column, lengths)
+            else:
+                mask = with_one_sink(mask, scores.sinks, lengths, q)
+            operands[1:] = [torch.nn.functional.pad(t, (0, 0, 0, 1)) for t in operands[1:]]
         y = torch.ops.fxfuse.attention(*operands, mask, **attributes)
-        y = _from(y, flat, heads)
+        result = heads.operand((*heads.groups, *heads.repeats), heads.queries, heads.features[1], flat)
+        y = rearranged(y, result, heads.out, sizes)
         return y if y.dtype == out or q.dtype == torch.float64 else y.to(out)
 
     return attention
@@ -94,7 +110,7 @@ def is_causal_here(region: Region, scores: Scores, heads: Heads, ask: Questions)
     if any(map(ask.depends_on_input, nodes)):
         buffers = ask.may_change(nodes)
         return False, f"the mask is kept: {may_change(buffers)}" if buffers else ""
-    length: Any = fake(region.sources[0]).shape[2 if heads.q == "BHSD" else 1]
+    length: Any = length_of(region.sources[0], heads.q, heads.queries)
     reader = ask.reader
     row, column = reader.place("query", length), reader.place("key", length)
     masks = []
@@ -110,31 +126,8 @@ def is_causal_here(region: Region, scores: Scores, heads: Heads, ask: Questions)
     return False, said_of_causal(verdict, row, column, reader.size(length))
 
 
-def _one_more(axes: Axes) -> tuple[int, ...]:
-    """The padding that adds one position of zeros."""
-    return (0, 0, 0, 0, 0, 1) if axes == "BSHD" else (0, 0, 0, 1)
-
-
-def _length(t: torch.Tensor, axes: Axes) -> int:
-    return t.shape[2 if axes == "BHSD" else 1]
-
-
-def _to(t: torch.Tensor, axes: Axes, flat: bool, heads: int) -> torch.Tensor:
-    """To ``[B, S, H·D]`` if flat, else to ``[B, H, S, D]``."""
-    if flat:
-        return t.flatten(2) if axes == "BSHD" else t
-    if axes == "BSX":
-        t = torch.unflatten(t, 2, (heads, -1))
-    return t if axes == "BHSD" else t.transpose(1, 2)
-
-
-def _from(y: torch.Tensor, flat: bool, heads: Heads) -> torch.Tensor:
-    if flat:
-        if heads.out == "BSX":
-            return y
-        y = torch.unflatten(y, 2, (heads.q_heads, heads.v_head_size))
-        return y if heads.out == "BSHD" else y.transpose(1, 2)
-    if heads.out == "BHSD":
-        return y
-    y = y.transpose(1, 2)
-    return y.flatten(2) if heads.out == "BSX" else y
+def rearranged_mask(t: torch.Tensor, heads: Heads, target: int, sizes: dict[str, Any]) -> torch.Tensor:
+    """What broadcasts against a shape of the scores as what broadcasts against ``[B, H, Sq, T]``."""
+    have = aligned(t.shape, heads.masks[target])
+    want = (heads.batch, (*heads.groups, *heads.repeats), heads.queries, heads.keys)
+    return rearranged(t, have, want, sizes, whole=False)

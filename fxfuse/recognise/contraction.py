@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,20 @@ class Product:
 
 def product(node: Node) -> Product | None:
     """The product that this node is, with its columns from the right operand; None if it is none."""
+    return next(iter(products(node)), None)
+
+
+def products(node: Node) -> tuple[Product, ...]:
+    """The ways to see this node as a product: in an einsum any axis of an operand's own may be the rows or columns."""
+    if op_name(node) == "einsum" and isinstance(node.args[1], (list, tuple)) and len(node.args[1]) == 2:
+        left, right = node.args[1]
+        if isinstance(left, Node) and isinstance(right, Node):
+            return tuple(_einsum(node, str(node.args[0]), left, right))
+    found = _product(node)
+    return () if found is None else (found,)
+
+
+def _product(node: Node) -> Product | None:
     name = op_name(node)
     if name in ("matmul", "bmm", "baddbmm"):
         operands: list[Any] = [a for a in node.args if isinstance(a, Node)]
@@ -53,10 +67,6 @@ def product(node: Node) -> Product | None:
         return Product(node, operands[0], operands[1], _same, _swap, _same, added, **scale)
     if name == "sum":
         return _sum(node)
-    if name == "einsum" and isinstance(node.args[1], (list, tuple)) and len(node.args[1]) == 2:
-        left, right = node.args[1]
-        if isinstance(left, Node) and isinstance(right, Node):
-            return _einsum(node, str(node.args[0]), left, right)
     return None
 
 
@@ -80,24 +90,33 @@ def _sum(node: Node) -> Product | None:
     return None
 
 
-def _einsum(node: Node, equation: str, left: Node, right: Node) -> Product | None:
-    """Letters in both operands and the result are lead; of the left's own, the last in the result is M."""
+def _einsum(node: Node, equation: str, left: Node, right: Node) -> Iterator[Product]:
+    """M is a letter of the left's own, N one of the right's; all others of the result are lead. The last come first."""
     inputs, _, out = equation.replace(" ", "").partition("->")
     a, _, b = inputs.partition(",")
     if "..." in a and "..." in b and "..." in out and fake(left).dim() - len(a) == fake(right).dim() - len(b):
         spare = "ZYXWVU"[: fake(left).dim() - len(a) + 3]
         a, b, out = (t.replace("...", spare) for t in (a, b, out))
     if not out or "." in a + b + out or any(len(set(t)) < len(t) for t in (a, b, out)):
-        return None
+        return
     summed = [c for c in a if c in b and c not in out]
     rows = [c for c in out if c in a and c not in b]
     columns = [c for c in out if c in b and c not in a]
     if len(summed) != 1 or not rows or not columns or len(a) < 3 or len(b) < 3:
-        return None
-    m, n, k = rows[-1], columns[-1], summed[0]
+        return
+    if (set(a) | set(b)) - {*out, *summed}:
+        return
+    for m in reversed(rows):
+        for n in reversed(columns):
+            yield _with_axes(node, (left, a), (right, b), out, (m, n, summed[0]))
+
+
+def _with_axes(
+    node: Node, left: tuple[Node, str], right: tuple[Node, str], out: str, axes: tuple[str, str, str]
+) -> Product:
+    """The product of these operands, written in letters, with rows, columns and what is summed over."""
+    m, n, k = axes
     lead = [c for c in out if c not in (m, n)]
-    if set(a) - {*lead, m, k} or set(b) - {*lead, n, k}:
-        return None
 
     def order(letters: str, last: tuple[str, str]) -> Canonical:
         wanted = [*lead, *last]
@@ -112,7 +131,8 @@ def _einsum(node: Node, equation: str, left: Node, right: Node) -> Product | Non
 
         return canonical
 
-    return Product(node, left, right, order(a, (m, k)), order(b, (n, k)), order(out, (m, n)))
+    (a_node, a), (b_node, b) = left, right
+    return Product(node, a_node, b_node, order(a, (m, k)), order(b, (n, k)), order(out, (m, n)))
 
 
 def swapped(found: Product) -> Product:

@@ -21,8 +21,8 @@ class Mask:
 
     index: int
     """Which of `Region.others` it is."""
-    rank: int
-    """Rank of the scores it broadcasts against: ``[B·H, Sq, T]``, ``[B, H, Sq, T]`` or ``[B, KV, H/KV, Sq, T]``."""
+    target: int
+    """Which of the shapes that the scores take it broadcasts against: ``[B·H, Sq, T]``, ``[B, H, Sq, T]``, …"""
     keeps: bool = True
     """A boolean mask is True where a key is kept (False: where it is dropped)."""
     factor: float = 1.0
@@ -67,15 +67,15 @@ def explain(f: Weights, values: list[torch.Tensor], bias: torch.Tensor, soft: to
             added[place] = found
     base = torch.zeros(f.shape, dtype=torch.float64)
     for place, mask in added.items():
-        spread = spread_out(values[place], f, mask.rank)
+        spread = spread_out(values[place], f, mask.target)
         assert spread is not None
         base = base + mask.factor * spread
     wanted = centred(bias, soft)
     reachable = soft.any(-1, keepdim=True)
-    for ways in choices(choices(sorted(f.targets), (True, False)), repeat=len(toggles)):
+    for ways in choices(choices(range(len(f.targets)), (True, False)), repeat=len(toggles)):
         total = base
-        for place, (rank, keeps) in zip(toggles, ways, strict=True):
-            spread = spread_out(values[place], f, rank)
+        for place, (target, keeps) in zip(toggles, ways, strict=True):
+            spread = spread_out(values[place], f, target)
             if spread is None:
                 break
             total = total.masked_fill(~spread if keeps else spread, float("-inf"))
@@ -86,8 +86,8 @@ def explain(f: Weights, values: list[torch.Tensor], bias: torch.Tensor, soft: to
             ):
                 total = torch.where(kept, total, float("-inf"))
                 masks = dict(added)
-                for place, (rank, keeps) in zip(toggles, ways, strict=True):
-                    mask = Mask(f.indices[place], rank, keeps)
+                for place, (target, keeps) in zip(toggles, ways, strict=True):
+                    mask = Mask(f.indices[place], target, keeps)
                     masks[place] = replace(mask, finite=_averages(f, values, place, keeps))
                 return Explained(tuple(masks[p] for p in sorted(masks)), total, tuple(idle))
     return Reason(
@@ -95,16 +95,33 @@ def explain(f: Weights, values: list[torch.Tensor], bias: torch.Tensor, soft: to
     )
 
 
-def spread_out(value: torch.Tensor, f: Weights, rank: int, *, columns: int | None = None) -> torch.Tensor | None:
-    """The tensor over all scores, broadcast against their shape of this rank; None where it does not broadcast.
+def spread_out(value: torch.Tensor, f: Weights, target: int, *, rows: bool = False) -> torch.Tensor | None:
+    """The tensor over all scores, broadcast against this shape of theirs; None where it does not broadcast.
 
-    `columns` is the length of the last axis, where it is not that of the scores.
+    `rows`: it has one element for each row, and is returned as ``[N, S, 1]``.
     """
-    columns = f.shape[-1] if columns is None else columns
+    shape, places = f.targets[target].shape, f.targets[target].places
+    wanted = shape
+    if rows:
+        axis = _key_axis(shape, places)
+        if axis is None:
+            return None
+        wanted = (*shape[:axis], 1, *shape[axis + 1 :])
     try:
-        return value.expand(*f.targets[rank][:-1], columns).reshape(*f.shape[:-1], columns)
+        spread = value.expand(wanted).expand(shape).reshape(-1)[places]
     except RuntimeError:
         return None
+    return spread[..., :1] if rows else spread
+
+
+def _key_axis(shape: tuple[int, ...], places: torch.Tensor) -> int | None:
+    """The axis of this shape that counts the keys, and nothing else."""
+    step = int(places[0, 0, -1] - places[0, 0, 0])
+    for axis, size in enumerate(shape):
+        unit = torch.Size(shape[axis + 1 :]).numel()
+        if size == places.shape[-1] and step == unit * (size - 1):
+            return axis
+    return None
 
 
 def _added(
@@ -118,15 +135,15 @@ def _added(
         return Reason("softmax attention, but a mask that is added decides which keys there are", 3)
     if change.abs().max() < 1e-9:
         return None
-    for rank in sorted(f.targets):
-        spread = spread_out(step, f, rank)
+    for target in range(len(f.targets)):
+        spread = spread_out(step, f, target)
         if spread is None:
             continue
         known = centred(spread, soft)
         factor = float((change * known).sum() / (known * known).sum())
         if torch.allclose(change, factor * known, rtol=1e-6, atol=1e-9):
             near = round(factor)
-            return Mask(f.indices[place], rank, factor=float(near) if abs(factor - near) < 1e-6 else factor)
+            return Mask(f.indices[place], target, factor=float(near) if abs(factor - near) < 1e-6 else factor)
     return Reason("softmax attention, but one of the tensors beside q, k and v is not just added to the scores", 3)
 
 

@@ -26,6 +26,7 @@ from fxfuse.graph.wrapped import flattened
 from fxfuse.graph.writes import Unclear, shares_storage, with_writes
 from fxfuse.proof.claims import one_number
 from fxfuse.proof.evaluate import CannotEvaluate, Evaluator, draw, generator
+from fxfuse.proof.multiples import multiples_of
 from fxfuse.proof.positions import Reader
 from fxfuse.proof.sizes import Sizes, places_of, ranges_of
 from fxfuse.recognise.flex.choices import FlexCalls, Windows
@@ -105,6 +106,8 @@ class Questions:
         """Where each symbol stands in the inputs, for what is said of it."""
         self.ties: tuple[tuple[Any, Any], ...] = ()
         """Sizes that are taken to be equal, as they are in the sample, where nothing can be evaluated otherwise."""
+        self.multiples = multiples_of(program.graph.nodes)
+        """What sizes have to be multiples of."""
         self._until = until
         self._contents: dict[Node, str] = {}
         self.read_leaves = False
@@ -129,7 +132,8 @@ class Questions:
         preset: dict[Any, int] | None = None,
     ) -> Evaluator:
         pairs = (*self._alike, *alike, *self.ties)
-        found = Evaluator(Sizes(self.ranges, profile, preset=preset, alike=pairs), exact=exact)
+        sizes = Sizes(self.ranges, profile, preset=preset, alike=pairs, multiples=self.multiples)
+        found = Evaluator(sizes, exact=exact)
         found.accept = self.accept
         return found
 

@@ -14,41 +14,45 @@ from fxfuse.graph.view import fake, op_name
 from fxfuse.proof.evaluate import CannotEvaluate, Evaluator
 from fxfuse.recognise.answers import Reason
 from fxfuse.recognise.attention_parts import Parts
+from fxfuse.recognise.follow import Followed, follow
 from fxfuse.recognise.questions import Questions
 
 
 class Weights:
-    """log(weights) as a function of the raw product and of the values of `nodes`.
+    """log(weights) as a function of the raw product, ``[N, S, T]``, and of the values of `nodes`.
 
     Args:
         way: from the first product to the weights that enter the second.
+        followed: where its scores go.
         hold: every tensor that no input has a part in keeps its value in this program; otherwise only single numbers
             and constants that are one number throughout do.
     """
 
     def __init__(
-        self, parts: Parts, way: Region, region: Region, evaluator: Evaluator, ask: Questions, *, hold: bool
+        self,
+        parts: Parts,
+        way: Region,
+        followed: Followed,
+        region: Region,
+        evaluator: Evaluator,
+        ask: Questions,
+        *,
+        hold: bool,
     ) -> None:
         assert parts.scores is not None and parts.weighted is not None
         self._scores, self._weighted = parts.scores, parts.weighted
-        self._way = way
+        self._way, self._followed = way, followed
         self._evaluator = evaluator
         self._raw = evaluator.sizes.shape(parts.scores.node)
         numbers = torch.arange(torch.Size(self._raw).numel()).reshape(self._raw)
-        arranged = parts.scores.result(numbers)
-        self._places = arranged.reshape(-1)
-        logits = parts.softmax.args[0]
-        assert isinstance(logits, Node)
-        of_logits = evaluator.sizes.shape(logits)
-        self.shape = of_logits if torch.Size(of_logits).numel() == numbers.numel() else tuple(arranged.shape)
+        self._places = parts.scores.result(numbers).reshape(-1)
+        self.shape = followed.shape
         """Of the scores, and of what is returned."""
-        self.targets = {len(self.shape): self.shape}
-        """By rank, the shapes that the scores take on the way: what a mask broadcasts against."""
-        for node in (parts.scores.node, *way.nodes):
-            shape = evaluator.sizes.shape(node) if isinstance(node.meta.get("val"), torch.Tensor) else ()
-            if torch.Size(shape).numel() == numbers.numel() and shape[-2:] == self.shape[-2:]:
-                self.targets.setdefault(len(shape), shape)
-        self.total = torch.ones(self.shape[:-1], dtype=torch.float64)
+        self.targets = sorted(followed.targets, key=lambda target: len(target.shape))
+        """The shapes that the scores take on the way: what a mask broadcasts against."""
+        self.multiplied: torch.Tensor | None = None
+        """What the scores are multiplied with on the way, undone before they are sent."""
+        self.total = torch.zeros((), dtype=torch.float64)
         """What the weights of each row summed to in the last call."""
         self._added: tuple[Node, ...] = (
             () if parts.scores.added is None else (region.view.canonical(parts.scores.added),)
@@ -64,29 +68,27 @@ class Weights:
 
     def __call__(self, scores: torch.Tensor, values: list[torch.Tensor]) -> torch.Tensor:
         held = {**self._beside, **dict(zip(self.nodes, values, strict=True))}
+        if self.multiplied is not None:
+            scores = scores / self.multiplied
         raw = torch.empty(self._places.numel(), dtype=torch.float64)
         raw[self._places] = scores.reshape(-1)
         raw = raw.reshape(self._raw)
         if self._scores.added is not None:
             raw = self._scores.alpha * raw + self._scores.beta * held[self._added[0]]
         weights = self._evaluator.region(self._way, [raw, *(held[n] for n in self._way.others)])
-        weights = self._weighted.rows(weights).reshape(self.shape)
+        weights = self._weighted.rows(weights).reshape(self.shape)[self._followed.matrices]
         self.total = weights.sum(-1)
         return weights.log()
 
 
-def read_weights(
-    region: Region, parts: Parts, evaluator: Evaluator, ask: Questions, *, hold: bool = False
-) -> Weights | Reason:
-    """The weights as a function, or why they are none of the raw scores."""
+def follow_scores(region: Region, parts: Parts, evaluator: Evaluator) -> tuple[Region, Followed] | Reason:
+    """The way from the first product to the weights, and where its scores go on it."""
     assert parts.scores is not None and parts.weighted is not None
     way = between(region.view, parts.weighted.left, [parts.scores.node], lambda _: True)
     if way is None:
         return Reason("softmax of a product, but the scores are changed by more than scale, soft-cap and mask", 2)
-    raw, weights = (torch.Size(evaluator.sizes.shape(n)).numel() for n in (parts.scores.node, parts.weighted.left))
-    if raw != weights:
-        return Reason("softmax attention, but its weights are not one for each score", 3)
-    return Weights(parts, way, region, evaluator, ask, hold=hold)
+    followed = follow(way, parts.scores, parts.weighted, evaluator)
+    return followed if isinstance(followed, Reason) else (way, followed)
 
 
 def centred(t: torch.Tensor, soft: torch.Tensor) -> torch.Tensor:

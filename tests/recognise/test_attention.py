@@ -91,19 +91,21 @@ class TwoFactors(models.Sinks):
         return weights @ self.repeat(v)
 
 
-class SharpenedBias(models.MaskMadeOfValues):
-    """A bias that is not added but multiplied."""
+class SharpenedPairs(models.MaskMadeOfValues):
+    """A factor of each pair of a query and a key: neither q's nor k's."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
-        bias = torch.linspace(0.5, 2, x.shape[1])
-        return (q @ self.repeat(k).transpose(-1, -2) * bias).softmax(-1) @ self.repeat(v)
+        position = torch.arange(x.shape[1], dtype=x.dtype)
+        return (q @ self.repeat(k).transpose(-1, -2) * (position[:, None] * position).cos()).softmax(-1) @ self.repeat(
+            v
+        )
 
 
 @pytest.mark.parametrize(
     ("model", "why"),
     [
         (TwoFactors, "sum to one"),
-        (SharpenedBias, "not scaled by one constant"),
+        (SharpenedPairs, "varies over queries and keys"),
     ],
 )
 def test_what_is_no_attention_is_refused_with_the_reason(model: type[nn.Module], why: str) -> None:

@@ -20,7 +20,6 @@ from fxfuse.recognise.flex.encoding import Encoding
 from fxfuse.recognise.flex.expression import INDICES, Expr, Unreadable
 from fxfuse.recognise.flex.grid import Grid
 from fxfuse.recognise.flex.score import Factor
-from fxfuse.recognise.masks import Mask
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,8 @@ def attention_form(problem: Problem, encoding: Encoding, sinks: Column | None = 
             k = _times(k, grid(factor.value).transpose(2, 3), factor)
         mask = _mask(encoding, grid, lengths, kind)
         if column is not None:
-            mask = with_sinks(mask, Mask(0, 4), column, lengths[1], (lengths[2], lengths[3]), kind)
+            column = column.to(kind).expand(-1, lengths[1], -1, -1)
+            mask = with_sinks(mask, column, (lengths[2], lengths[3]))
             k, v = (torch.nn.functional.pad(t, (0, 0, 0, 1)) for t in (k, v))
         y: Tensor = torch.ops.fxfuse.attention(q, k, v, mask, **attributes)
         y = y if problem.in_memory_BSHD else laid_out(y)
