@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from fxfuse.onnx import sdpa
+from fxfuse.onnx import sdpa, wide_numbers
 
 
 def grouped_mm(self: Any, mat2: Any, offs: Any, bias: Any = None, out_dtype: int | None = None) -> Any:
@@ -105,6 +105,8 @@ def missing_translations(nodes: Iterable[Node]) -> dict[Any, Callable[..., Any]]
     nodes = list(nodes)
     if sdpa.translates(nodes):
         found[sdpa.SDPA] = sdpa.scaled_dot_product_attention
+    if any(wide_numbers.makes_wide(node) for node in nodes):
+        found[wide_numbers.FULL] = wide_numbers.full
     for node in nodes:
         schema = getattr(node.target, "_schema", None)
         if schema is not None and schema.name in _BY_NAME:
