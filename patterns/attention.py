@@ -24,6 +24,7 @@ from fxfuse.recognise.answers import Found, Input, Proposal, Reason
 from fxfuse.recognise.attention_factors import not_expressible
 from fxfuse.recognise.attention_forms import attention_forms, is_causal_here
 from fxfuse.recognise.attention_parts import ANCHORS, SDPA, Parts, anchor_of, find_parts, regions
+from fxfuse.recognise.beside import left_beside
 from fxfuse.recognise.heads import measure_heads, settle_heads
 from fxfuse.recognise.masks import Mask
 from fxfuse.recognise.questions import Questions
@@ -115,7 +116,7 @@ class Attention:
             averaging=True,
             from_leaves=lower or scores.from_leaves,
             masks=tuple((m.index, m.factor) for m in masks),
-            claims=(claim,) if claim else (),
+            claims=(*((claim,) if claim else ()), *left_beside(region, parts)),
         )
 
 
