@@ -42,11 +42,24 @@ def measure_epsilon(f: NormFunction, x: Node, scale: torch.Tensor, ask: Question
         found.append(epsilon)
     last = found[-1]
     moves = any(abs(e - last) > 1e-3 * abs(last) + 1e-12 for e in found)
+    if abs(last) < 1e-15 and (small_one := _small(f, tiny, scale)) is not None:
+        return Epsilon(small_one)
     # Without an epsilon 0 is 0 / 0; where it is 0, something keeps the root from being 0.
     clamped = abs(last) < 1e-15 and bool(f(torch.zeros_like(tiny)).isfinite().all())
     if moves or last < -1e-15 or clamped:
         return _bounded(f, tiny, scale, x, ask)
     return Epsilon(max(last, 0.0))
+
+
+def _small(f: NormFunction, tiny: torch.Tensor, scale: torch.Tensor) -> float | None:
+    """An epsilon that only rows as small as its root show, such as float64's own; None where there is none."""
+    found = []
+    for magnitude in (1e-7, 1e-8, 1e-10):
+        small = tiny * magnitude
+        found.append((small * scale / f(small)).square() - small.square().mean(-1, keepdim=True))
+    epsilon = found[-1].mean().item()
+    constant = all(torch.allclose(m, torch.full_like(m, epsilon), rtol=1e-5, atol=0.0) for m in found)
+    return epsilon if constant and epsilon > 0 else None
 
 
 def _bounded(f: NormFunction, rows: torch.Tensor, scale: torch.Tensor, x: Node, ask: Questions) -> Epsilon | Reason:

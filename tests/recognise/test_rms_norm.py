@@ -42,3 +42,16 @@ def test_a_constant_is_one_at_every_size(model: type[Norm]) -> None:
     assert fxfuse.report(fused).counts == {"RMSNormalization": 1}
     x = torch.randn(2, 100, WIDTH)
     torch.testing.assert_close(fused.module()(x), module(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [1.0, 1e-3, 1e-8])
+def test_without_eps_it_is_that_of_the_type_it_computes_in(dtype: torch.dtype, size: float) -> None:
+    """float64's own; float32's for all others. Rows of 1e-8 show both."""
+    model = nn.RMSNorm(16).eval().to(dtype)
+    x = (torch.randn(3, 5, 16) * size).to(dtype)
+    fused = fxfuse.fuse(torch.export.export(model, (x,)))
+    (entry,) = fxfuse.report(fused).fused()
+    computed = torch.float64 if dtype == torch.float64 else torch.float32
+    assert entry.parameters["epsilon"] == pytest.approx(torch.finfo(computed).eps, rel=1e-6)
+    torch.testing.assert_close(fused.module()(x), model(x))
