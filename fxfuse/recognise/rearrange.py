@@ -23,6 +23,7 @@ def rearranged(t: torch.Tensor, have: Axes, want: Axes, lengths: Lengths, *, who
     """
     if have == want or (not whole and _broadcasts(have, want)):
         return t
+    have, want = _with_ones(have, want)
     blocks = [_blocks(atoms, want) for atoms in have]
     for place in reversed(range(len(have))):
         if not have[place]:
@@ -58,6 +59,17 @@ def rearranged(t: torch.Tensor, have: Axes, want: Axes, lengths: Lengths, *, who
         elif count > 1:
             t = t.flatten(place, place + count - 1)
     return t
+
+
+def _with_ones(have: Axes, want: Axes) -> tuple[Axes, Axes]:
+    """Axes of size 1 that both have are moved, like all others: a transpose of one token's heads stays one."""
+    shared = min(have.count(()), want.count(()))
+
+    def named(axes: Axes) -> Axes:
+        left = iter([(f"one {i}",) for i in range(shared)])
+        return tuple(axis or next(left, ()) for axis in axes)
+
+    return named(have), named(want)
 
 
 def _first(atom: str, parts: list[Atoms]) -> Atoms:
