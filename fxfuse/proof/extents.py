@@ -20,7 +20,7 @@ from fxfuse.graph.source import place_of
 from fxfuse.graph.view import argument, fake, is_size, op_name, tensor
 from fxfuse.proof.decide import Fails, Holds, always
 from fxfuse.proof.evaluate import Evaluator
-from fxfuse.proof.multiples import divided
+from fxfuse.proof.multiples import divided, exact_quotient
 from fxfuse.proof.terms import Term, value_of
 
 if TYPE_CHECKING:
@@ -118,6 +118,9 @@ class Extents:
                     self._two_sides(kind, first, second, node)
         elif kind in _STEPS:
             divisor = expr.args[1]
+            if kind == "FloorDiv" and (quotient := exact_quotient(*expr.args)) is not None:
+                self._walk(quotient, node)
+                return
             if not divisor.is_Integer:
                 self._unknown = self._unknown or f"{kind.lower()}@{place_of(node)}"
                 return

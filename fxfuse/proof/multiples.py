@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from sympy import Symbol, sympify
+from sympy import Poly, Symbol, div, sympify
 from torch.fx import Node
 from torch.utils._sympy.functions import FloorDiv
 
@@ -40,6 +40,18 @@ def divided(expr: Any, multiples: Mapping[Any, int]) -> Any:
     """The expression in which what has to be a multiple is one: ``6·u // 6`` is u."""
     units = {s: by * Symbol(f"{s}_units", positive=True, integer=True) for s, by in multiples.items()}
     return expr.xreplace(units) if units and expr.free_symbols & set(units) else expr
+
+
+def exact_quotient(number: Any, by: Any) -> Any:
+    """``S² // S`` is S: the quotient of two polynomials of sizes that leaves nothing over; else None.
+
+    A capture that lets sizes be 0 keeps the division; where the divisor is 0 nothing is computed.
+    """
+    if by.is_Integer or not (number.is_polynomial() and by.is_polynomial()):
+        return None
+    quotient, rest = div(number, by, *sorted(number.free_symbols | by.free_symbols, key=str), domain="QQ")
+    whole = quotient.is_Integer or (quotient.free_symbols and all(c.is_Integer for c in Poly(quotient).coeffs()))
+    return quotient if rest == 0 and whole else None
 
 
 def _count(sizes: Iterable[Any]) -> Any:

@@ -89,7 +89,8 @@ def with_sinks(mask: torch.Tensor | None, column: torch.Tensor, lengths: tuple[i
     batch, heads = column.shape[:2]
     while mask.dim() < 4:
         mask = mask.unsqueeze(0)
-    mask = mask.expand(batch, heads, -1, -1) if mask.shape[0] == 1 else mask.expand(-1, heads, -1, -1)
+    one = isinstance(mask.shape[0], int) and mask.shape[0] == 1  # a symbol is the batch: asking it would be a guard
+    mask = mask.expand(batch if one else -1, heads, -1, -1)
     return torch.cat([mask, column.expand(mask.shape[0], heads, lengths[0], 1)], -1)
 
 
