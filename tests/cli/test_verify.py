@@ -79,7 +79,7 @@ def test_bad_input_exits_with_two(files: Path, tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "d.json").mkdir()
     cases = [
         ([original, str(tmp_path / "none.pt2")], ["no such file", "none.pt2"]),
-        ([str(tmp_path), fused], ["no such file"]),
+        ([str(tmp_path), fused], ["no checkpoint", "config.json"]),
         ([original, str(tmp_path / "text.pt2")], ["not a program saved with torch.export.save", "text.pt2"]),
         ([str(tmp_path / "weights.pt2"), fused], ["not a program saved with torch.export.save", "weights.pt2"]),
         ([fused, original], ["fused already"]),
