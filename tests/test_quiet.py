@@ -118,7 +118,9 @@ def test_the_command_prints_one_error(tmp_path: Path) -> None:
     ]
 
 
-def test_only_idle_messages_of_this_thread_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+def test_only_idle_messages_of_this_thread_are_left_out(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def own(op: Any) -> Any:
         return op
 
@@ -127,6 +129,8 @@ def test_only_idle_messages_of_this_thread_are_left_out(caplog: pytest.LogCaptur
 
     library.__module__ = "transformers.exporters.exporter_onnx"
     unread = "Failed to infer the signature for function '%s'"
+    caplog.set_level(logging.WARNING, logger=LOGGER.name)
+    monkeypatch.setattr(LOGGER, "disabled", False)
     LOGGER.addHandler(caplog.handler)
     try:
         with quiet("expected"):

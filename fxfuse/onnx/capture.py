@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import re
 import warnings
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -78,9 +79,12 @@ def _captured(
 ) -> ExportedProgram:
     dims = asked(module, inputs, dynamic_shapes)
 
-    def attempt(args: tuple[Any, ...], kwargs: dict[str, Any], given: Any = dynamic_shapes) -> ExportedProgram:
+    def attempt(
+        args: tuple[Any, ...], kwargs: dict[str, Any], given: Any = dynamic_shapes, plainly: bool = False
+    ) -> ExportedProgram:
         resized = asked(module, (args, kwargs), given)
-        return _attempt(module, (args, kwargs), for_torch(given, resized), modes, dynamic=bool(dims))
+        shapes = for_torch(given, resized)
+        return _attempt(module, (args, kwargs), shapes, modes, dynamic=bool(dims), plainly=plainly)
 
     given = dynamic_shapes
     try:
@@ -95,6 +99,11 @@ def _captured(
         except CaptureFailed:
             raise failed from failed.__cause__
     found, missing = general(program, module, inputs, dims, partial(attempt, given=given))
+    if missing:  # Broadcasts of sizes that may be 1 are guards that torch.export.export alone does not make.
+        with suppress(CaptureFailed):
+            plain = partial(attempt, given=given, plainly=True)
+            other = general(plain(*inputs), module, inputs, dims, plain)
+            found, missing = min((found, missing), other, key=lambda one: len(one[1]))
     if quiet:
         return found
     fixed = [one for one in missing if one.how == "fixed" and one.asked.strict]
@@ -122,11 +131,18 @@ class CaptureFailed(FxfuseError):
 
 
 def _attempt(
-    module: torch.nn.Module, inputs: Inputs, shapes: Any, modes: tuple[bool, ...], *, dynamic: bool
+    module: torch.nn.Module,
+    inputs: Inputs,
+    shapes: Any,
+    modes: tuple[bool, ...],
+    *,
+    dynamic: bool,
+    plainly: bool = False,
 ) -> ExportedProgram:
-    """The first capture that works: sizes of 1 in the sample dynamic, else as ``torch.export.export`` has it."""
+    """The first capture that works: sizes of 1 in the sample dynamic, else (`plainly`: only) as ``torch.export.export``
+    has it."""
     failures: dict[bool, Exception] = {}
-    for oblivious in (True, False) if dynamic else (True,):
+    for oblivious in (False,) if plainly else (True, False) if dynamic else (True,):
         for mode in modes:
             try:
                 with as_torch_captures(oblivious=oblivious, dynamic=dynamic):
