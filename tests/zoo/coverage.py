@@ -1,25 +1,26 @@
-"""Every decoder architecture of transformers through `fxfuse.onnx.export`: what fuses, and is it right?
+"""Every architecture of transformers through `fxfuse.onnx.export`: what fuses, and is it right?
 
     python -m tests.zoo.coverage                      # all that transformers maps to a causal LM head; resumes
     python -m tests.zoo.coverage --archs llama,phi
-    python -m tests.zoo.coverage --table              # only write coverage.md from what has been run
+    python -m tests.zoo.coverage --encoders           # encoders of text, images and sound
+    python -m tests.zoo.coverage --table              # only write the page from what has been run
 
-Each architecture runs in a process of its own. `results.jsonl` gets a line for each, `coverage.md` the table.
+Each architecture runs in a process of its own. `results.jsonl` gets a line for each, `coverage.md` the table; those of
+the encoders are `encoders.jsonl` and `encoders.md`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .expected import UPSTREAM
+from . import pages
 
 HERE = Path(__file__).parent
-RESULTS, TABLE = HERE / "results.jsonl", HERE / "coverage.md"
 
 
 def architectures() -> list[str]:
@@ -30,8 +31,39 @@ def architectures() -> list[str]:
     return [a for a in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if not getattr(CONFIG_MAPPING[a], "sub_configs", None)]
 
 
+def every_encoder() -> list[str]:
+    """``kind/architecture``, of every kind."""
+    from . import encoders
+
+    return [f"{kind}/{arch}" for kind in encoders.KINDS for arch in encoders.architectures(kind)]
+
+
 def run(arch: str) -> dict[str, Any]:
-    """Export at (2, 16), count, and compare in ONNX Runtime there and at (3, 11)."""
+    """A decoder: export at (2, 16), count, and compare in ONNX Runtime there and at (3, 11)."""
+    from .models import build, tokens
+
+    def sample(batch: int, length: int) -> Any:
+        return tokens(batch, length, seed=length)
+
+    return _run(arch, lambda: build(arch), lambda model: sample, {0: "batch", 1: "sequence"})
+
+
+def run_encoder(name: str) -> dict[str, Any]:
+    """An encoder, alike. Of text and sound batch and length are dynamic, of images the batch."""
+    from . import encoders
+
+    kind, arch = name.split("/")
+    axes = {0: "batch", 1: "sequence"} if kind in ("text", "sound") else {0: "batch"}
+
+    def samples(model: Any) -> Callable[[int, int], Any]:
+        return lambda batch, length: encoders.sample(model, kind, batch, length)
+
+    return _run(name, lambda: encoders.build(arch, kind), samples, axes)
+
+
+def _run(
+    name: str, build: Callable[[], Any], samples: Callable[[Any], Callable[[int, int], Any]], axes: dict[int, str]
+) -> dict[str, Any]:
     import torch
 
     import fxfuse
@@ -39,18 +71,17 @@ def run(arch: str) -> dict[str, Any]:
     from fxfuse.parity.ort import OnnxRuntime
 
     from . import graphs
-    from .models import build, tokens
+    from .executed import executed
 
     torch.set_num_threads(1)
-    result: dict[str, Any] = {"arch": arch, "stage": "build"}
+    result: dict[str, Any] = {"arch": name, "stage": "build"}
     try:
-        model = build(arch)
-        with torch.no_grad():
-            model(tokens(2, 16))
+        model = build()
+        sample = samples(model)
+        result["executed"] = executed(model, sample(2, 16))
         result["stage"] = "export"
-        dims = {0: "batch", 1: "sequence"}
         started = time.process_time()
-        program = fxfuse.onnx.export(model, (tokens(2, 16),), dynamic_shapes={"input_ids": dims})
+        program = fxfuse.onnx.export(model, (sample(2, 16),), dynamic_shapes=(axes,))
         result["seconds"] = round(time.process_time() - started, 1)
         report = fxfuse.report(program)
         result["fused"] = graphs.counts(program.model)
@@ -59,31 +90,34 @@ def run(arch: str) -> dict[str, Any]:
         result["stage"] = "run"
         session = OnnxRuntime(program)
         for batch, length in ((2, 16), (3, 11)):
-            ids = tokens(batch, length, seed=length)
+            given = sample(batch, length)
             with torch.no_grad():
-                torch.testing.assert_close(session(ids)[0], model(ids), rtol=1e-3, atol=1e-4)
+                torch.testing.assert_close(session(given)[0], model(given), rtol=1e-3, atol=1e-4)
         result["stage"] = "done"
     except BaseException as error:  # whatever a model or an exporter raises is this architecture's result
         result["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     return result
 
 
-def _child(arch: str, queue: Any) -> None:
-    queue.put(run(arch))
+def _child(function: Callable[[str], dict[str, Any]], arch: str, queue: Any) -> None:
+    queue.put(function(arch))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--archs", help="comma separated; all by default")
+    parser.add_argument("--encoders", action="store_true", help="encoders in place of decoders")
     parser.add_argument("--timeout", type=float, default=400, help="seconds for each")
     parser.add_argument("--table", action="store_true", help="run nothing")
     arguments = parser.parse_args()
-    results = recorded()
-    wanted = arguments.archs.split(",") if arguments.archs else [a for a in architectures() if a not in results]
+    page = pages.ENCODERS if arguments.encoders else pages.DECODERS
+    results = page.recorded()
+    every = every_encoder if arguments.encoders else architectures
+    wanted = arguments.archs.split(",") if arguments.archs else [a for a in every() if a not in results]
     context = multiprocessing.get_context("spawn")
     for arch in [] if arguments.table else wanted:
         queue = context.Queue()
-        process = context.Process(target=_child, args=(arch, queue))
+        process = context.Process(target=_child, args=(run_encoder if arguments.encoders else run, arch, queue))
         process.start()
         try:
             result = queue.get(timeout=arguments.timeout)
@@ -92,41 +126,8 @@ def main() -> None:
             process.kill()
         process.join()
         print(result, flush=True)
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(result) + "\n")
-    TABLE.write_text(table(recorded()))
-
-
-def recorded() -> dict[str, dict[str, Any]]:
-    """The last result of each architecture."""
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-    return {r["arch"]: r for r in map(json.loads, lines)}
-
-
-def table(results: dict[str, dict[str, Any]]) -> str:
-    """The matrix as Markdown."""
-    built = [r for r in results.values() if r["stage"] != "build"]
-    done = [r for r in built if r["stage"] == "done"]
-    lines = [
-        "# Decoders of transformers",
-        "",
-        f"{len(built)} architectures, tiny and with random weights; {len(done)} export with batch and sequence dynamic",
-        "and give PyTorch's numbers in ONNX Runtime at (2, 16) and (3, 11).",
-        "`python -m tests.zoo.coverage` writes this.",
-        "",
-        "| architecture | RMSNormalization | RotaryEmbedding | Attention | k, v expanded | right | open |",
-        "|---|---:|---:|---:|---:|---|---|",
-    ]
-    for result in sorted(built, key=lambda r: r["arch"]):
-        norms, rotations, attentions = result.get("fused", ("", "", ""))
-        why = UPSTREAM.get(result["arch"], result.get("error", ""))
-        said = "; ".join([*result.get("open", []), *([why] if result["stage"] != "done" else [])])
-        right = "yes" if result["stage"] == "done" else "no"
-        lines.append(
-            f"| {result['arch']} | {norms} | {rotations} | {attentions} | {result.get('expanded', '') or ''} | {right} "
-            f"| {said.replace('|', '/')} |"
-        )
-    return "\n".join(lines) + "\n"
+        page.add(result)
+    page.write()
 
 
 if __name__ == "__main__":

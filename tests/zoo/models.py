@@ -142,6 +142,13 @@ def build(arch: str, *, attention: str = "sdpa", dtype: torch.dtype = torch.floa
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     except ValueError:  # it has no SDPA: the one way it is written
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    spread(model)
+    model.eval().to(dtype)
+    return Logits(model).eval()
+
+
+def spread(model: nn.Module) -> None:
+    """Give the model weights large enough that a wrong norm, rotation or head moves what it returns."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -151,9 +158,8 @@ def build(arch: str, *, attention: str = "sdpa", dtype: torch.dtype = torch.floa
             elif "embed" in name or "wte" in name or "wpe" in name:
                 parameter.copy_(0.5 * noise)
             else:
-                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
-    model.eval().to(dtype)
-    return Logits(model).eval()
+                read = parameter[0].numel() if parameter.dim() > 3 else parameter.shape[-1]  # convolutions of images
+                parameter.copy_(noise * read**-0.5)
 
 
 class Logits(nn.Module):
