@@ -10,8 +10,8 @@ check_installed()  # before anything below asks torch for what an older one has 
 
 # ruff: noqa: E402
 from fxfuse.errors import FxfuseError, FxfuseWarning, ParityError
-from fxfuse.flex.capture import flex_capture
 from fxfuse.fusion import fuse, report, unfuse
+from fxfuse.patterns.flex_attention.capturing.capture import flex_capture
 from fxfuse.prepass import prepass
 from fxfuse.recognise.by_example import pattern
 from fxfuse.verification import Verification, verify

@@ -16,29 +16,29 @@ from torch.fx import Graph
 
 import fxfuse.ops
 from fxfuse.errors import FxfuseError
+from fxfuse.graph.blocks.inline import inline
+from fxfuse.graph.blocks.put_back import put_back
+from fxfuse.graph.complex.real_parts import real_tables
 from fxfuse.graph.equal import computes_twice, merge_moves, part
 from fxfuse.graph.flex import separate_outputs
-from fxfuse.graph.functional import functionalise, restore
-from fxfuse.graph.inline import inline
 from fxfuse.graph.program import check_program, copy_program, name_outputs
-from fxfuse.graph.put_back import put_back
-from fxfuse.graph.real_parts import real_tables
 from fxfuse.graph.recompose import recompose, take_apart
 from fxfuse.graph.splice import INSERTED
 from fxfuse.one_sizes import sizes_of_one
 from fxfuse.ops.registry import check_opset
 from fxfuse.options import BUDGET, check_accept, check_budget, check_frozen, check_patterns, check_strict
+from fxfuse.patterns.flex_attention.options import FlexCalls, Windows, check_flex_attention, check_windows
+from fxfuse.patterns.flex_attention.reconstruct import reconstruct
 from fxfuse.quiet import shared_specs
 from fxfuse.recognise.answers import Pattern
 from fxfuse.recognise.catalogue import catalogue
-from fxfuse.recognise.flex.choices import FlexCalls, Windows, check_flex_attention, check_windows
-from fxfuse.recognise.flex.reconstruct import reconstruct
 from fxfuse.recognise.questions import BlockMasks, check_block_masks
 from fxfuse.report.layer import calls, one_layer
 from fxfuse.report.left import left_alone
 from fxfuse.report.model import Entry, Report
 from fxfuse.report.refusals import settle
 from fxfuse.run import Broken, Run
+from fxfuse.state.functional import functionalise, restore
 from fxfuse.suppose import Asking
 
 REPORT = "fxfuse_report"

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from fxfuse.errors import FxfuseError
 from fxfuse.ops.registry import check_opset
+from fxfuse.patterns.flex_attention.options import FlexCalls, Windows, check_flex_attention, check_windows
 from fxfuse.recognise.answers import Pattern, is_pattern
-from fxfuse.recognise.flex.choices import FlexCalls, Windows, check_flex_attention, check_windows
 from fxfuse.recognise.questions import BlockMasks, check_block_masks
 
 DEFAULT_OPSET = 24

@@ -22,12 +22,12 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from fxfuse.errors import FxfuseError
-from fxfuse.flex.capture import flex_capture
 from fxfuse.fusion import fuse
 from fxfuse.one_sizes import sizes_of_one
 from fxfuse.options import BUDGET, Options
+from fxfuse.patterns.flex_attention.capturing.capture import flex_capture
+from fxfuse.patterns.flex_attention.options import FlexCalls, Windows
 from fxfuse.recognise.answers import Pattern
-from fxfuse.recognise.flex.choices import FlexCalls, Windows
 from fxfuse.recognise.questions import BlockMasks
 
 T = TypeVar("T", bound=Callable[..., Any])

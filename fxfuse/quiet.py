@@ -28,7 +28,7 @@ from typing import Any
 
 import torch.utils._pytree as pytree
 
-from fxfuse.flex.patches import Patch, applied, attribute
+from fxfuse.patches import Patch, applied, attribute
 
 _quiet: ContextVar[bool] = ContextVar("fxfuse_quiet", default=False)
 _copying: ContextVar[bool] = ContextVar("fxfuse_copying", default=False)

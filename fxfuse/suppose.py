@@ -13,11 +13,11 @@ from torch.export import ExportedProgram
 
 from fxfuse.graph.region import Region
 from fxfuse.graph.view import op_name
+from fxfuse.patterns.flex_attention.options import FlexCalls, Windows
 from fxfuse.proof.accepted import BOUNDS, break_name
 from fxfuse.proof.evaluate import CannotEvaluate
 from fxfuse.proof.prove import Refused, prove
 from fxfuse.recognise.answers import Found, Pattern
-from fxfuse.recognise.flex.choices import FlexCalls, Windows
 from fxfuse.recognise.questions import BlockMasks, OutOfTime, Questions, may_change, written_targets
 
 REGIONS = 3

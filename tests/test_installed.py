@@ -71,9 +71,9 @@ def test_builds_nightlies_and_what_is_missing_pass(found: str | None, pretend: d
 def test_each_door_looks_at_its_own_extra(pretend: dict[str, str | None], monkeypatch: pytest.MonkeyPatch) -> None:
     pretend.update(transformers="5.17.0", torchao="0.18.0")
     check_installed()
-    monkeypatch.delitem(sys.modules, "fxfuse.onnx.transformers", raising=False)
+    monkeypatch.delitem(sys.modules, "fxfuse.integrations.transformers", raising=False)
     with pytest.raises(UnfitError, match=r"transformers 5\.17\.0"):
-        importlib.import_module("fxfuse.onnx.transformers")
+        importlib.import_module("fxfuse.integrations.transformers")
     with pytest.raises(UnfitError, match=r"torchao 0\.18\.0"):
         find("llama3_2")
 

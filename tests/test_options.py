@@ -130,7 +130,7 @@ def test_the_command_line(
 
 def test_transformers_take_them() -> None:
     pytest.importorskip("transformers.exporters")
-    from fxfuse.onnx.transformers import FxfuseConfig
+    from fxfuse.integrations.transformers import FxfuseConfig
 
     assert FxfuseConfig(accept=["clamp@model.py:3"], budget=5.0).budget == 5.0
     for wrong in ({"accept": "clamp@model.py:3"}, {"budget": 0}):
@@ -139,7 +139,7 @@ def test_transformers_take_them() -> None:
 
 
 def test_decoders_refuse_what_is_none_before_they_load() -> None:
-    from fxfuse.onnx.decoder import export_decoder
+    from fxfuse.decoder.export import export_decoder
 
     with pytest.raises(FxfuseError, match="where: accept"):
         export_decoder(None, accept=[3])  # type: ignore[list-item]

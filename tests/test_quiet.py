@@ -65,7 +65,7 @@ for refused in (models.branch, models.bessel):
         print("refused:", error.what.splitlines()[0], "|", error.where)
 
 from transformers import AutoModelForCausalLM, LlamaConfig
-from fxfuse.onnx.decoder import export_decoder
+from fxfuse.decoder.export import export_decoder
 
 sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
 model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, eos_token_id=None)).eval()

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import fxfuse
 from fxfuse.ops import holds_fused
 from fxfuse.recognise.catalogue import unregister
-from tests.flex.models import MaskInside
+from tests.patterns.flex_attention.models import MaskInside
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = dict(re.findall(r"<!-- runs: (\w+) -->\n```python\n(.*?)```", README, flags=re.DOTALL))

@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 from fxfuse.errors import FxfuseError
-from fxfuse.onnx.manifest import manifest_of, place_of
+from fxfuse.package.manifest import manifest_of, place_of
 from fxfuse.versions import CACHE_NAMES, cache_name
 
 

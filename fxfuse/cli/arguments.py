@@ -10,7 +10,7 @@ from fxfuse.cli import commands
 from fxfuse.cli.parity import parity
 from fxfuse.cli.two_programs import verify
 from fxfuse.options import BUDGET
-from fxfuse.recognise.flex.choices import FlexCalls, Windows
+from fxfuse.patterns.flex_attention.options import FlexCalls, Windows
 
 SOURCES = """\
 SOURCE is one of

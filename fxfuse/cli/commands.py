@@ -13,28 +13,28 @@ from rich.console import Console
 from torch.export import ExportedProgram
 
 import fxfuse
-from fxfuse.cache.lift import Lifted
 from fxfuse.cli import source, tables
 from fxfuse.cli.generation import check_options, export_generation, generates
 from fxfuse.cli.progress import Stages, human, peak_memory
 from fxfuse.cli.reports import REPORT, report_files, run_record
 from fxfuse.cli.state import describe, record_of
 from fxfuse.errors import FxfuseError, ParityError
+from fxfuse.files import move_into, save, staging
 from fxfuse.onnx.exporter import lifted_program, names_of, translate
-from fxfuse.onnx.files import move_into, save, staging
-from fxfuse.onnx.state import name_states
+from fxfuse.onnx.state_names import name_states
 from fxfuse.ops.registry import check_opset
 from fxfuse.options import BUDGET, check_accept, check_budget
 from fxfuse.parity import working_dtype
 from fxfuse.parity.eager import Check, check_fused, check_model, expectations
 from fxfuse.parity.original import original_outputs
+from fxfuse.patterns.flex_attention.options import check_windows
 from fxfuse.pretrained import look, output_names
 from fxfuse.pretrained.dtypes import FOR_A_CPU, NO_BFLOAT16
 from fxfuse.pretrained.files import copy_configuration, copy_tokenizer
 from fxfuse.pretrained.holds import is_pretrained
 from fxfuse.recognise.catalogue import catalogue
-from fxfuse.recognise.flex.choices import check_windows
 from fxfuse.report.record import dumps
+from fxfuse.state.lift import Lifted
 
 Command = Callable[[argparse.Namespace, Console, Console], None]
 

@@ -16,11 +16,11 @@ import fxfuse
 from fxfuse.cli import source, tables
 from fxfuse.cli.progress import Stages
 from fxfuse.cli.reports import REPORT, report_files, run_record
+from fxfuse.decoder.choices import check_choices
 from fxfuse.errors import FxfuseError
-from fxfuse.onnx.choices import check_choices
-from fxfuse.onnx.genai import check_form
 from fxfuse.ops.registry import check_opset
 from fxfuse.options import check_accept, check_budget
+from fxfuse.package.genai import check_form
 from fxfuse.parity.eager import Check
 from fxfuse.pretrained import Holds, check_dtype, dtype_for_cpu, load
 from fxfuse.pretrained.dtypes import CPU_DTYPES, FOR_A_CPU, NO_BFLOAT16
@@ -103,10 +103,10 @@ def export_generation(arguments: argparse.Namespace, holds: Holds | None, out: C
         with stages.stage("load"):
             model, about, notes = load_model(arguments, holds, dtype)
         # Late: they import transformers, which may not be installed.
-        from fxfuse.onnx.decoder import export_decoder
-        from fxfuse.onnx.package import write_package
-        from fxfuse.onnx.step import export_step
-        from fxfuse.onnx.torchtune import Eager, is_decoder
+        from fxfuse.decoder.export import export_decoder
+        from fxfuse.decoder.step import export_step
+        from fxfuse.integrations.torchtune import Eager, is_decoder
+        from fxfuse.package.write import write_package
         from fxfuse.runtime.check import check_package
         from fxfuse.runtime.eager import EagerSession
 
@@ -185,7 +185,7 @@ def load_model(
 ) -> tuple[Any, dict[str, Any], list[str]]:
     """The model, what a manifest says of it, and what its user should know."""
     if holds is not None:
-        from fxfuse.onnx.package import facts
+        from fxfuse.package.write import facts
 
         chosen, note = dtype_for_cpu(holds.config, dtype)
         model, notes = load(holds, chosen, allow_missing=arguments.allow_missing)
@@ -193,7 +193,7 @@ def load_model(
     options = source.parse_options(arguments.options)
     loaded = source.load(source.Request(arguments.source, dtype, options, arguments.checkpoint))
     tune: Any = loaded.model
-    from fxfuse.onnx.torchtune import is_decoder
+    from fxfuse.integrations.torchtune import is_decoder
 
     if not is_decoder(tune):
         raise FxfuseError(

@@ -21,7 +21,7 @@ from fxfuse.cli import source
 from fxfuse.cli.commands import load_program, request_of
 from fxfuse.cli.progress import Stages
 from fxfuse.errors import FxfuseError, ParityError
-from fxfuse.onnx.files import staging
+from fxfuse.files import staging
 from fxfuse.ops.registry import check_opset
 from fxfuse.parity import matrix
 from fxfuse.parity.cell import IMPLEMENTATIONS, Cell

@@ -13,7 +13,7 @@ import torch
 import fxfuse
 from fxfuse.cli.progress import Stages, human, peak_memory
 from fxfuse.errors import FxfuseError
-from fxfuse.onnx.files import staging
+from fxfuse.files import staging
 from fxfuse.parity.eager import Check
 from fxfuse.report.html import page
 from fxfuse.report.model import Report

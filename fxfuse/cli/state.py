@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fxfuse.cache.lift import State
+from fxfuse.state.lift import State
 
 Pairs = list[tuple[State, str, str]]
 """States with their inputs and outputs in the ONNX graph."""

@@ -14,7 +14,7 @@ import fxfuse
 from fxfuse.cli.progress import Stages
 from fxfuse.cli.source import saved_program
 from fxfuse.errors import FxfuseError, ParityError
-from fxfuse.onnx.files import staging
+from fxfuse.files import staging
 from fxfuse.report.record import as_json, dumps
 
 

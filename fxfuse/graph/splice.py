@@ -11,11 +11,11 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fxfuse.graph.dead_vmap import remove_unread
 from fxfuse.graph.emit import KEPT_META, uncached
 from fxfuse.graph.equal import MERGED
-from fxfuse.graph.layout import cancel_layouts
 from fxfuse.graph.region import Region
-from fxfuse.graph.unread import remove_unread
+from fxfuse.graph.undone_layouts import cancel_layouts
 from fxfuse.graph.view import ASSERTIONS, fake, is_pure, mutated, op_name, touches
 
 INSERTED = "fxfuse_inserted"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from fxfuse.graph.wrapped import Wrapped, block
+from fxfuse.graph.blocks.wrapped import Wrapped, block
 
 LAYOUT = frozenset(
     [

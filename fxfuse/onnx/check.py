@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from fxfuse.cache.lift import Lifted
 from fxfuse.errors import FxfuseError, ParityError
+from fxfuse.files import save
 from fxfuse.fusion import unfuse
-from fxfuse.onnx.files import save
 from fxfuse.ops import holds_fused
 from fxfuse.parity.eager import Check, check_model, expectations
 from fxfuse.parity.original import original_outputs
+from fxfuse.state.lift import Lifted
 
 
 def check_export(

@@ -13,37 +13,37 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 import fxfuse
-from fxfuse.cache.lift import Lifted, lift
-from fxfuse.cache.mutations import mutations
 from fxfuse.errors import FxfuseError
+from fxfuse.files import save
 from fxfuse.fusion import REPORT
 from fxfuse.graph.program import without_guards
 from fxfuse.graph.source import source_line
 from fxfuse.onnx.active import within
-from fxfuse.onnx.axes import axis_names, without_numbers
-from fxfuse.onnx.bfloat16 import without_bfloat16_gaps
-from fxfuse.onnx.boolean import without_boolean_where
-from fxfuse.onnx.capture import META, capture, check_inputs, check_program
+from fxfuse.onnx.capturing.capture import META, capture, check_inputs, check_program
 from fxfuse.onnx.check import check_export, check_weights
-from fxfuse.onnx.files import save
 from fxfuse.onnx.flex_attention import join_flex_attention
-from fxfuse.onnx.lowest import without_lowest
-from fxfuse.onnx.missing import missing_translations
-from fxfuse.onnx.packed import pack_integers
-from fxfuse.onnx.ready import check_no_complex, ready
-from fxfuse.onnx.state import name_states
-from fxfuse.onnx.takes import check_taken
-from fxfuse.onnx.untranslated import one_message
+from fxfuse.onnx.state_names import name_states
+from fxfuse.onnx.translate.axes import axis_names, without_numbers
+from fxfuse.onnx.translate.bfloat16 import without_bfloat16_gaps
+from fxfuse.onnx.translate.boolean import without_boolean_where
+from fxfuse.onnx.translate.lowest import without_lowest
+from fxfuse.onnx.translate.missing import missing_translations
+from fxfuse.onnx.translate.packed import pack_integers
+from fxfuse.onnx.translate.ready import check_no_complex, ready
+from fxfuse.onnx.translate.takes import check_taken
+from fxfuse.onnx.translate.untranslated import one_message
 from fxfuse.onnx.widened import warn_of_widened
 from fxfuse.ops import holds_fused, translation_table
 from fxfuse.ops.registry import check_opset
 from fxfuse.options import Options
 from fxfuse.parity import require_onnxruntime
+from fxfuse.patterns.flex_attention.options import FlexCalls, Windows
 from fxfuse.prepass import options_of
 from fxfuse.quiet import quiet
 from fxfuse.recognise.answers import Pattern
-from fxfuse.recognise.flex.choices import FlexCalls, Windows
 from fxfuse.recognise.questions import BlockMasks
+from fxfuse.state.lift import Lifted, lift
+from fxfuse.state.mutations import mutations
 
 
 def export(
@@ -92,7 +92,7 @@ def export(
         kwargs: sample inputs by name; unused for a program.
         dynamic_shapes: which dimensions vary, as for ``torch.export.export``; strings and `Dim` name them in the ONNX
             graph. One that stays fixed is an error, and for ``Dim.AUTO`` a warning: it names the guard and the model's
-            line (`fxfuse.onnx.capture`). For a program only the names are used.
+            line (`fxfuse.onnx.capturing.capture`). For a program only the names are used.
         opset_version: 23, 24 or 25; None means what `fxfuse.prepass` marked the module with, or else 24. ONNX
             Runtime's CPU kernels of Attention end at 24.
         external_data: the weights go to ``f + ".data"``. A model over 2 GB has no other way.
@@ -120,8 +120,8 @@ def export(
         custom_translation_table: translations beside fxfuse's own; on the same operator these win.
         verify: torch.onnx's own check of the written graph in ONNX Runtime (needs the `ort` extra).
 
-    What the model writes to in place becomes inputs and outputs, behind all others: `fxfuse.onnx.state` says how they
-    are named.
+    What the model writes to in place becomes inputs and outputs, behind all others: `fxfuse.onnx.state_names` says how
+    they are named.
 
     Returns:
         The ONNX program. `fxfuse.report` of it says what was fused, and what was not and why.

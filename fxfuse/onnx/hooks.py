@@ -26,22 +26,22 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 import fxfuse
-from fxfuse.cache.lift import check_nothing_dropped
 from fxfuse.errors import FxfuseError
-from fxfuse.flex.capture import flex_capture
 from fxfuse.graph.program import without_guards
 from fxfuse.onnx.active import Active, current, within
-from fxfuse.onnx.capture import capture
+from fxfuse.onnx.capturing.capture import capture
+from fxfuse.onnx.capturing.training import in_training
 from fxfuse.onnx.exporter import check_no_flex_attention, finish
-from fxfuse.onnx.missing import missing_translations
-from fxfuse.onnx.ready import ready
-from fxfuse.onnx.training import in_training
-from fxfuse.onnx.values import with_values
+from fxfuse.onnx.translate.filled_in import with_values
+from fxfuse.onnx.translate.missing import missing_translations
+from fxfuse.onnx.translate.ready import ready
 from fxfuse.ops import holds_fused, translation_table
 from fxfuse.ops.registry import FIRST_OPSET, LAST_OPSET
 from fxfuse.options import Options
+from fxfuse.patterns.flex_attention.capturing.capture import flex_capture
 from fxfuse.prepass import options_of
 from fxfuse.quiet import is_quiet
+from fxfuse.state.lift import check_nothing_dropped
 
 Function = Callable[..., Any]
 Prepare = Callable[..., ExportedProgram]

@@ -22,8 +22,8 @@ from fxfuse.errors import FxfuseError, FxfuseWarning, callers_level
 from fxfuse.onnx import hooks
 from fxfuse.onnx.active import Active, for_process, within
 from fxfuse.options import BUDGET, Options
+from fxfuse.patterns.flex_attention.options import FlexCalls, Windows
 from fxfuse.recognise.answers import Pattern
-from fxfuse.recognise.flex.choices import FlexCalls, Windows
 from fxfuse.recognise.questions import BlockMasks
 
 HOOKS: dict[str, Callable[[hooks.Function], hooks.Function]] = {

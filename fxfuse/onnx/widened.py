@@ -10,12 +10,12 @@ import torch
 from torch.export import ExportedProgram
 
 import fxfuse
-from fxfuse.cache.mutations import mutations
 from fxfuse.errors import FxfuseError, FxfuseWarning, callers_level
 from fxfuse.graph.source import module_path, source_line
 from fxfuse.recognise.kept import Kept
 from fxfuse.recognise.widened import Widened, widened
 from fxfuse.report.model import Entry
+from fxfuse.state.mutations import mutations
 
 
 def warn_of_widened(fused: ExportedProgram) -> None:

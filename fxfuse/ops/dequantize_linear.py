@@ -13,8 +13,8 @@ output_dtype  ONNX's number of y's type; 0 is x_scale's
 y             x's shape, contiguous; computed in float32 (in float64 for a result of that type) and rounded once
 
 Integers of four bits are carried a byte each, in int8 or uint8: PyTorch has types of the name (`torch.int4`), but no
-operator that computes with them. They take half a byte in an ONNX file: `fxfuse.onnx.packed` writes what is kept in
-INT4 and UINT4 wherever all the values fit.
+operator that computes with them. They take half a byte in an ONNX file: `fxfuse.onnx.translate.packed` writes what is
+kept in INT4 and UINT4 wherever all the values fit.
 
 Raises FxfuseError, naming the argument: shapes or types that do not fit.
 """

@@ -10,11 +10,11 @@ import torch
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from fxfuse.cache.lift import Lifted, State
 from fxfuse.errors import FxfuseError
 from fxfuse.parity.eager import eager_outputs, run_original
 from fxfuse.parity.shapes import ShapeCase, shape_cases
 from fxfuse.parity.wide import tensors_of
+from fxfuse.state.lift import Lifted, State
 
 
 def original_outputs(

@@ -15,13 +15,13 @@ from torch.utils import _pytree as pytree
 
 import fxfuse
 from fxfuse import kernels
-from fxfuse.cache.lift import lift
 from fxfuse.errors import FxfuseError
 from fxfuse.ops.switch import use_kernels
 from fxfuse.parity.cell import Cell, judged, skipped
 from fxfuse.parity.ort import check_onnx, open_session
 from fxfuse.parity.shapes import ShapeCase, shape_cases
 from fxfuse.parity.wide import tensors_of, wide_outputs, working_dtype
+from fxfuse.state.lift import lift
 
 Outputs = list[torch.Tensor]
 
@@ -90,8 +90,8 @@ class _Session:
     """
 
     def __init__(self, fused: ExportedProgram, opset: int, dtype: torch.dtype) -> None:
+        from fxfuse.files import save
         from fxfuse.onnx.exporter import translate
-        from fxfuse.onnx.files import save
 
         self.why: str | None = None
         self.note = "as its float32 twin: it has no bfloat16 kernels" if dtype == torch.bfloat16 else None

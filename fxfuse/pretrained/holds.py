@@ -150,7 +150,7 @@ def _kind(cls: Any, config: Any, source: str) -> Kind:
         raise FxfuseError(
             f"{name} is an encoder–decoder: its graphs are several, which fxfuse does not write yet",
             where=source,
-            hint="fxfuse.onnx.transformers exports it stage by stage: export_for_generation",
+            hint="fxfuse.integrations.transformers exports it stage by stage: export_for_generation",
         )
     if not taken:  # an auto class, of code that comes with the checkpoint
         return "decoder"
@@ -164,7 +164,7 @@ def _kind(cls: Any, config: Any, source: str) -> Kind:
         raise FxfuseError(
             f"{name} is multimodal ({said}): its towers are graphs of their own, which fxfuse does not write yet",
             where=source,
-            hint="fxfuse.onnx.transformers exports it stage by stage: export_for_generation",
+            hint="fxfuse.integrations.transformers exports it stage by stage: export_for_generation",
         )
     if cls.can_generate():
         return "decoder"

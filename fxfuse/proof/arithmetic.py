@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from fxfuse.proof.terms import Term, Terms, Unreadable
+from fxfuse.proof.positions.terms import Term, Terms, Unreadable
 
 _EXACT = 2**53
 LEAVES = 16

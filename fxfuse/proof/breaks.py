@@ -19,8 +19,8 @@ from torch.fx import Node
 from fxfuse.graph.source import place_of
 from fxfuse.graph.view import CAST, UNSET, fake, op_name, tensor
 from fxfuse.proof.analytic import MOVED, is_analytic
-from fxfuse.proof.claims import masks_from
 from fxfuse.proof.pieces import Call, by_slice, out_of_range, pieces_of
+from fxfuse.proof.positions.claims import masks_from
 
 
 @dataclass

@@ -10,11 +10,11 @@ import torch
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
+from fxfuse.graph.blocks.wrapped import Wrapped, wrapped
 from fxfuse.graph.flex import Flex, flex
 from fxfuse.graph.region import Region
 from fxfuse.graph.source import place_of
 from fxfuse.graph.view import ASSERTIONS, CAST, UNSET, argument, fake, op_name
-from fxfuse.graph.wrapped import Wrapped, wrapped
 from fxfuse.proof.analytic import ACCUMULATES, MOVED
 from fxfuse.proof.breaks import Breaks
 from fxfuse.proof.dequantize import exactly

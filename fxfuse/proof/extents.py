@@ -18,10 +18,10 @@ from torch.fx import Node
 from fxfuse.graph.region import Region
 from fxfuse.graph.source import place_of
 from fxfuse.graph.view import argument, fake, is_size, op_name, tensor
-from fxfuse.proof.decide import Fails, Holds, always
 from fxfuse.proof.evaluate import Evaluator
 from fxfuse.proof.multiples import divided, exact_quotient
-from fxfuse.proof.terms import Term, value_of
+from fxfuse.proof.positions.decide import Fails, Holds, always
+from fxfuse.proof.positions.terms import Term, value_of
 
 if TYPE_CHECKING:
     from fxfuse.recognise.questions import Questions

@@ -4,7 +4,7 @@
 2. *Breaks* (clamp, where, floor, …): draws go on until each piece of each has run and was compared; a piece that never
    runs is unreachable by a named rule, or the fusion is refused and the break named.
 3. *Sizes*: operators act alike at every size; those that do not (min, max, literal slices) are met on both sides.
-4. *Positions* are not drawn at all: what is claimed of them was read and decided (`fxfuse.proof.claims`).
+4. *Positions* are not drawn at all: what is claimed of them was read and decided (`fxfuse.proof.positions.claims`).
 
 Comparison is element by element, each against what its own arithmetic loses; then in the region's own type, no worse
 than the region itself. The evidence is kept.

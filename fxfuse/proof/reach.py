@@ -9,7 +9,7 @@ from torch.fx import Node
 from fxfuse.graph.view import CAST, argument, fake, op_name
 from fxfuse.proof.breaks import Break
 from fxfuse.proof.pieces import exact_below
-from fxfuse.proof.whole import bounds, of_type
+from fxfuse.proof.positions.whole import bounds, of_type
 
 FINITE = "inputs are finite, and what is computed of them does not overflow"
 

@@ -15,13 +15,13 @@ from fxfuse.graph.source import place_of
 from fxfuse.graph.view import fake, op_name
 from fxfuse.proof.accepted import accepted
 from fxfuse.proof.breaks import Break, Breaks, coarse_casts
-from fxfuse.proof.claims import counts_up, same_at_every_size
 from fxfuse.proof.compare import NOISE, Refused, moved
-from fxfuse.proof.decide import Holds
 from fxfuse.proof.draws import Variant, varied
 from fxfuse.proof.evaluate import CannotEvaluate, Evaluator
 from fxfuse.proof.evidence import BreakEvidence, Evidence
 from fxfuse.proof.extents import Extents
+from fxfuse.proof.positions.claims import counts_up, same_at_every_size
+from fxfuse.proof.positions.decide import Holds
 from fxfuse.proof.reach import unreachable
 from fxfuse.proof.recorded import recorded
 

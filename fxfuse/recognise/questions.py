@@ -16,21 +16,21 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
-from fxfuse.cache.mutations import mutations
 from fxfuse.errors import FxfuseError
+from fxfuse.graph.blocks.wrapped import flattened
+from fxfuse.graph.dead_vmap import vmaps_closed, with_brackets
 from fxfuse.graph.flex import flex
 from fxfuse.graph.region import Region
-from fxfuse.graph.unread import vmaps_closed, with_brackets
 from fxfuse.graph.view import fake, is_random, is_size, mutated, op_name, size_text, static, tensor
-from fxfuse.graph.wrapped import flattened
-from fxfuse.graph.writes import Unclear, shares_storage, with_writes
-from fxfuse.proof.claims import one_number
+from fxfuse.patterns.flex_attention.options import FlexCalls, Windows
 from fxfuse.proof.evaluate import CannotEvaluate, Evaluator, draw, generator
 from fxfuse.proof.multiples import multiples_of
-from fxfuse.proof.positions import Reader
+from fxfuse.proof.positions.claims import one_number
+from fxfuse.proof.positions.reader import Reader
 from fxfuse.proof.sizes import Sizes, places_of, ranges_of
-from fxfuse.recognise.flex.choices import FlexCalls, Windows
 from fxfuse.recognise.kept import Kept
+from fxfuse.state.mutations import mutations
+from fxfuse.state.writes import Unclear, shares_storage, with_writes
 
 BlockMasks = Literal["check", "reconstruct", "assume_mask_mod"]
 """See `fxfuse.fuse`."""

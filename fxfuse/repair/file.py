@@ -13,7 +13,7 @@ from onnx_ir.passes import common as passes
 from onnxscript.rewriter import RewriteRule
 
 from fxfuse.errors import FxfuseError
-from fxfuse.onnx.files import move_into, staging
+from fxfuse.files import move_into, staging
 from fxfuse.ops.registry import FIRST_OPSET
 from fxfuse.repair.attention import RepeatedHeads
 from fxfuse.repair.rms_norm import MixedTypes

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from torch.fx import Node
 
-from fxfuse.graph.inline import Blocks
+from fxfuse.graph.blocks.inline import Blocks
+from fxfuse.graph.blocks.wrapped import flattened
 from fxfuse.graph.source import module_path, source_line
 from fxfuse.graph.view import op_name
-from fxfuse.graph.wrapped import flattened
 from fxfuse.proof.accepted import break_name
 from fxfuse.report.model import Entry
 

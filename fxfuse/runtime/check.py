@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from fxfuse.errors import ParityError
-from fxfuse.onnx.manifest import read_manifest
-from fxfuse.onnx.package import with_dtype
+from fxfuse.package.manifest import read_manifest
+from fxfuse.package.write import with_dtype
 from fxfuse.parity import Result, compare, float32_twin
 from fxfuse.runtime.generate import Decoder
 from fxfuse.runtime.session import Session

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fxfuse.errors import FxfuseError
-from fxfuse.onnx.manifest import Stage, place_of, read_manifest
+from fxfuse.package.manifest import Stage, place_of, read_manifest
 from fxfuse.parity import require_onnxruntime
 from fxfuse.runtime.positions import Array, Positions, RowLengths, check_chunk, checked, checked_ids, last
 

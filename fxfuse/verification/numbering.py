@@ -13,7 +13,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from fxfuse.graph.unread import brackets
+from fxfuse.graph.dead_vmap import brackets
 from fxfuse.graph.view import ALIASES, is_random, mutated, op_name, touches
 from fxfuse.verification import spelling
 from fxfuse.verification.classes import Head

@@ -26,10 +26,10 @@ from collections.abc import Iterator
 from fxfuse.graph.flex import flex
 from fxfuse.graph.region import Region
 from fxfuse.graph.view import GraphView
+from fxfuse.patterns.flex_attention.block_lists import check_block_mask
+from fxfuse.patterns.flex_attention.reading import read, region_of
+from fxfuse.patterns.flex_attention.sinks import read_with_sinks, regions_with_sinks
 from fxfuse.recognise.answers import Found, Proposal, Reason
-from fxfuse.recognise.flex.block_lists import check_block_mask
-from fxfuse.recognise.flex.reading import read, region_of
-from fxfuse.recognise.flex.sinks import read_with_sinks, regions_with_sinks
 from fxfuse.recognise.questions import Questions
 
 

@@ -34,7 +34,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import torch
 
-from fxfuse.onnx.decoder import export_decoder
+from fxfuse.decoder.export import export_decoder
 from fxfuse.runtime import Session
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -78,7 +78,7 @@ def plain_export(llama: Any, path: Path) -> None:
     """
     from transformers.exporters import OnnxConfig, OnnxExporter
 
-    from fxfuse.onnx import decoder
+    from fxfuse.decoder import export as decoder
 
     stage, inputs = decoder._decode_stage(llama, False)
     program = OnnxExporter().export(stage, inputs, OnnxConfig(dynamic=True)).program

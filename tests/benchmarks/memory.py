@@ -21,7 +21,7 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from fxfuse.onnx.manifest import read_manifest
+from fxfuse.package.manifest import read_manifest
 from fxfuse.runtime import Session
 
 FORMS = ("growing", "static", "whole")
@@ -34,7 +34,7 @@ EVERY = 64
 def export(form: str, path: Path) -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from fxfuse.onnx.decoder import export_decoder
+    from fxfuse.decoder.export import export_decoder
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": LAYERS, "vocab_size": 64}

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from fxfuse.onnx.decoder import export_decoder
-from fxfuse.onnx.package import write_package
-from fxfuse.onnx.step import export_step
-from fxfuse.onnx.torchtune import Eager
+from fxfuse.decoder.export import export_decoder
+from fxfuse.decoder.step import export_step
+from fxfuse.integrations.torchtune import Eager
+from fxfuse.package.write import write_package
 from fxfuse.runtime import EagerSession, Session, generate
 from tests.generation import tiny
 

@@ -11,20 +11,20 @@ import onnx_ir as ir
 import pytest
 import torch
 
-import fxfuse.onnx
+import fxfuse.package
 from fxfuse.cli import main
+from fxfuse.decoder.export import export_decoder
 from fxfuse.errors import FxfuseError, ParityError
-from fxfuse.onnx import package
-from fxfuse.onnx.decoder import export_decoder
-from fxfuse.onnx.genai import genai_config
-from fxfuse.onnx.manifest import MANIFEST, Layer, manifest_of, read_manifest
-from fxfuse.onnx.package import facts, write_package
+from fxfuse.package import write as package
+from fxfuse.package.genai import genai_config
+from fxfuse.package.manifest import MANIFEST, Layer, manifest_of, read_manifest
+from fxfuse.package.write import facts, write_package
 from fxfuse.runtime import EagerSession, Session, generate
 from fxfuse.runtime.check import check_package
 from fxfuse.versions import cache_name
 from tests.generation import tiny
 
-SCHEMA = json.loads((Path(fxfuse.onnx.__file__).parent / "manifest.schema.json").read_text())
+SCHEMA = json.loads((Path(fxfuse.package.__file__).parent / "manifest.schema.json").read_text())
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from fxfuse.decoder.export import export_decoder
 from fxfuse.errors import FxfuseError
-from fxfuse.onnx.decoder import export_decoder
 from fxfuse.runtime import Session, generate
 from tests.generation import tiny
 

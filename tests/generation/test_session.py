@@ -11,11 +11,11 @@ import pytest
 import torch
 from torchtune.models.llama3_2 import llama3_2
 
+from fxfuse.decoder.export import export_decoder
+from fxfuse.decoder.step import export_step
 from fxfuse.errors import FxfuseError
-from fxfuse.onnx.decoder import export_decoder
-from fxfuse.onnx.package import write_package
-from fxfuse.onnx.step import export_step
-from fxfuse.onnx.torchtune import Eager
+from fxfuse.integrations.torchtune import Eager
+from fxfuse.package.write import write_package
 from fxfuse.runtime import EagerSession, Session, generate, stream
 from tests.generation import tiny
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from fxfuse.cli import main
+from fxfuse.decoder.export import export_decoder
 from fxfuse.errors import FxfuseError
-from fxfuse.onnx.decoder import export_decoder
-from fxfuse.onnx.package import facts, write_package
+from fxfuse.package.write import facts, write_package
 from fxfuse.runtime import Session, generate
 from tests.generation import tiny
 

@@ -9,11 +9,11 @@ import torch
 
 from fxfuse.cli import main
 from fxfuse.errors import FxfuseError
-from fxfuse.onnx.manifest import read_manifest
-from fxfuse.onnx.package import write_package
+from fxfuse.package.manifest import read_manifest
+from fxfuse.package.write import write_package
 from fxfuse.runtime import Session, generate
-from tests.cache.test_streaming import expected, llama_step, tokens
-from tests.cache.test_streaming import exported as exported_graph
+from tests.decoder.test_streaming import expected, llama_step, tokens
+from tests.decoder.test_streaming import exported as exported_graph
 from tests.generation import tiny
 
 SINKS, WINDOW, NEW = 4, 28, 24

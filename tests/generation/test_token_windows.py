@@ -11,9 +11,9 @@ import torch
 from torchtune.models.gemma2 import gemma2
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
-from fxfuse.onnx.decoder import Cache, export_decoder
-from fxfuse.onnx.package import write_package
-from fxfuse.onnx.token_windows import with_token_windows
+from fxfuse.decoder.export import Cache, export_decoder
+from fxfuse.decoder.masks.token_windows import with_token_windows
+from fxfuse.package.write import write_package
 from fxfuse.runtime import Session
 
 WINDOW = 4

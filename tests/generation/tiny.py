@@ -119,7 +119,7 @@ def save(name: str, folder: Path) -> Path:
 
 def facts(name: str) -> dict[str, Any]:
     """What a manifest says of the model beside its graphs."""
-    from fxfuse.onnx import package
+    from fxfuse.package import write as package
 
     if name in CONFIGS:
         return package.facts(trained(name).config)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import fxfuse
-from fxfuse.graph.inline import inline
+from fxfuse.graph.blocks.inline import inline
+from fxfuse.graph.blocks.wrapped import block, flattened
 from fxfuse.graph.program import copy_program
-from fxfuse.graph.wrapped import block, flattened
 
 from .models import AcrossTheEnd, Layer, NormOfHalf, Untouched, captured, elsewhere, half, heads, off
 
@@ -156,7 +156,7 @@ def test_a_block_whose_casts_cannot_be_said_is_left_and_said_to_be(monkeypatch: 
 
     inputs = (torch.randn(2, 5, 16),)
     program = captured(Norm(), *inputs)
-    monkeypatch.setattr("fxfuse.graph.autocast._found", lambda *_: None)
+    monkeypatch.setattr("fxfuse.graph.blocks.autocast._found", lambda *_: None)
     fused = fxfuse.fuse(program)
     (entry,) = fxfuse.report(fused)
     assert entry.operator == "RMSNormalization" and "torch.autocast('cpu'" in str(entry.reason)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from fxfuse.graph.functional import functionalise, restore
 from fxfuse.graph.program import copy_program, name_outputs
 from fxfuse.graph.view import mutated
+from fxfuse.state.functional import functionalise, restore
 
 from .writes import KEPT, WRITES, Write
 

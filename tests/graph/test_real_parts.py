@@ -11,8 +11,8 @@ from torch.export import Dim, ExportedProgram
 
 import fxfuse.onnx
 from fxfuse.errors import FxfuseError
-from fxfuse.graph.complex_arithmetic import is_complex
-from fxfuse.graph.real_parts import without_complex
+from fxfuse.graph.complex.arithmetic import is_complex
+from fxfuse.graph.complex.real_parts import without_complex
 from fxfuse.parity.ort import onnxruntime_outputs
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]

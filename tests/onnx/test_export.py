@@ -14,7 +14,7 @@ from torchtune.models.llama3_2 import llama3_2
 import fxfuse
 import fxfuse.onnx
 from fxfuse.errors import FxfuseError
-from fxfuse.onnx.asked import as_auto
+from fxfuse.onnx.capturing.asked import as_auto
 from fxfuse.parity import compare, onnxruntime_outputs, wide_outputs
 from fxfuse.patterns.rms_norm import PATTERN as RMS_NORM
 

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from fxfuse.onnx.intervals import ANYTHING, Numbers, holds, of_array
+from fxfuse.onnx.translate.intervals import ANYTHING, Numbers, holds, of_array
 
 LOWEST = np.finfo(np.float32).min
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fxfuse.onnx
-from fxfuse.onnx.missing import missing_translations
+from fxfuse.onnx.translate.missing import missing_translations
 from fxfuse.parity.ort import OnnxRuntime
 
 

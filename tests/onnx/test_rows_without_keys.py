@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import fxfuse.onnx
-from fxfuse.onnx.lowest import LOWEST, NEXT, without_lowest
+from fxfuse.onnx.translate.lowest import LOWEST, NEXT, without_lowest
 from fxfuse.parity import require_onnxruntime
 from fxfuse.parity.ort import onnxruntime_outputs
 

@@ -10,7 +10,7 @@ from torch.export import Dim
 
 import fxfuse.onnx
 from fxfuse.errors import FxfuseError
-from fxfuse.onnx.takes import TYPES, check_taken, table
+from fxfuse.onnx.translate.takes import TYPES, check_taken, table
 from fxfuse.parity import require_onnxruntime
 from fxfuse.parity.ort import onnxruntime_outputs
 

@@ -14,7 +14,7 @@ from torch.export import Dim
 
 import fxfuse.onnx
 from fxfuse.cli import main
-from fxfuse.onnx.asked import as_auto
+from fxfuse.onnx.capturing.asked import as_auto
 from fxfuse.parity.ort import OnnxRuntime
 
 D = 16
@@ -170,7 +170,7 @@ def exported(way: tuple[Any, ...]) -> tuple[Run, dict[str, int]]:
 
 def captured_first(way: tuple[Any, ...]) -> tuple[Run, dict[str, int]]:
     model, args, _, axes = build(*way)
-    program = fxfuse.onnx.export(fxfuse.onnx.capture(model, args, dynamic_shapes=axes))
+    program = fxfuse.onnx.export(fxfuse.onnx.capturing.capture(model, args, dynamic_shapes=axes))
     return _ran(OnnxRuntime(program)), fxfuse.report(program).counts
 
 

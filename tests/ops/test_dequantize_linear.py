@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fxfuse.ops  # noqa: F401
 from fxfuse.errors import FxfuseError
-from fxfuse.onnx.packed import pack_integers
+from fxfuse.onnx.translate.packed import pack_integers
 from fxfuse.ops.registry import translation_table
 
 ops = torch.ops.fxfuse

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from fxfuse.cache.lift import lift
 from fxfuse.errors import FxfuseError
 from fxfuse.parity.original import original_outputs
+from fxfuse.state.lift import lift
 
 
 class Counted(nn.Module):

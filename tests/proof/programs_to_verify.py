@@ -14,12 +14,12 @@ from torch.fx import Node
 from torchtune.models.llama3_2 import llama3_2
 
 import fxfuse
-from fxfuse.cache.lift import lift
 from fxfuse.recognise.catalogue import catalogue, unregister
-from tests.cache.test_cache_write import Step
-from tests.cache.test_growing import capture
-from tests.flex.checks import program as flex_program
-from tests.flex.idioms import IDIOMS
+from fxfuse.state.lift import lift
+from tests.decoder.test_growing import capture
+from tests.patterns.cache_write.test_cache_write import Step
+from tests.patterns.flex_attention.checks import program as flex_program
+from tests.patterns.flex_attention.idioms import IDIOMS
 
 FREE = {0: Dim.AUTO, 1: Dim.AUTO}
 LONGEST = 16

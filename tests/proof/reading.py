@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import Node
 
-from fxfuse.graph.functional import functionalise
 from fxfuse.graph.program import copy_program
 from fxfuse.graph.view import fake, mutated
-from fxfuse.proof.positions import Reader, Unreadable
+from fxfuse.proof.positions.reader import Reader, Unreadable
+from fxfuse.proof.positions.terms import Term, value_of
 from fxfuse.proof.sizes import ranges_of
-from fxfuse.proof.terms import Term, value_of
 from fxfuse.recognise.questions import Questions
+from fxfuse.state.functional import functionalise
 
 SIZES = (1, 2, 7, 65, 130, 300)
 WHOLE = 150

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fxfuse.proof.claims import causal, counts_up, equal_terms, one_number, said_of_causal, triangle
-from fxfuse.proof.decide import Fails, Holds, Undecided
+from fxfuse.proof.positions.claims import causal, counts_up, equal_terms, one_number, said_of_causal, triangle
+from fxfuse.proof.positions.decide import Fails, Holds, Undecided
 from tests.proof.reading import Read, export
 
 I = torch.arange  # noqa: E741

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fxfuse.proof.decide import Fails, Holds, Undecided, always
-from fxfuse.proof.terms import Term, Terms, value_of
+from fxfuse.proof.positions.decide import Fails, Holds, Undecided, always
+from fxfuse.proof.positions.terms import Term, Terms, value_of
 
 
 def window(t: Terms, i: Term, j: Term, width: int) -> Term:

@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 
-from fxfuse.proof.terms import POSITIONS, Term, Terms, value_of
+from fxfuse.proof.positions.terms import POSITIONS, Term, Terms, value_of
 
 PLACES = [dict(zip("ijn", at, strict=True)) for at in product((0, 1, 2, 5, 8), (0, 1, 3, 7), (1, 2, 9))]
 BY = (1, 2, 3, 8)

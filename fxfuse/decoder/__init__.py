@@ -1,0 +1,1 @@
+"""Building a decoder with its cache, as one ONNX graph that prefills and decodes."""

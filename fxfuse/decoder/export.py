@@ -1,0 +1,255 @@
+"""A causal language model as one graph that prefills and decodes, named as an ecosystem expects it.
+
+    input_ids      [B, S]           logits          [B, S, vocabulary]
+    attention_mask [B, P + S]       present, key    [B, H, P + S, D]     of every layer, and value
+    position_ids   [B, S]
+    past, key      [B, H, P, D]     of every layer, and value; P is 0 in the first call
+
+What the cache's tensors are called, in layer 3:
+
+    names      input                                        output
+    optimum    past_key_values.3.key                        present.3.key
+    genai      the same: ONNX Runtime GenAI took the names over
+    hf         input.past_key_values.layers.3.keys          output.past_key_values.layers.3.keys
+               as the installed transformers has them: from 5.24 on input.cache.layers.3.keys, and output
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from fxfuse.decoder.choices import SINKS, Cache, Names, check_choices
+from fxfuse.decoder.forms.ragged import make_ragged
+from fxfuse.decoder.forms.ring import make_rings
+from fxfuse.decoder.forms.static import Profile, describe, make_static
+from fxfuse.decoder.forms.streaming import make_streaming
+from fxfuse.decoder.masks.padding import simplify_padding
+from fxfuse.decoder.scaled_query import scale_queries
+from fxfuse.errors import FxfuseError
+from fxfuse.integrations import torchtune
+from fxfuse.options import BUDGET, DEFAULT_OPSET, check_accept, check_budget, check_strict
+from fxfuse.quiet import quiet
+from fxfuse.versions import CACHE_NAMES
+
+_CACHE = re.compile(
+    rf"(?P<way>input|output)\.(?:{'|'.join(CACHE_NAMES)})\.layers\.(?P<layer>\d+)\.(?P<what>key|value)s"
+)
+_OF_CACHE = re.compile(rf"(?:input|output)\.(?:{'|'.join(CACHE_NAMES)})\.(?P<what>.+)")
+_ONE_TOKEN = ("dimension inputs['input_ids'].shape[1]", "dimension inputs['position_ids'].shape[1]")
+"""Of which torch warns that a sample of one fixes them: here that is asked for."""
+_WINDOW = "._sliding_window_tensor"
+_AXES = {
+    "input_ids": ("batch_size", "sequence_length"),
+    "attention_mask": ("batch_size", "total_sequence_length"),
+    "position_ids": ("batch_size", "sequence_length"),
+}
+_CACHE_AXES = ("batch_size", None, "past_sequence_length", None)
+
+
+def export_decoder(
+    model: Any,
+    *,
+    opset: int = DEFAULT_OPSET,
+    names: Names = "optimum",
+    cache: Cache = "auto",
+    profile: Profile = "cpu",
+    ragged: bool = False,
+    one_token: bool = False,
+    sinks: int | None = None,
+    window: int | None = None,
+    accept: Sequence[str] = (),
+    budget: float = BUDGET,
+    strict: bool = False,
+) -> ir.Model:
+    """The graph of `model`, a `PreTrainedModel` that generates text from text, with its cache as inputs and outputs.
+
+    Or of a `torchtune.modules.TransformerDecoder`; its own caches, if they were set up, play no part.
+
+    Args:
+        cache: "growing" gives back a longer cache than it took; "static" writes into buffers of any length T, which
+            input and output may share (`fxfuse.decoder.forms.static`); "sliding" is static, and layers with a window
+            have rings of its size (`fxfuse.decoder.forms.ring`); "streaming" reads without end, and keeps the first
+            tokens and the last (`fxfuse.decoder.forms.streaming`): not what the model computes, but for it to go on;
+            "auto" is growing.
+        profile: "cpu" writes what ONNX Runtime's CPU kernels run fastest: queries scaled before the attention
+            (`fxfuse.decoder.scaled_query`) and slices of a static cache; "cuda" reads its buffers whole.
+        ragged: of a static cache; each row stands at a length of its own (`fxfuse.decoder.forms.ragged`), and there is
+            no attention_mask.
+        one_token: for S = 1 only, which needs no causal mask.
+            Static, sliding and streaming caches have the same layout in both graphs, which take turns on one cache.
+        sinks: of a streaming cache, how many of the first tokens are kept; None: 4.
+        window: of a streaming cache, how many of the last are.
+        accept: refusals to overrule by name; see `fxfuse.fuse`.
+        budget: seconds after which the search for more to fuse ends; see `fxfuse.fuse`.
+        strict: is nothing fused that differs on the smallest rows? See `fxfuse.fuse`.
+
+    Raises:
+        FxfuseError: a model that is no such, a cache that is not one key and one value a layer (with `names` other than
+            "hf"), an opset outside 23–25 (for a static cache 24–25), unknown `names` or `cache`.
+    """
+    check_choices(
+        opset=opset,
+        cache=cache,
+        names=names,
+        profile=profile,
+        ragged=ragged,
+        one_token=one_token,
+        sinks=sinks,
+        window=window,
+    )
+    check_accept(accept)
+    check_budget(budget)
+    check_strict(strict)
+    windows = windows_of(model) if cache == "sliding" else {}
+    export = _of_torchtune if torchtune.is_decoder(model) else _of_transformers
+    program = export(model, opset, names, one_token, {"accept": tuple(accept), "budget": budget, "strict": strict})
+    _name_axes(program)
+    simplify_padding(program)
+    if ragged:
+        make_ragged(program)
+    elif cache == "static":
+        make_static(program, profile)
+    elif cache == "sliding":
+        make_rings(program, windows)
+    elif cache == "streaming":
+        assert window is not None
+        make_streaming(program, SINKS if sinks is None else sinks, window)
+    elif names != "hf":
+        describe(program, "growing")
+    if profile == "cpu":
+        scale_queries(program)
+    return program
+
+
+def windows_of(model: Any) -> dict[int, int]:
+    """How many positions a query sees, its own included, in the layers that limit that.
+
+    Raises:
+        FxfuseError: no layer does.
+    """
+    if torchtune.is_decoder(model):
+        windows = torchtune.windows(model)
+    else:
+        text = model.config.get_text_config()
+        size = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+        kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers
+        windows = {i: size for i, kind in enumerate(kinds) if kind == "sliding_attention" and size}
+    if not windows:
+        raise FxfuseError("no layer of the model has a sliding window", where="cache", hint='cache="static"')
+    return windows
+
+
+def _of_torchtune(model: Any, opset: int, names: Names, one_token: bool, fusing: dict[str, Any]) -> ir.Model:
+    if names == "hf":
+        raise FxfuseError("a model of torchtune has no names of transformers", where="names", hint='names="optimum"')
+    return torchtune.export_growing(model, opset=opset, one_token=one_token, **fusing)
+
+
+def _of_transformers(model: Any, opset: int, names: Names, one_token: bool, fusing: dict[str, Any]) -> ir.Model:
+    from fxfuse.integrations.transformers import FxfuseConfig, FxfuseExporter
+
+    config = FxfuseConfig(dynamic=True, opset_version=opset, **fusing)
+    stage, inputs = _decode_stage(model, one_token)
+    with quiet(*_ONE_TOKEN if one_token else ()):
+        program: ir.Model = FxfuseExporter().export(stage, inputs, config).program
+    if not any(_OF_CACHE.fullmatch(value.name or "") for value in program.graph.outputs):
+        raise FxfuseError(
+            "the model gives no cache back, and so reads all tokens in every call",
+            where=type(model).__name__,
+            hint="a decoder of its family has is_decoder in its configuration",
+        )
+    if names != "hf":
+        _drop_windows(program.graph)
+    for value in (*program.graph.inputs, *program.graph.outputs):
+        value.name = _renamed(value.name or "", names)
+    return program
+
+
+def _decode_stage(model: Any, one_token: bool) -> tuple[Any, dict[str, Any]]:
+    """What `generate` calls for more than one new token, with a past: traced so, it takes an empty past as well."""
+    from transformers.exporters.utils import decompose_for_generation
+
+    # Padding at the left, or `generate` would find the mask superfluous and leave it out.
+    ids = torch.ones((2, 5), dtype=torch.int64, device=model.device)
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], device=model.device)
+    try:
+        stages = decompose_for_generation(
+            model, {"input_ids": ids, "attention_mask": mask}, multi_token_decode=not one_token
+        )
+    except Exception as error:  # whatever a model raises that takes something else than text
+        raise FxfuseError(
+            f"the model does not generate text from text: {error}",
+            where=type(model).__name__,
+            hint="fxfuse.integrations.transformers exports other models, stage by stage",
+        ) from error
+    stage, inputs = stages["decode"]
+    # Some models count positions by themselves, along attention_mask.
+    missing = {"input_ids", "attention_mask"} - set(inputs)
+    cache = next((inputs[name] for name in CACHE_NAMES if name in inputs), None)
+    if not any(isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in getattr(cache, "layers", ())):
+        missing.add("a cache of keys and values")  # Mamba's holds states of its own
+    if set(stages) != {"prefill", "decode"} or missing:
+        raise FxfuseError(
+            f"not a decoder alone: it generates in the stages {', '.join(stages)} from {', '.join(inputs)}"
+            + "".join(f", without {name}" for name in sorted(missing)),
+            where=type(model).__name__,
+            hint="fxfuse.integrations.transformers exports other models, stage by stage",
+        )
+    return stage, dict(inputs)
+
+
+def _drop_windows(graph: ir.Graph) -> None:
+    """Takes out the size of a sliding window, a number that transformers passes through the graph with the cache."""
+    for output in [value for value in graph.outputs if (value.name or "").endswith(_WINDOW)]:
+        node = output.producer()
+        graph.outputs.remove(output)
+        if node is not None and not output.uses():
+            graph.remove(node, safe=True)
+    for value in [value for value in graph.inputs if (value.name or "").endswith(_WINDOW)]:
+        if not value.uses():
+            graph.inputs.remove(value)
+
+
+def _renamed(name: str, names: Names) -> str:
+    of_cache = _OF_CACHE.fullmatch(name)
+    if names == "hf" or of_cache is None:
+        return name
+    match = _CACHE.fullmatch(name)
+    if match is None:
+        raise FxfuseError(
+            f"the cache holds {of_cache['what']}, which has no name in an export for {names}",
+            where="names",
+            hint='names="hf" keeps the names of transformers',
+        )
+    way = "past_key_values" if match["way"] == "input" else "present"
+    return f"{way}.{match['layer']}.{match['what']}"
+
+
+def _name_axes(program: ir.Model) -> None:
+    """Names in place of symbols, wherever these stand; numbers where torch wrote a size that it found fixed as text."""
+    known: dict[str, str] = {}
+    for value in program.graph.inputs:
+        names = _AXES.get(value.name or "", _CACHE_AXES if value.shape and len(value.shape) == 4 else ())
+        for dim, name in zip(value.shape or (), names, strict=False):
+            if isinstance(dim, ir.SymbolicDim) and name is not None:
+                known.setdefault(str(dim.value), name)
+    symbols = re.compile(r"\b(" + "|".join(map(re.escape, known)) + r")\b")
+    outputs = (output for node in program.graph.all_nodes() for output in node.outputs)
+    for value in (*program.graph.inputs, *outputs):
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                [dim if isinstance(dim, int) else _named(dim, symbols, known) for dim in value.shape]
+            )
+
+
+def _named(dim: ir.SymbolicDim, symbols: re.Pattern[str], known: dict[str, str]) -> int | str | None:
+    if dim.value is None or dim.value.isdecimal():
+        return dim.value and int(dim.value)
+    text = symbols.sub(lambda match: known[match[0]], dim.value)
+    # Symbols are numbered anew in every export, and so torch puts the terms of a sum in one order or another.
+    return text if "(" in text else " + ".join(sorted(text.split(" + ")))

@@ -1,0 +1,140 @@
+"""Layers that look back W positions, with a cache of W slots that is written round and round.
+
+    past_key_values.N.key   [B, H, P, D]       becomes    [B, H, W, D]; position p stands in slot p mod W
+    present.N.key           [B, H, P + S, D]              the same ring after the write: input and output may share it
+
+    ring ─┐                                  ┌─ Attention(q, k, v, mask)
+    new k ┴─ Concat [B, H, W + S, D] ────────┤
+                                             └─ Slice: the last W of the new ── TensorScatter, circular ── present
+
+The mask is the growing graph's, each column taken from the position that stands in the slot: in slot j it is
+P - 1 - (P - 1 - j) mod W, and none yet where that is negative. All new keys are attended to before the ring is
+written, so that a prompt may be longer than it. The ring's
+update comes out of the Concat: whatever order a runtime chooses, the ring is read first.
+
+In a graph for one token the key that it overwrites is the one that its query does not see any more. So the ring is
+written first, and read as it lies:
+
+    ring ──┐                                              ┌─ present
+    new k ─┴─ TensorScatter, circular, at P mod W ────────┴─ Attention(q, k, v, mask)
+
+Layers without a window are static (`fxfuse.decoder.forms.static`).
+
+Source: mode circular of https://onnx.ai/onnx/operators/onnx__TensorScatter.html
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from fxfuse.decoder.forms.static import METADATA, Buffer, Lengths, check_opset, pasts_of, present_of
+from fxfuse.errors import FxfuseError
+from fxfuse.onnx.pieces import constant, counted, initializer, takes_one_token
+
+
+def make_rings(model: ir.Model, windows: Mapping[int, int]) -> None:
+    """Rewrites a decoder with the inputs and outputs of `fxfuse.decoder.export`, in place.
+
+    Args:
+        windows: of the layers that have one, how many positions a query sees, its own included.
+
+    Raises:
+        FxfuseError: below opset 24; a layer that no Attention with a mask reads. The model is of no use then.
+    """
+    check_opset(model)
+    lengths = Lengths(model.graph, None)
+    one_token = takes_one_token(model.graph)
+    rings = {size: _Slots(lengths, size, one_token) for size in set(windows.values())}
+    described: dict[int, dict[str, Any]] = {}
+    aliases = {}
+    for layer, past in pasts_of(model):
+        assert past.shape is not None and past.name is not None
+        size = windows.get(layer)
+        described[layer] = {"heads": past.shape[1], "head_dim": past.shape[3], "window": size}
+        aliases[present_of(past.name)] = past.name
+        (Buffer(past, lengths) if size is None else _Ring(past, lengths, rings[size])).rewrite()
+    layers = [described[layer] for layer in sorted(described)]
+    about = {"form": "sliding", "max_length": None, "layers": layers, "aliases": aliases}
+    model.metadata_props[METADATA] = json.dumps(about, default=str)
+
+
+class _Slots:
+    """Of rings of one size: which positions are attended to, and where the new keys go."""
+
+    def __init__(self, lengths: Lengths, size: int, one_token: bool) -> None:
+        self.size, self.lengths, self.one_token = size, lengths, one_token
+        graph = lengths.graph
+        add = lengths.append
+        W, one, scalar = constant(graph, [size]), constant(graph, [1]), constant(graph, [0])
+        newest = lengths.past if one_token else add("Sub", [lengths.past, one])
+        slots = counted(graph, size)
+        positions = add("Sub", [newest, add("Mod", [add("Sub", [newest, slots]), W])])
+        first = lengths.past
+        if not one_token:
+            new = add("Sub", [lengths.total, lengths.past])
+            ends = [add("Squeeze", [value, scalar]) for value in (lengths.past, lengths.total, one)]
+            positions = add("Concat", [positions, add("Range", ends)], {"axis": 0})
+            skipped = add("Max", [add("Sub", [new, W]), lengths.zero])
+            self.begin, self.end = add("Add", [skipped, W]), add("Add", [new, W])
+            first = add("Add", [lengths.past, skipped])
+        self.columns = add("Max", [positions, lengths.zero])
+        self.filled = add("GreaterOrEqual", [positions, lengths.zero], kind=ir.DataType.BOOL)
+        first = add("Mod", [first, W])
+        self.start = add("Expand", [first, add("Shape", [lengths.start])])
+        self.masks: dict[ir.Value, ir.Value] = {}
+
+
+class _Ring(Buffer):
+    """One input of the cache, of as many slots as its layer looks back."""
+
+    def __init__(self, past: ir.Value, lengths: Lengths, slots: _Slots) -> None:
+        super().__init__(past, lengths)
+        self.slots = slots
+        past.shape = ir.Shape([self.batch, self.heads, slots.size, self.size])
+
+    def replace(self, node: ir.Node, grown: ir.Value, new: ir.Value) -> ir.Value:
+        """Writes `new` [B, H, S, D] into the ring; gives what the ring held, and all the new: what is attended to."""
+        if node.op_type != "Attention" or grown.uses():
+            raise self.refused("other nodes read all the keys and values so far")
+        seen, slots = new, self.slots
+        if not slots.one_token:
+            seen = self.insert(node, "Concat", [self.past, new], {"axis": 2})
+            new = self.insert(node, "Slice", [seen, slots.begin, slots.end, self.lengths.two])
+        ring = self.insert(node, "TensorScatter", [self.past, new, slots.start], {"axis": 2, "mode": "circular"})
+        ring.shape, ring.type = self.past.shape, self.past.type
+        self.give(grown, ring)
+        return ring if slots.one_token else seen
+
+    def without_past(self, node: ir.Node, flat: bool) -> None:
+        mask = node.inputs[3] if len(node.inputs) > 3 else None
+        if mask is None:
+            raise self.refused("an Attention without a mask reads it, which has no window")
+        if mask not in self.slots.masks:
+            self.slots.masks[mask] = self._of_slots(node, mask)
+        node.replace_input_with(3, self.slots.masks[mask])
+        super().without_past(node, flat)
+
+    def _of_slots(self, node: ir.Node, mask: ir.Value) -> ir.Value:
+        """The mask [.., P + S] of positions, as the mask [.., W + S] of slots and new keys; of slots, for one token."""
+        columns = self.insert(node, "Gather", [mask, self.slots.columns], {"axis": -1})
+        if mask.dtype == ir.DataType.BOOL:
+            return self.insert(node, "And", [columns, self.slots.filled])
+        if mask.dtype is None:
+            raise self.refused("the type of a mask is not known")
+        lowest = _lowest(self.graph, mask.dtype)
+        hidden = self.insert(node, "Where", [self.slots.filled, columns, lowest])
+        hidden.type = mask.type
+        return hidden
+
+
+def _lowest(graph: ir.Graph, kind: ir.DataType) -> ir.Value:
+    """The lowest finite number, [1]: it hides a key, and in a row that hides all of them gives no NaN."""
+    if kind == ir.DataType.BFLOAT16:
+        raise FxfuseError("a ring cache in bfloat16", where="cache", hint="export it in float32 or float16")
+    number = np.array([np.finfo(kind.numpy()).min], kind.numpy())
+    return initializer(graph, f"fxfuse.lowest_{kind.name.lower()}", ir.tensor(number))

@@ -1,0 +1,86 @@
+"""StreamingLLM: a decoder that reads without end and keeps the first few tokens, the sinks, and the last W.
+
+    past_key_values.N.key   [B, H, P, D]       becomes    [B, H, C, D], C = sinks + W; keys are not rotated
+    present.N.key           [B, H, P + S, D]              the same after the new tokens: input and output may share it
+
+Position p < sinks stands in slot p, p >= sinks in slot sinks + (p - sinks) mod W. A token sees the sinks and the last W
+tokens, itself included. All are rotated by their places among what it sees, so that no place is beyond C - 1, however
+much was read. That RotaryEmbedding tells distances only, is proved first.
+
+position_ids [B, S], consecutive in each row, say how much was read before: rows may stand at different lengths, and
+there is no attention_mask. There is no padding: each row takes S tokens. Graphs for any S and for one token
+(`fxfuse.decoder.forms.streaming_any`, `fxfuse.decoder.forms.streaming_step`) have the same cache, and take turns on it.
+
+Source: Xiao et al., Efficient Streaming Language Models with Attention Sinks, https://arxiv.org/abs/2309.17453, 3.2.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from fxfuse.decoder.forms.ragged import drop_padding, has_past, sees_otherwise
+from fxfuse.decoder.forms.static import METADATA, check_opset, pasts_of, present_of
+from fxfuse.decoder.forms.streaming_any import AnySlots
+from fxfuse.decoder.forms.streaming_layer import Slots, refused, rewrite
+from fxfuse.decoder.forms.streaming_step import StepSlots
+from fxfuse.onnx.pieces import takes_one_token
+
+
+def make_streaming(model: ir.Model, sinks: int, window: int) -> None:
+    """Rewrites a decoder with the inputs and outputs of `fxfuse.decoder.export`, in place.
+
+    Args:
+        sinks: how many of the first tokens are kept, 0 or more.
+        window: how many of the last are, 1 or more.
+
+    Raises:
+        FxfuseError: a graph for one token below opset 24, which has no TensorScatter; a layer whose keys no
+            RotaryEmbedding gives, or one that tells more than distances; that does not see all earlier tokens (a window
+            of its own); a graph that reads attention_mask or the cache for something else. The model is of no use then.
+    """
+    graph = model.graph
+    if one_token := takes_one_token(graph):
+        check_opset(model)
+    pasts = pasts_of(model)
+    attentions = [node for node in graph if has_past(node)]
+    if (why := sees_otherwise(graph)) is not None:
+        raise refused(why)
+    drop_padding(graph)
+    slots: Slots = (StepSlots if one_token else AnySlots)(graph, sinks, window)
+    for node in attentions:
+        rewrite(node, slots)
+    RemoveUnusedNodesPass()(model)
+    _check_uses(graph, slots.readers, [past for _, past in pasts])
+    described = {layer: {"heads": v.shape[1], "head_dim": v.shape[3]} for layer, v in pasts if v.shape is not None}
+    about = {
+        "form": "streaming",
+        "max_length": sinks + window,
+        "sinks": sinks,
+        "window": window,
+        "layers": [described[layer] for layer in sorted(described)],
+        "aliases": {present_of(past.name or ""): past.name for _, past in pasts},
+    }
+    model.metadata_props[METADATA] = json.dumps(about, default=str)
+
+
+def _check_uses(graph: ir.Graph, readers: Mapping[ir.Value, ir.Node | None], pasts: Sequence[ir.Value]) -> None:
+    """Whatever else read the growing cache or its mask is gone; so is the mask."""
+    for past in pasts:
+        if past not in readers:
+            raise refused(f"no Attention reads {past.name}")
+        for use in past.uses():
+            if use.node is not readers[past] and not _is_batch_size(use.node):
+                raise refused(f"{use.node.op_type} reads {past.name} beside the attention")
+    for value in [value for value in graph.inputs if value.name == "attention_mask"]:
+        if value.uses():
+            raise refused(f"{next(iter(value.uses())).node.op_type} reads attention_mask beside the attention")
+        graph.inputs.remove(value)
+
+
+def _is_batch_size(node: ir.Node) -> bool:
+    attributes = node.attributes
+    return node.op_type == "Shape" and attributes.get_int("start", 0) == 0 and attributes.get_int("end", 4) in (1, -3)

@@ -1,0 +1,109 @@
+"""What padding costs in a decoder's graph: attention_mask is read where it lies, and nothing is moved to clear a row.
+
+    attention_mask[b, t] by indices, [B, 1, 1, T]    becomes    Unsqueeze(attention_mask as bool)
+
+    Reshape ─ Transpose ─ Where(sees nothing, 0, y) ─ Transpose ─ Reshape    becomes    Where on [B, S, H·D], as y lies
+
+transformers asks a function of (row, head, query, key) for every element of its masks; that for padding looks into
+attention_mask, a GatherND over as many pairs of indices as there are keys. That it is the mask itself is told by
+evaluating it, on random padding.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from fxfuse.decoder.masks.decided import Masks
+from fxfuse.onnx.pieces import constant
+from fxfuse.proof.positions.terms import Unreadable
+
+_MASK = "attention_mask"
+_HEADS = (0, 2, 1, 3)
+
+
+def simplify_padding(model: ir.Model) -> None:
+    """Rewrites a decoder with the inputs of `fxfuse.decoder.export`, in place."""
+    for node in _looked_up(model.graph):
+        _read_as_it_lies(model.graph, node)
+    conditions: dict[ir.Value, ir.Value] = {}
+    for node in [node for node in model.graph if node.op_type == "Where"]:
+        _clear_in_place(model.graph, node, conditions)
+    RemoveUnusedNodesPass()(model)
+
+
+def _looked_up(graph: ir.Graph) -> list[ir.Node]:
+    """What is attention_mask as [B, 1, 1, T], booleans for numbers, whatever the mask and the sizes are."""
+    found = [node for node in graph if node.op_type == "GatherND" and node.outputs[0].dtype == ir.DataType.BOOL]
+    try:
+        masks = Masks(graph, padded=True)
+    except Unreadable:
+        return []
+    return [node for node in found if masks.is_padding(node.outputs[0])]
+
+
+def _read_as_it_lies(graph: ir.Graph, node: ir.Node) -> None:
+    mask = next(value for value in graph.inputs if value.name == _MASK)
+    old = node.outputs[0]
+    cast = ir.node("Cast", [mask], {"to": ir.DataType.BOOL})
+    apart = ir.node("Unsqueeze", [cast.outputs[0], constant(graph, [1, 2])])
+    new = apart.outputs[0]
+    cast.outputs[0].dtype, cast.outputs[0].shape = ir.DataType.BOOL, mask.shape
+    new.type, new.shape = old.type, old.shape
+    graph.insert_before(node, [cast, apart])
+    old.replace_all_uses_with(new)
+
+
+def _clear_in_place(graph: ir.Graph, node: ir.Node, conditions: dict[ir.Value, ir.Value]) -> None:
+    """Chooses for whole positions [B, S, H·D], where heads are put apart for that only; `conditions`, [B, 1, S, 1], as
+    they are for that, [B, S, 1]."""
+    result = node.outputs[0]
+    condition, first, second = node.inputs
+    if condition is None or first is None or second is None:
+        return
+    y = second if _sizes(first) == () else first
+    together = _next(_next(node, "Transpose"), "Reshape")
+    apart = _last(_last(y, "Transpose"), "Reshape")
+    if together is None or apart is None or _sizes(y) != _sizes(result) or len(sizes := _sizes(condition) or ()) != 4:
+        return
+    before, after = apart.inputs[0], together.outputs[0]
+    if before is None or _sizes(before) != _sizes(after) or len(_sizes(before) or ()) != 3 or sizes[1::2] != (1, 1):
+        return
+    if (_sizes(apart.outputs[0]) or ())[:2] != (_sizes(before) or ())[:2]:
+        return
+    if condition not in conditions:
+        of_positions = ir.node("Squeeze", [condition, constant(graph, [1])])
+        of_positions.outputs[0].dtype = ir.DataType.BOOL
+        graph.insert_before(node, of_positions)
+        conditions[condition] = of_positions.outputs[0]
+    chosen = ir.node("Where", [conditions[condition], *(before if value is y else value for value in (first, second))])
+    chosen.outputs[0].type, chosen.outputs[0].shape = after.type, after.shape
+    graph.insert_before(node, chosen)
+    after.replace_all_uses_with(chosen.outputs[0])
+
+
+def _sizes(value: ir.Value) -> tuple[int | str, ...] | None:
+    """The dims, if all are known by number or by name."""
+    if value.shape is None:
+        return None
+    sizes = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
+    return tuple(size for size in sizes if size is not None) if None not in sizes else None
+
+
+def _next(node: ir.Node | None, kind: str) -> ir.Node | None:
+    """The one node that reads it, if it is of that kind (and, as a Transpose, swaps positions and heads)."""
+    uses = [] if node is None else list(node.outputs[0].uses())
+    return uses[0].node if len(uses) == 1 and _is(uses[0].node, kind) else None
+
+
+def _last(of: ir.Value | ir.Node | None, kind: str) -> ir.Node | None:
+    """The node that gives it, on the same terms."""
+    value = of.inputs[0] if isinstance(of, ir.Node) else of
+    producer = None if value is None else value.producer()
+    return producer if producer is not None and _is(producer, kind) else None
+
+
+def _is(node: ir.Node, kind: str) -> bool:
+    if node.op_type != kind or node.domain != "" or node.outputs[0].is_graph_output():
+        return False
+    return kind != "Transpose" or tuple(node.attributes.get_ints("perm", ())) == _HEADS

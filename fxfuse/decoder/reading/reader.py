@@ -1,0 +1,269 @@
+"""What an element of a tensor is in an ONNX graph, read operator by operator. `fxfuse.proof.positions` does it for FX.
+
+``Reader.read(value, (i, j))`` is the element at row i and column j as a `Term` over i, j, sizes and inputs, at every
+size. Sizes are read too, from the operators and not from what a file says of its shapes: those that the graph computes,
+as tensors of whole numbers, are terms like any other. Positions, and whole numbers that inputs hold, stay below 2²⁴,
+where floats compute with them below 2²⁰; types of whole numbers that do not hold what is computed wrap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from fxfuse.decoder.reading import elements as reading_elements
+from fxfuse.decoder.reading import moves as reading_moves
+from fxfuse.decoder.reading import sizes as reading_sizes
+from fxfuse.proof.positions.tables import table_element
+from fxfuse.proof.positions.terms import Kind, Term, Terms, Unreadable
+from fxfuse.proof.positions.views import Product, apart
+
+Index = tuple[Term, ...]
+TYPES = {
+    ir.DataType.BOOL: torch.bool,
+    ir.DataType.INT8: torch.int8,
+    ir.DataType.INT16: torch.int16,
+    ir.DataType.INT32: torch.int32,
+    ir.DataType.INT64: torch.int64,
+    ir.DataType.UINT8: torch.uint8,
+    ir.DataType.UINT16: torch.uint16,
+    ir.DataType.UINT32: torch.uint32,
+    ir.DataType.UINT64: torch.uint64,
+    ir.DataType.FLOAT16: torch.float16,
+    ir.DataType.BFLOAT16: torch.bfloat16,
+    ir.DataType.FLOAT: torch.float32,
+    ir.DataType.DOUBLE: torch.float64,
+}
+_MOST, _DEEPEST = 20_000, 100
+
+
+class Reader:
+    """Reads the values of one graph.
+
+    Args:
+        sizes: what the dimensions of inputs are that have these names; others are free.
+        inputs: the elements of inputs that are known, by name.
+    """
+
+    def __init__(
+        self,
+        terms: Terms | None = None,
+        sizes: Mapping[str, Term] | None = None,
+        inputs: Mapping[str, Callable[[Index], Term]] | None = None,
+    ) -> None:
+        self.terms = Terms() if terms is None else terms
+        self.facts: list[Term] = []
+        """What is known of sums and extremes, which stand in terms for themselves."""
+        self.limits: dict[Term, Term] = {}
+        """The sizes that indices are below."""
+        self._sizes = dict(sizes or {})
+        self._inputs = inputs or {}
+        self._known: dict[Any, Term] = {}
+        self._shapes: dict[ir.Value, Index] = {}
+        self._tables: dict[ir.Value, torch.Tensor] = {}
+        self._depth = 0
+
+    # ---- sizes
+
+    def named(self, dim: int | ir.SymbolicDim) -> Term:
+        """The size of an input's axis."""
+        if isinstance(dim, int):
+            return self.terms.number(dim)
+        if dim.value is None:
+            raise Unreadable("a size without a name")
+        if dim.value not in self._sizes:
+            self._sizes[dim.value] = self.terms.variable(f"size {dim.value}")
+        return self._sizes[dim.value]
+
+    def shape(self, value: ir.Value) -> Index:
+        """The sizes of a tensor."""
+        if value not in self._shapes:
+            with self._deeper():
+                self._shapes[value] = self._shape(value)
+        return self._shapes[value]
+
+    def _shape(self, value: ir.Value) -> Index:
+        if (constant := self._constant(value)) is not None:
+            return tuple(self.terms.number(size) for size in constant.shape)
+        node = value.producer()
+        if node is None:
+            if value.shape is None:
+                raise Unreadable(f"{value.name}, whose shape is not said")
+            return tuple(self.named(dim) for dim in value.shape)
+        find = reading_sizes.SHAPES.get(_operator(node))
+        if find is None:
+            raise Unreadable(_operator(node))
+        return find(self, node, value.index() or 0)
+
+    def broadcast(self, *shapes: Sequence[Term]) -> Index:
+        """The sizes of what is computed element by element of tensors of these.
+
+        Raises:
+            Unreadable: two differ, and either may be 1 at times.
+        """
+        result: list[Term] = []
+        for shape in shapes:
+            own = list(shape)
+            while len(result) < len(own):
+                result.insert(0, self.terms.number(1))
+            for axis, size in enumerate(own, len(result) - len(own)):
+                if result[axis].number == 1:
+                    result[axis] = size
+                elif size.number != 1 and size is not result[axis]:
+                    raise Unreadable(f"a tensor of size {size} along with one of {result[axis]}")
+        return tuple(result)
+
+    def vector(self, value: ir.Value) -> list[Term]:
+        """All elements of a tensor of one axis (or none) that is of a known length: sizes, places."""
+        shape = self.shape(value)
+        if not shape:
+            return [self.read(value, ())]
+        if len(shape) > 1 or shape[0].number is None:
+            raise Unreadable(f"as many numbers as {value.name} has")
+        return [self.read(value, (self.terms.number(n),)) for n in range(int(shape[0].number))]
+
+    def numbers(self, value: ir.Value) -> list[int]:
+        """The same, of constants."""
+        found = [term.number for term in self.vector(value)]
+        if not all(isinstance(n, (int, bool)) for n in found):
+            raise Unreadable(f"numbers that the graph computes ({value.name})")
+        return [int(n) for n in found]
+
+    def size(self, value: int | Term) -> Term:
+        """For `fxfuse.proof.positions.views`, to which a size that is known is an int."""
+        return self.terms.number(value) if isinstance(value, int) else value
+
+    def expression(self, value: int | Term) -> Product:
+        return Product.of(self.size(value))
+
+    def apart(self, flat: Term, size: int | Term) -> tuple[Term, Term] | None:
+        return apart(self.terms, self.limits, flat, self.size(size))
+
+    def place(self, name: str, size: Term) -> Term:
+        """A free index below this size."""
+        if size.number is not None:
+            count = int(size.number)
+            return self.terms.number(0) if count == 1 else self.terms.variable(name, 0, count - 1)
+        found = self.terms.variable(name, 0, size.bounds[1] - 1)
+        self.limits[found] = size
+        return found
+
+    def index(self, value: ir.Value) -> Index:
+        """Free indices into a tensor; below other sizes they are others."""
+        return tuple(self.place(f"i{axis} of {size.serial}", size) for axis, size in enumerate(self.shape(value)))
+
+    @contextmanager
+    def _deeper(self) -> Iterator[None]:
+        if self._depth >= _DEEPEST:
+            raise Unreadable("too deep a computation")
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+
+    # ---- types
+
+    def type(self, value: ir.Value) -> torch.dtype:
+        """The type of the elements."""
+        if (constant := self._constant(value)) is not None:
+            return constant.dtype
+        node = value.producer()
+        kind = value.dtype if node is None else None
+        if node is not None:
+            operator = _operator(node)
+            if operator in reading_elements.BOOLEAN:
+                return torch.bool
+            if operator in ("Shape", "Size"):
+                return torch.int64
+            if operator == "Cast":
+                kind = ir.DataType(node.attributes["to"].as_int())
+            elif operator == "ConstantOfShape":
+                filled = node.attributes.get("value")
+                kind = ir.DataType.FLOAT if filled is None else filled.as_tensor().dtype
+            elif operator == "EyeLike" and "dtype" in node.attributes:
+                kind = ir.DataType(node.attributes["dtype"].as_int())
+            else:
+                source = node.inputs[1 if operator in ("Where", "CastLike") else 0] if node.inputs else None
+                if source is None:
+                    raise Unreadable(operator)
+                return self.type(source)
+        if kind not in TYPES:
+            raise Unreadable(f"the type of {value.name}")
+        return TYPES[kind]
+
+    # ---- elements
+
+    def read(self, value: ir.Value | None, index: Index) -> Term:
+        """The element of `value` at `index`.
+
+        Raises:
+            Unreadable: a step on the way cannot be said in terms.
+        """
+        if value is None:
+            raise Unreadable("an input that is left out")
+        key = (value, index)
+        found = self._known.get(key)
+        if found is None:
+            if len(self._known) > _MOST:
+                raise Unreadable("too long a computation")
+            with self._deeper():
+                found = self._known[key] = self._read(value, index)
+        return found
+
+    def _read(self, value: ir.Value, index: Index) -> Term:
+        if (constant := self._constant(value)) is not None:
+            try:
+                return table_element(self.terms, value.name or "", constant, index)
+            except IndexError:
+                raise Unreadable(f"an element beyond the end of {value.name}") from None
+        node = value.producer()
+        if node is None:
+            known = self._inputs.get(value.name or "")
+            return self.terms.given(value.name or "", index, self._kind(value)) if known is None else known(index)
+        operator = _operator(node)
+        move = reading_moves.MOVES.get(operator)
+        if move is not None:
+            return move(self, node, index, value.index() or 0)
+        step = reading_elements.STEPS.get(operator)
+        if step is None:
+            raise Unreadable(operator)
+        found = step(self, node, tuple(self.operand(v, index) for v in node.inputs if v is not None))
+        if found is None:
+            raise Unreadable(f"{operator} in {str(self.type(value)).removeprefix('torch.')}")
+        return found
+
+    def operand(self, value: ir.Value, index: Index) -> Term:
+        """What an elementwise operator reads of this input for its own element `index`."""
+        shape = self.shape(value)
+        own = index[len(index) - len(shape) :] if shape else ()
+        zero = self.terms.number(0)
+        return self.read(value, tuple(zero if d.number == 1 else i for d, i in zip(shape, own, strict=True)))
+
+    def _kind(self, value: ir.Value) -> Kind:
+        dtype = self.type(value)
+        return "bool" if dtype == torch.bool else "real" if dtype.is_floating_point else "int"
+
+    def _constant(self, value: ir.Value) -> torch.Tensor | None:
+        if value in self._tables:
+            return self._tables[value]
+        if value.is_graph_input():  # an initializer that whoever runs the graph may replace
+            return None
+        found = ir.convenience.get_const_tensor(value)
+        if found is None:
+            return None
+        if found.dtype not in TYPES:
+            raise Unreadable(f"the type of {value.name}")
+        array = found.numpy()
+        if found.dtype == ir.DataType.BFLOAT16:
+            array = array.astype("float32")
+        self._tables[value] = torch.tensor(array).to(TYPES[found.dtype])
+        return self._tables[value]
+
+
+def _operator(node: ir.Node) -> str:
+    return node.op_type if node.domain == "" else f"{node.domain}::{node.op_type}"

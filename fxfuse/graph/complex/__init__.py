@@ -1,0 +1,1 @@
+"""Complex tensors as two real ones: ONNX has no complex type."""

@@ -1,0 +1,1 @@
+"""Other libraries: their models, their exporters, their commands."""

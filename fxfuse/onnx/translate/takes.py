@@ -1,0 +1,61 @@
+"""What operators take, by ONNX's definition and in ONNX Runtime: the table `takes.json`, and checks against it."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from fxfuse.errors import FxfuseError
+
+TYPES = {
+    "float16": (ir.DataType.FLOAT16, torch.float16),
+    "bfloat16": (ir.DataType.BFLOAT16, torch.bfloat16),
+    "float32": (ir.DataType.FLOAT, torch.float32),
+    "float64": (ir.DataType.DOUBLE, torch.float64),
+}
+"""The table's names of types."""
+
+
+@cache
+def table() -> dict[str, Any]:
+    text = resources.files("fxfuse.onnx.translate").joinpath("takes.json").read_text(encoding="utf-8")
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+def untaken(operator: str, dtype: torch.dtype) -> str | None:
+    """Why ONNX's operator cannot compute in this floating-point type what fxfuse's does; None where it can."""
+    entry = table()["operators"].get(operator, {})
+    taken, exact = (entry.get(name, list(TYPES)) for name in ("types", "exact"))
+    if not dtype.is_floating_point:
+        return None
+    name = next((n for n, (_, torch_type) in TYPES.items() if torch_type == dtype), str(dtype))
+    if name not in taken:
+        return f"{operator} is defined for {', '.join(taken)}, not for {name}"
+    return None if name in exact else f"{operator} is exact in {', '.join(exact)}, not in {name}"
+
+
+def check_taken(model: ir.Model) -> None:
+    """Are the inputs of what the table lists of types that the operator takes?
+
+    Raises:
+        FxfuseError: one is not; the message names the node.
+    """
+    names = {onnx: name for name, (onnx, _) in TYPES.items()}
+    for node in model.graph.all_nodes():
+        entry = table()["operators"].get(node.op_type) if node.domain == "" else None
+        if entry is None:
+            continue
+        types = [names[v.dtype] for v in node.inputs if v is not None and v.dtype in names]
+        wrong = [name for name in types if name not in entry["types"]]
+        if wrong:
+            raise FxfuseError(
+                f"{node.op_type} is defined for {', '.join(entry['types'])}, not for {wrong[0]}",
+                where=f"node {node.name}",
+                hint="cast its inputs in the model",
+            )

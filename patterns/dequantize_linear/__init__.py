@@ -1,0 +1,296 @@
+"""Weights that are stored as integers: (x - zero point) · scale, as DequantizeLinear.
+
+Source: https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html
+
+    x, kept as int8 or uint8 ── to float ── less zero points ── times scales ── y      anchor: y, the last that is made
+                                                                                       of what is kept alone
+    a · (x to float) ── times scales, a column of the product each          becomes    a · DequantizeLinear(x)
+
+Asked of a region from stored integers to y: is each element of y one of the integers less a whole number, times
+another number? Which element of which tensor are these? From that follow the blocks, however the model's author
+spelled them: torchao's `dequantize_affine`, reshaped groups, rows broadcast over. Of a product the same is asked with a
+unit matrix for a.
+
+It is proven over the whole range of the stored type, and of that of the zero points; zero points of a wider type only
+where all that they hold is known to fit (`frozen=True`, and every export). y is the same bit by bit, or less of its
+computation is taken; where only the cast is left, the scale is 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fxfuse.graph.region import Region, real_users
+from fxfuse.graph.smaller import smaller
+from fxfuse.graph.view import ARITHMETIC, CAST, LAYOUT, GraphView, fake, is_float, is_pure, is_size, op_name, tensor
+from fxfuse.ops.dequantize_linear import stored_as
+from fxfuse.patterns.dequantize_linear.forms import Dequantized, dequantized, is_exact
+from fxfuse.patterns.dequantize_linear.scaled_integers import scaled_integers
+from fxfuse.patterns.dequantize_linear.unpacked import BITS, is_packed, tables, type_of, unpacked
+from fxfuse.recognise.answers import NEAR, Form, Found, Input, Proposal, Reason
+from fxfuse.recognise.kept import SMALL, size_in_bytes
+from fxfuse.recognise.questions import Questions
+from fxfuse.recognise.widened import widened
+
+DEQUANTIZES = frozenset(
+    ["dequantize_affine", "dequantize_per_tensor", "dequantize_per_channel", "dequantize_per_channel_group"]
+)
+"""Operators of torchao and of torch's `quantized_decomposed`."""
+_TURNS = frozenset(["t", "transpose", "permute", "swapaxes", "swapdims", "movedim", "mT", "numpy_T", "T"])
+_KEPT_AS_IS = frozenset(["clone", "contiguous", "alias", "detach"])
+_PRODUCTS = frozenset(["mm", "matmul", "linear"])
+_LIMIT = 40
+"""Nodes of a region, at most."""
+_BACK = 8
+"""How many nodes before the last one are tried as the end of a region."""
+
+
+def _walked(name: str) -> bool:
+    return name in ARITHMETIC or name in CAST or name in LAYOUT or name in DEQUANTIZES or name in BITS
+
+
+class DequantizeLinear:
+    """Stored integers as the numbers that they stand for."""
+
+    name = "dequantize_linear"
+    operator = "DequantizeLinear"
+    since_opset = 23
+
+    def propose(self, view: GraphView, ask: Questions) -> Iterator[Proposal]:
+        leaves = sorted(ask.kept.stored(view.nodes), key=size_in_bytes, reverse=True)
+        ends = {end: leaf for leaf in reversed(leaves) for end in _ends(leaf, ask)}  # a zero point is not the integers
+        for leaf in leaves:
+            for end in (e for e, largest in ends.items() if largest is leaf):
+                for product, y in _scaled_products(end, ask):
+                    scaled = _region(view, ask, leaf, y, product.args[0])
+                    yield Proposal(y, () if scaled is None else (scaled,), best_rank=0)
+                outputs = list(_outputs(end, leaf))
+                if fake(leaf).dtype not in SMALL and not _is_packed(view, ask, leaf, outputs[0]):
+                    continue  # as large as what is made of it
+                regions = [r for r in (_region(view, ask, leaf, y) for y in outputs) if r is not None]
+                why = None if regions else Reason("it cannot be looked at at any size that can be run", NEAR)
+                yield Proposal(outputs[0], regions, missed=why, nodes=(end,), best_rank=0)
+        for found in widened(view.nodes, ask.kept):
+            if not _walked(op_name(found.read)):
+                why = f"it is made by {op_name(found.read)}, and DequantizeLinear only scales: {found.sizes}"
+                yield Proposal(found.read, (), missed=Reason(why, NEAR), nodes=(found.read,))
+
+    def recognise(self, region: Region, ask: Questions) -> Found | Reason:
+        small = region.asked
+        if any(fake(n).dtype == torch.float64 for n in (region.output, *region.others)):
+            return Reason("it computes in float64, and DequantizeLinear does not", NEAR)
+        ask.read_leaves = ask.read_leaves or small.narrowed
+        part = unpacked(small)
+        kind = None if part is None else type_of(part.integers)
+        if part is None or kind is None:
+            return Reason(
+                "it is packed, and its integers do not stand at one place, or are not known to fit a byte", NEAR
+            )
+        found = scaled_integers(part.after, ask.evaluator(), [region.others[p].name for p in part.places])
+        if isinstance(found, Reason):
+            return found
+        how = dequantized(found, part.after, kind)
+        if isinstance(how, Reason):
+            return how
+        shape = _shape(region)
+        beside = len(region.sources)
+        parameters: dict[str, Any] = {
+            "axis": how.blocks.axis,
+            "block_size": how.blocks.size_of([shape[a] for a in how.order]),
+            "scale": [Input(beside + part.places[p.place]) for p in found.scales] or found.factor,
+            "zero_point": [Input(beside + part.places[p.place]) for p in found.zeros] or found.zero,
+            "stored": partial(_stored, how, ask),
+        }
+        out = fake(region.output).dtype
+        kinds = how.scale_types(part.after.others)
+        forms = tuple(_form(region, how, kind) for kind in dict.fromkeys((*kinds, out)))
+        product = beside > 1
+        return Found(self.operator, parameters, forms, ulp=4.0 if product else 0.0, averaging=product)
+
+
+def _ends(leaf: Node, ask: Questions) -> Iterator[Node]:
+    """The last nodes that are made of this and of other things that are kept, alone, and are of floating point."""
+    seen, stack = {leaf}, [leaf]
+    found: dict[Node, None] = {}
+    while stack:
+        node = stack.pop()
+        for user in real_users(node):
+            if _walked(op_name(user)) and tensor(user) is not None and user in ask.kept:
+                if user not in seen:
+                    seen.add(user)
+                    stack.append(user)
+            elif is_float(node):
+                found[node] = None
+    yield from found
+
+
+def _outputs(end: Node, leaf: Node) -> Iterator[Node]:
+    """Where a region may end: before the last transposes, for they stay as they are; else further and further back."""
+    node = end
+    while op_name(node) in _TURNS | _KEPT_AS_IS and is_float(_first(node)):
+        node = _first(node)
+    for _ in range(_BACK):
+        yield node
+        before = [i for i in node.all_input_nodes if is_float(i) and _comes_from(i, leaf)]
+        if len(before) != 1:
+            return
+        node = before[0]
+
+
+def _first(node: Node) -> Node:
+    first = node.args[0]
+    assert isinstance(first, Node)
+    return first
+
+
+def _comes_from(node: Node, leaf: Node) -> bool:
+    stack, seen = [node], set[Node]()
+    while stack:
+        current = stack.pop()
+        if current is leaf:
+            return True
+        if current not in seen:
+            seen.add(current)
+            stack.extend(current.all_input_nodes)
+    return False
+
+
+def _scaled_products(end: Node, ask: Questions) -> Iterator[tuple[Node, Node]]:
+    """Products with the weight that are scaled by what is kept, and the scaled ones."""
+    for product in real_users(end):
+        given = isinstance(product.args[0], Node) and is_float(product.args[0])
+        if op_name(product) not in _PRODUCTS or len(product.args) != 2 or product.args[1] is not end or not given:
+            continue
+        users = real_users(product)
+        while len(users) == 1 and op_name(users[0]) in CAST:
+            users = real_users(users[0])
+        if len(users) == 1 and op_name(users[0]) in ("mul", "div"):
+            tensors = [i for i in users[0].all_input_nodes if tensor(i) is not None]
+            if len(tensors) == 2 and any(i in ask.kept for i in tensors):
+                yield product, users[0]
+
+
+def _region(view: GraphView, ask: Questions, leaf: Node, y: Node, given: Any = None) -> Region | None:
+    """From what is kept, and what is `given`, to y, with fewer rows to ask; None where that cannot be."""
+    region = _around(view, ask, leaf, y, given)
+    if region is None:
+        return None
+    fixed, part = tables(region), unpacked(region)
+    kind = None if part is None else type_of(part.integers)
+    fits = {n: kind for n in region.others if n not in fixed and kind is not None and _fits(ask, n, kind)}
+    small = smaller(region, fits, fixed)
+    return None if small is None else replace(region, small=replace(small, words=is_packed(region)))
+
+
+def _around(view: GraphView, ask: Questions, leaf: Node, y: Node, given: Any = None) -> Region | None:
+    """Scales and zero points are taken as they are kept, before they are repeated; those that are packed, after."""
+    nodes, others, stack = set[Node](), dict[Node, None](), [y]
+    while stack:
+        node = stack.pop()
+        if node in nodes or node is leaf or node is given:
+            continue
+        walked = _walked(op_name(node)) or (given is not None and op_name(node) in _PRODUCTS) or _is_counted(node)
+        if walked and is_pure(node) and len(nodes) < _LIMIT and not _is_packed_beside(node, leaf):
+            nodes.add(node)
+            stack.extend(i for i in node.all_input_nodes if not is_size(i))
+        elif tensor(node) is None or node not in ask.kept:
+            return None
+        else:
+            others[node] = None
+    inside = view.sorted(nodes)
+    sources = (leaf,) if given is None else (leaf, given)
+    if view.mutations and view.mutated_between([*sources, *others, *inside], view.order[inside[0]], view.order[y]):
+        return None
+    return Region(view, y, sources, tuple(view.sorted(others)), tuple(inside))
+
+
+def _is_packed(view: GraphView, ask: Questions, leaf: Node, y: Node) -> bool:
+    region = _around(view, ask, leaf, y)
+    return region is not None and is_packed(region)
+
+
+def _is_counted(node: Node) -> bool:
+    """Numbers that are counted up: by how much words are shifted."""
+    return op_name(node) == "arange" and not node.all_input_nodes
+
+
+def _is_packed_beside(node: Node, leaf: Node) -> bool:
+    """Zero points that are taken out of words of their own."""
+    if is_float(node) or _comes_from(node, leaf):
+        return False
+    stack, seen = [node], set[Node]()
+    while stack:
+        current = stack.pop()
+        if op_name(current) in BITS:
+            return True
+        if current not in seen:
+            seen.add(current)
+            stack.extend(current.all_input_nodes)
+    return False
+
+
+def _fits(ask: Questions, node: Node, kind: torch.dtype) -> bool:
+    """Are all of what it holds known to be integers of another, narrower type?"""
+    own = fake(node).dtype
+    if own == kind or own == torch.bool or own.is_complex or (own.is_floating_point and not _is_taken_off(node)):
+        return False
+    value = ask.kept.value(node)
+    if value is None or value.numel() == 0:
+        return False
+    info = torch.iinfo(kind)
+    whole = not own.is_floating_point or bool((value == value.round()).all())
+    return whole and info.min <= float(value.min()) and float(value.max()) <= info.max
+
+
+def _is_taken_off(node: Node) -> bool:
+    """Of floating point: read by a subtraction, perhaps moved about before; a scale may hold whole numbers too."""
+    users = real_users(node)
+    return bool(users) and all(
+        op_name(u) in ("sub", "rsub", "add") or (op_name(u) in LAYOUT | CAST and _is_taken_off(u)) for u in users
+    )
+
+
+def _shape(region: Region) -> tuple[int, ...]:
+    """The shape of the weight; of a product, that of what is multiplied with."""
+    shape = tuple(fake(region.output).shape)
+    return (fake(region.sources[1]).shape[-1], shape[-1]) if len(region.sources) > 1 else shape
+
+
+def _form(region: Region, how: Dequantized, inside: torch.dtype) -> Form:
+    """The operator with scales of type `inside`; then the product, where it is of one."""
+    out = fake(region.output).dtype
+    ways = {fake(r.sources[0]).numel(): (r, unpacked(r), _shape(r)) for r in (region.asked, region)}
+
+    def weight(x: Tensor, *others: Tensor) -> Tensor:
+        whole, part, shape = ways[x.numel()]
+        assert part is not None, "the region was recognised"
+        read = [others[place] for place in part.places]
+        y = how(part(whole, x, others), read, shape, inside)
+        return y if is_exact(read) or y.dtype == out else y.to(out)
+
+    def product(x: Tensor, a: Tensor, *others: Tensor) -> Tensor:
+        return torch.matmul(a, weight(x, *others))
+
+    return product if len(region.sources) > 1 else weight
+
+
+def _stored(how: Dequantized, ask: Questions, region: Region) -> str:
+    """The type that the integers are written in, as far as that is known."""
+    part = unpacked(region)
+    assert part is not None, "the region was recognised"
+    zeros = [region.others[part.places[p.place]] for p in how.found.zeros]
+    held = [v for v in map(ask.kept.value, (part.integers, *zeros)) if v is not None and v.numel()]
+    if len(held) <= len(zeros):
+        return str(how.kind).removeprefix("torch.").upper()
+    low, high = min(int(v.min()) for v in held), max(int(v.max()) for v in held)
+    return stored_as(how.kind, min(low, how.found.zero), max(high, how.found.zero))
+
+
+PATTERN = DequantizeLinear()

@@ -1,0 +1,110 @@
+"""What was found of stored integers, put as DequantizeLinear has it: blocks, scales and zero points in their places."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fxfuse.graph.region import Region
+from fxfuse.graph.view import fake
+from fxfuse.patterns.dequantize_linear.blocks import Blocks, blocks
+from fxfuse.patterns.dequantize_linear.placed import Placed, placed
+from fxfuse.patterns.dequantize_linear.scaled_integers import Part, ScaledIntegers
+from fxfuse.recognise.answers import NEAR, Reason
+
+
+@dataclass(frozen=True)
+class Dequantized:
+    """(x - zero point) · scale of integers as they lie in memory, turned afterwards."""
+
+    found: ScaledIntegers
+    order: tuple[int, ...]
+    """The axes of the result as memory has them."""
+    blocks: Blocks
+    parts: dict[int, Placed]
+    """How scales and zero points lie over the blocks, by their place among the region's others."""
+    kind: torch.dtype
+    """The type that the operator takes the integers in."""
+
+    def __call__(self, x: Tensor, others: Sequence[Tensor], shape: Sequence[int], inside: torch.dtype) -> Tensor:
+        """The result, of this shape.
+
+        Args:
+            inside: the type of the scale and of the result, but where all is in float64.
+        """
+        laid_out = [shape[a] for a in self.order]
+        cut = self.blocks.shape(laid_out)
+        scale = self._scale(others, cut, inside, x.device)
+        if not is_exact(others):
+            scale = scale.to(inside)
+        x = x if x.dtype == self.kind else x.to(self.kind)
+        x = x if list(x.shape) == laid_out else x.reshape(laid_out)
+        axis = self.blocks.axis
+        given = {} if axis is None else {"axis": axis, "block_size": self.blocks.size_of(laid_out)}
+        y: Tensor = torch.ops.fxfuse.dequantize_linear(x, scale, self._zero(others, cut, x.device), **given)
+        back = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return y if back == list(range(len(back))) else y.permute(back)
+
+    def scale_types(self, others: Sequence[Node]) -> list[torch.dtype]:
+        """The floating-point types that the scales are kept in."""
+        kinds = [fake(others[p.place]).dtype for p in self.found.scales]
+        return list(dict.fromkeys(k for k in kinds if k.is_floating_point))
+
+    def _scale(self, others: Sequence[Tensor], cut: list[int], inside: torch.dtype, device: torch.device) -> Tensor:
+        scale: Tensor | None = None
+        for part in self.found.scales:
+            value = self._place(part, others, cut)
+            value = value if value.is_floating_point() else value.to(torch.float64 if is_exact(others) else inside)
+            value = value if part.sign > 0 else value.reciprocal()
+            scale = value if scale is None else scale * value
+        factor = self.found.factor
+        if scale is None:
+            return torch.full(cut, factor, dtype=torch.float64 if is_exact(others) else inside, device=device)
+        return scale if factor == 1.0 else scale * factor
+
+    def _zero(self, others: Sequence[Tensor], cut: list[int], device: torch.device) -> Tensor | None:
+        total: Tensor | None = None
+        for part in self.found.zeros:
+            value = self._place(part, others, cut)
+            value = value if part.sign > 0 else -value.to(torch.int32)
+            total = value if total is None else total.to(torch.int32) + value
+        zero = self.found.zero
+        if total is None:
+            return None if zero == 0 else torch.full(cut, zero, dtype=self.kind, device=device)
+        total = total.to(torch.int32) + zero if zero else total
+        return total if total.dtype == self.kind else total.to(self.kind)
+
+    def _place(self, part: Part, others: Sequence[Tensor], cut: list[int]) -> Tensor:
+        return self.parts[part.place](others[part.place], cut)
+
+
+def is_exact(others: Sequence[Tensor]) -> bool:
+    """Are these float64, as a proof has them?"""
+    return any(t.dtype == torch.float64 for t in others)
+
+
+def dequantized(found: ScaledIntegers, region: Region, kind: torch.dtype) -> Dequantized | Reason:
+    """`found` of a region, if blocks along one axis, and views, say where all of it lies."""
+    info = torch.iinfo(kind)
+    if not info.min <= found.zero <= info.max:
+        return Reason(f"its zero point is {found.zero}, and {kind} does not hold it", NEAR)
+    x = placed(found.index, fake(region.sources[0]).numel())
+    if x is None:
+        return Reason("its integers are put in an order that no view of them has", NEAR)
+    rank = found.index.dim()
+    order = [a for a in range(rank) if a not in x.axes] + list(x.axes)
+    indices = {p.place: p.index.permute(order) for p in (*found.scales, *found.zeros)}
+    cut = blocks(list(indices.values()), [found.index.shape[a] for a in order])
+    if isinstance(cut, Reason):
+        return cut
+    parts = {}
+    for place, index in indices.items():
+        lies = placed(cut.first(index), fake(region.others[place]).numel())
+        if lies is None:
+            return Reason("its scales or zero points lie in blocks along two axes, or in an order of their own", NEAR)
+        parts[place] = lies
+    return Dequantized(found, tuple(order), cut, parts, kind)

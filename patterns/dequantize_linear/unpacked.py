@@ -1,0 +1,133 @@
+"""Integers that are kept several to a word (two of four bits in a byte, eight in an int32): where they are taken apart.
+
+A region of such words is no multiple of them, but of what the words are taken apart into: a node on the way that
+everything goes through, after the last operator on bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from fxfuse.graph.region import Region
+from fxfuse.graph.view import ARITHMETIC, fake, is_float, op_name, tensor
+from fxfuse.proof.positions.whole import bounds
+
+BITS = frozenset(
+    [
+        "__and__",
+        "__or__",
+        "__xor__",
+        "__rshift__",
+        "__lshift__",
+        "bitwise_and",
+        "bitwise_or",
+        "bitwise_xor",
+        "bitwise_right_shift",
+        "bitwise_left_shift",
+    ]
+)
+_HELD = {torch.uint8: (0, 255), torch.int8: (-128, 127)}
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """A region in two: from its words to the integers, and from those to the result."""
+
+    integers: Node
+    """The first source itself, where nothing is packed."""
+    before: tuple[Node, ...]
+    """What takes the words apart, in order; the integers are last."""
+    after: Region
+    """A region of the integers."""
+    places: tuple[int, ...]
+    """Which of the whole region's others those of `after` are."""
+
+    def __call__(self, region: Region, x: Tensor, others: Sequence[Tensor]) -> Tensor:
+        """The integers of these words."""
+        env = dict(zip((region.sources[0], *region.others), (x, *others), strict=True))
+        for node in self.before:
+            args: Any = map_arg(tuple(node.args), env.__getitem__)
+            kwargs: Any = map_arg(dict(node.kwargs), env.__getitem__)
+            env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return env[self.integers]
+
+
+def is_packed(region: Region) -> bool:
+    return any(op_name(node) in BITS for node in region.nodes)
+
+
+def unpacked(region: Region) -> Unpacked | None:
+    """Where the integers of a region stand; None where there is no such node."""
+    leaf = region.sources[0]
+    cut = leaf if not is_packed(region) else _cut(region)
+    if cut is None:
+        return None
+    before = _needed(region, [cut])
+    after = [n for n in region.nodes if n not in before]
+    read = {i for n in after for i in n.all_input_nodes}
+    if any(n in read for n in before if n is not cut):
+        return None
+    others = [n for n in region.others if n in read]
+    part = Region(
+        region.view, region.output, (cut, *region.sources[1:]), tuple(others), tuple(after), below=region.below
+    )
+    inside = tuple(n for n in region.nodes if n in before)
+    return Unpacked(cut, inside, part, tuple(region.others.index(n) for n in others))
+
+
+def tables(region: Region) -> set[Node]:
+    """What words are taken apart with: it is read before the integers, and stays as it is."""
+    found = unpacked(region)
+    if found is None:
+        return set()
+    return {n for n in region.others if any(n in m.all_input_nodes for m in found.before)}
+
+
+def type_of(integers: Node) -> torch.dtype | None:
+    """The byte that holds every one of the integers, whatever the words are; None where none does."""
+    kind = fake(integers).dtype
+    if kind in (torch.int8, torch.uint8, torch.int16):
+        return kind
+    held = bounds(integers)
+    if held is None:
+        return None
+    return next((k for k, (low, high) in _HELD.items() if low <= held[0] and held[1] <= high), None)
+
+
+def _cut(region: Region) -> Node | None:
+    """The last node of integers through which all goes that comes from the words, after the last operator on bits and
+    before other tensors (zero points) are taken off."""
+    last = max(place for place, node in enumerate(region.nodes) if op_name(node) in BITS)
+    found = None
+    for node in region.nodes[last:]:
+        several = sum(tensor(i) is not None for i in node.all_input_nodes) > 1
+        if is_float(node) or (several and op_name(node) in ARITHMETIC):
+            break
+        if not _reaches(region, node) and type_of(node) is not None:
+            found = node
+    return found
+
+
+def _reaches(region: Region, without: Node) -> bool:
+    """Is there a way from the words to the result that leaves this node out?"""
+    return region.sources[0] in _needed(region, [region.output], without)
+
+
+def _needed(region: Region, nodes: Iterable[Node], without: Node | None = None) -> set[Node]:
+    """What these are computed of, themselves included."""
+    inside, found, stack = set(region.nodes), set[Node](), list(nodes)
+    while stack:
+        node = stack.pop()
+        if node in found or node is without:
+            continue
+        found.add(node)
+        if node in inside:
+            stack.extend(node.all_input_nodes)
+    return found
