@@ -1,4 +1,4 @@
-"""Translations that torch's exporter lacks: grouped matrix products."""
+"""Translations that torch's exporter lacks, or that give other numbers there."""
 
 from __future__ import annotations
 
@@ -51,6 +51,21 @@ def test_inverse_error_function_runs_in_onnx_runtime() -> None:
     x = torch.cat([torch.linspace(-0.9999, 0.9999, 401), torch.tensor([-1.0, 0.0, 1e-6, 1.0])])
     (got,) = OnnxRuntime(fxfuse.onnx.export(Quantile().eval(), (x,)))(x)
     torch.testing.assert_close(got, torch.erfinv(x), rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(4, 6), (1,)], ids=["two axes", "one element"])
+@pytest.mark.parametrize("affine", [True, False])
+def test_an_rms_norm_that_no_pattern_took_has_the_epsilon_of_its_type(
+    dtype: torch.dtype, shape: tuple[int, ...], affine: bool
+) -> None:
+    module = nn.RMSNorm(shape, eps=None, elementwise_affine=affine, dtype=dtype).eval()
+    x = torch.randn(3, 5, *shape[:-1], shape[-1], dtype=dtype) * 1e-3  # where the epsilon is as large as the squares
+    program = fxfuse.onnx.export(module, (x,), dynamic_shapes=({0: "batch"},))
+    tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 2e-3}[dtype]
+    for rows in (3, 2):
+        (result,) = OnnxRuntime(program)(x[:rows])
+        torch.testing.assert_close(result, module(x[:rows]), rtol=tolerance, atol=tolerance)
 
 
 def test_only_what_a_program_holds_is_translated() -> None:
