@@ -16,7 +16,7 @@ import fxfuse
 from fxfuse.cli import source, tables
 from fxfuse.cli.progress import Stages
 from fxfuse.cli.reports import REPORT, report_files, run_record
-from fxfuse.decoder.choices import check_choices
+from fxfuse.decoder.options import check_decoder_options
 from fxfuse.errors import FxfuseError
 from fxfuse.ops.registry import check_opset
 from fxfuse.options import check_accept, check_budget
@@ -59,7 +59,7 @@ def check_options(arguments: argparse.Namespace, holds: Holds | None) -> None:
         check_budget(arguments.budget)
         if arguments.package == "genai":
             check_form(arguments.cache or "auto")
-        check_choices(one_token=arguments.pair, **_choices(arguments))
+        check_decoder_options(one_token=arguments.pair, **_choices(arguments))
         for option, value in (("--batch", arguments.batch), ("--seq", arguments.seq)):
             if value:
                 raise FxfuseError(f"{option} does not apply to a graph with a cache", where=arguments.source)
@@ -103,8 +103,7 @@ def export_generation(arguments: argparse.Namespace, holds: Holds | None, out: C
         with stages.stage("load"):
             model, about, notes = load_model(arguments, holds, dtype)
         # Late: they import transformers, which may not be installed.
-        from fxfuse.decoder.export import export_decoder
-        from fxfuse.decoder.step import export_step
+        from fxfuse.decoder.export import export_decoder, export_step
         from fxfuse.integrations.torchtune import Eager, is_decoder
         from fxfuse.package.write import write_package
         from fxfuse.runtime.check import check_package

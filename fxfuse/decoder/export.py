@@ -23,12 +23,12 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from fxfuse.decoder.choices import SINKS, Cache, Names, check_choices
 from fxfuse.decoder.forms.ragged import make_ragged
 from fxfuse.decoder.forms.ring import make_rings
 from fxfuse.decoder.forms.static import Profile, describe, make_static
 from fxfuse.decoder.forms.streaming import make_streaming
 from fxfuse.decoder.masks.padding import simplify_padding
+from fxfuse.decoder.options import SINKS, Cache, Names, check_decoder_options
 from fxfuse.decoder.scaled_query import scale_queries
 from fxfuse.errors import FxfuseError
 from fxfuse.integrations import torchtune
@@ -92,7 +92,7 @@ def export_decoder(
         FxfuseError: a model that is no such, a cache that is not one key and one value a layer (with `names` other than
             "hf"), an opset outside 23–25 (for a static cache 24–25), unknown `names` or `cache`.
     """
-    check_choices(
+    check_decoder_options(
         opset=opset,
         cache=cache,
         names=names,
@@ -124,6 +124,15 @@ def export_decoder(
     if profile == "cpu":
         scale_queries(program)
     return program
+
+
+def export_step(model: Any, *, names: Names = "genai", **options: Any) -> ir.Model:
+    """The graph of `export_decoder` for one new token a row: S is 1, and no causal mask is left in it.
+
+    Raises:
+        FxfuseError: what `export_decoder` refuses.
+    """
+    return export_decoder(model, names=names, one_token=True, **options)
 
 
 def windows_of(model: Any) -> dict[int, int]:

@@ -18,11 +18,11 @@ from typing import Any, Literal, get_args
 import onnx_ir as ir
 
 from fxfuse.decoder.masks.token_windows import with_token_windows
-from fxfuse.decoder.step import share_weights
 from fxfuse.errors import FxfuseError
 from fxfuse.files import move_into, staging
 from fxfuse.package.genai import CONFIG, write_genai_config
 from fxfuse.package.manifest import MANIFEST, Manifest, manifest_of
+from fxfuse.package.weights import share_weights
 from fxfuse.pretrained.files import copy_tokenizer
 
 Package = Literal["fxfuse", "genai"]

@@ -34,8 +34,8 @@ from fxfuse.graph.source import source_line
 from fxfuse.graph.view import fake, size_text
 from fxfuse.quiet import shared_specs
 from fxfuse.state.counters import count_from_first
+from fxfuse.state.index_copies import slices_as_index_copies
 from fxfuse.state.mutations import STATE, WRITES, Mutation, in_place, mutations
-from fxfuse.state.slots import count_slots
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def _as_inputs(functional: ExportedProgram, lines: dict[str, str | None]) -> Lif
         verifiers=result.verifiers,
     )
     program.graph_module.meta.update(functional.graph_module.meta)
-    count_slots(program)
+    slices_as_index_copies(program)
     final: Any = program.graph.output_node().args[0]
     for state, value in zip(states, final[-len(states) :], strict=True):
         if state.initial is not None:

@@ -22,8 +22,7 @@ from typing import Any
 import onnxruntime as ort
 import torch
 
-from fxfuse.decoder.export import export_decoder
-from fxfuse.decoder.step import export_step
+from fxfuse.decoder.export import export_decoder, export_step
 from fxfuse.package.write import PREFILL, write_package
 from fxfuse.runtime import Session
 from tests.benchmarks.decode import SHAPE, Bound, measure, memory_of, model, prompt

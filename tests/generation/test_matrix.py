@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from fxfuse.decoder.export import export_decoder
-from fxfuse.decoder.step import export_step
+from fxfuse.decoder.export import export_decoder, export_step
 from fxfuse.integrations.torchtune import Eager
 from fxfuse.package.write import write_package
 from fxfuse.runtime import EagerSession, Session, generate

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torchtune.models.llama3_2 import llama3_2
 
-from fxfuse.decoder.export import export_decoder
-from fxfuse.decoder.step import export_step
+from fxfuse.decoder.export import export_decoder, export_step
 from fxfuse.errors import FxfuseError
 from fxfuse.integrations.torchtune import Eager
 from fxfuse.package.write import write_package

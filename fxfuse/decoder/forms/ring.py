@@ -49,7 +49,7 @@ def make_rings(model: ir.Model, windows: Mapping[int, int]) -> None:
     check_opset(model)
     lengths = Lengths(model.graph, None)
     one_token = takes_one_token(model.graph)
-    rings = {size: _Slots(lengths, size, one_token) for size in set(windows.values())}
+    rings = {size: _RingPositions(lengths, size, one_token) for size in set(windows.values())}
     described: dict[int, dict[str, Any]] = {}
     aliases = {}
     for layer, past in pasts_of(model):
@@ -63,7 +63,7 @@ def make_rings(model: ir.Model, windows: Mapping[int, int]) -> None:
     model.metadata_props[METADATA] = json.dumps(about, default=str)
 
 
-class _Slots:
+class _RingPositions:
     """Of rings of one size: which positions are attended to, and where the new keys go."""
 
     def __init__(self, lengths: Lengths, size: int, one_token: bool) -> None:
@@ -92,7 +92,7 @@ class _Slots:
 class _Ring(Buffer):
     """One input of the cache, of as many slots as its layer looks back."""
 
-    def __init__(self, past: ir.Value, lengths: Lengths, slots: _Slots) -> None:
+    def __init__(self, past: ir.Value, lengths: Lengths, slots: _RingPositions) -> None:
         super().__init__(past, lengths)
         self.slots = slots
         past.shape = ir.Shape([self.batch, self.heads, slots.size, self.size])

@@ -8,8 +8,8 @@ tokens, itself included. All are rotated by their places among what it sees, so 
 much was read. That RotaryEmbedding tells distances only, is proved first.
 
 position_ids [B, S], consecutive in each row, say how much was read before: rows may stand at different lengths, and
-there is no attention_mask. There is no padding: each row takes S tokens. Graphs for any S and for one token
-(`fxfuse.decoder.forms.streaming_any`, `fxfuse.decoder.forms.streaming_step`) have the same cache, and take turns on it.
+there is no attention_mask. There is no padding: each row takes S tokens. Graphs for any S (`any_tokens`) and for one
+token (`one_token`) have the same cache, and take turns on it.
 
 Source: Xiao et al., Efficient Streaming Language Models with Attention Sinks, https://arxiv.org/abs/2309.17453, 3.2.
 """
@@ -24,9 +24,9 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from fxfuse.decoder.forms.ragged import drop_padding, has_past, sees_otherwise
 from fxfuse.decoder.forms.static import METADATA, check_opset, pasts_of, present_of
-from fxfuse.decoder.forms.streaming_any import AnySlots
-from fxfuse.decoder.forms.streaming_layer import Slots, refused, rewrite
-from fxfuse.decoder.forms.streaming_step import StepSlots
+from fxfuse.decoder.forms.streaming.any_tokens import AnyTokensCache
+from fxfuse.decoder.forms.streaming.layer import StreamingCache, refused, rewrite
+from fxfuse.decoder.forms.streaming.one_token import OneTokenCache
 from fxfuse.onnx.pieces import takes_one_token
 
 
@@ -50,7 +50,7 @@ def make_streaming(model: ir.Model, sinks: int, window: int) -> None:
     if (why := sees_otherwise(graph)) is not None:
         raise refused(why)
     drop_padding(graph)
-    slots: Slots = (StepSlots if one_token else AnySlots)(graph, sinks, window)
+    slots: StreamingCache = (OneTokenCache if one_token else AnyTokensCache)(graph, sinks, window)
     for node in attentions:
         rewrite(node, slots)
     RemoveUnusedNodesPass()(model)

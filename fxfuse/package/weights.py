@@ -1,10 +1,4 @@
-"""The decoding step as a graph of its own, for one token a row, and one weights file for it and the graph of prompts.
-
-input_ids      [B, 1]           logits          [B, 1, vocabulary]
-attention_mask [B, P + 1]       present, key    [B, H, P + 1, D]     of every layer, and value
-position_ids   [B, 1]
-past, key      [B, H, P, D]     of every layer, and value
-"""
+"""One weights file for two graphs of one model: the second graph's weights are looked up in the first one's file."""
 
 from __future__ import annotations
 
@@ -12,23 +6,8 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
-
-from fxfuse.decoder.choices import Names
-from fxfuse.decoder.export import export_decoder
-
-__all__ = ["export_step", "share_weights"]
-
-
-def export_step(model: Any, *, names: Names = "genai", **options: Any) -> ir.Model:
-    """The graph of `export_decoder` for one new token: no causal mask is left in it.
-
-    Raises:
-        FxfuseError: what `export_decoder` refuses.
-    """
-    return export_decoder(model, names=names, one_token=True, **options)
 
 
 @contextmanager

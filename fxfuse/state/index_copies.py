@@ -18,7 +18,7 @@ from torch.fx import Graph, Node
 from fxfuse.graph.view import argument, fake, op_name, size_text, tensor
 
 
-def count_slots(program: ExportedProgram) -> None:
+def slices_as_index_copies(program: ExportedProgram) -> None:
     """Rewrite, in place, every `slice_scatter` from such a number on; the program is functional."""
     for node in list(program.graph.nodes):
         if op_name(node) != "slice_scatter" or argument(node, "step") not in (None, 1):

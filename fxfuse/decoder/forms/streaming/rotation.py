@@ -14,7 +14,7 @@ import onnx_ir as ir
 Table = tuple[np.ndarray, np.ndarray]
 
 
-def table_of(graph: ir.Graph, places: Sequence[ir.Value], found: Sequence[ir.Value], count: int) -> Table | str:
+def rotation_table(graph: ir.Graph, places: Sequence[ir.Value], found: Sequence[ir.Value], count: int) -> Table | str:
     """cos and sin [count, D/2] at places 0, 1, …; or how they are not powers of one rotation, perhaps scaled.
 
     Args:

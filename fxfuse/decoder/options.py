@@ -13,7 +13,7 @@ SINKS = 4
 """Of a streaming cache, where nothing else is asked for: what its paper found to be enough."""
 
 
-def check_choices(
+def check_decoder_options(
     *,
     opset: int,
     cache: Any = "auto",

@@ -20,12 +20,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from fxfuse.decoder.forms.streaming_layer import Slots, Turned, refused
-from fxfuse.decoder.relative import table_of
+from fxfuse.decoder.forms.streaming.layer import StreamingCache, Turned, refused
+from fxfuse.decoder.forms.streaming.rotation import rotation_table
 from fxfuse.onnx.pieces import constant, counted, initializer
 
 
-class AnySlots(Slots):
+class AnyTokensCache(StreamingCache):
     """Which keys are seen, at which places, and what stands in the slots afterwards."""
 
     def __init__(self, graph: ir.Graph, sinks: int, window: int) -> None:
@@ -98,7 +98,7 @@ class AnySlots(Slots):
         """cos and sin of a RotaryEmbedding, at other places than position_ids."""
         found = [self._copy(value, places) for value in turned.tables]
         if turned.tables not in self.proved and places is self.places:
-            table = table_of(self.graph, [places], found, self.size)
+            table = rotation_table(self.graph, [places], found, self.size)
             if isinstance(table, str):
                 raise refused(f"the rotation {turned.rotary.name} tells more than distances: {table}")
             self.proved.add(turned.tables)

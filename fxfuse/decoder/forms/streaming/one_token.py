@@ -18,12 +18,12 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from fxfuse.decoder.forms.streaming_layer import Slots, Turned, refused
-from fxfuse.decoder.relative import table_of
+from fxfuse.decoder.forms.streaming.layer import StreamingCache, Turned, refused
+from fxfuse.decoder.forms.streaming.rotation import rotation_table
 from fxfuse.onnx.pieces import constant, counted, initializer
 
 
-class StepSlots(Slots):
+class OneTokenCache(StreamingCache):
     """Which slot is written, how many are filled then, and the places of all."""
 
     def __init__(self, graph: ir.Graph, sinks: int, window: int) -> None:
@@ -64,7 +64,7 @@ class StepSlots(Slots):
         if turned.tables not in self.tables:
             given = [self.inputs[name] for name in ("position_ids", "input_ids") if name in self.inputs]
             try:
-                found = table_of(self.graph, given, turned.tables, self.size)
+                found = rotation_table(self.graph, given, turned.tables, self.size)
             except ValueError as error:  # of onnx_ir: the two are made of other inputs as well
                 raise refused(f"the rotation {turned.rotary.name} is made of more than positions: {error}") from error
             if isinstance(found, str):

@@ -2,8 +2,8 @@
 
     k ─ RotaryEmbedding ─ Attention(past, present)     becomes     k ─ cache ─ RotaryEmbedding at places ─ Attention
 
-How the cache is written, and which places its slots have, is for a kind of `Slots` to say:
-`fxfuse.decoder.forms.streaming_any` for any number of tokens a call, `fxfuse.decoder.forms.streaming_step` for one.
+How the cache is written, and which places its slots have, is for a `StreamingCache` to say: that of `any_tokens`, in a
+graph for any number of tokens a call, or that of `one_token`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Turned:
         return {name: a for name, a in self.rotary.attributes.items() if name != "num_heads"}
 
 
-class Slots(ABC):
+class StreamingCache(ABC):
     """What all layers share. Position p < sinks stands in slot p, p >= sinks in slot sinks + (p - sinks) mod W."""
 
     def __init__(self, graph: ir.Graph, sinks: int, window: int) -> None:
@@ -75,13 +75,13 @@ class Slots(ABC):
         return node.outputs[0]
 
 
-def rewrite(node: ir.Node, slots: Slots) -> None:
+def rewrite(node: ir.Node, slots: StreamingCache) -> None:
     """Makes one Attention with a past read and write the cache of `slots`."""
     _Layer(node, slots).rewrite()
 
 
 class _Layer:
-    def __init__(self, node: ir.Node, slots: Slots) -> None:
+    def __init__(self, node: ir.Node, slots: StreamingCache) -> None:
         self.node, self.slots, self.graph = node, slots, slots.graph
         slots.before = node
 
