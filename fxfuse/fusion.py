@@ -21,9 +21,9 @@ from fxfuse.graph.blocks.put_back import put_back
 from fxfuse.graph.complex.real_parts import real_tables
 from fxfuse.graph.equal import computes_twice, merge_moves, part
 from fxfuse.graph.flex import separate_outputs
+from fxfuse.graph.marks import INSERTED
 from fxfuse.graph.program import check_program, copy_program, name_outputs
 from fxfuse.graph.recompose import recompose, take_apart
-from fxfuse.graph.splice import INSERTED
 from fxfuse.one_sizes import sizes_of_one
 from fxfuse.ops.registry import check_opset
 from fxfuse.options import BUDGET, check_accept, check_budget, check_frozen, check_patterns, check_strict

@@ -18,8 +18,8 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from fxfuse.graph.marks import FUNCTIONAL
 from fxfuse.graph.view import argument, op_name
-from fxfuse.state.functional import FUNCTIONAL
 
 _BACKENDS = frozenset(
     [

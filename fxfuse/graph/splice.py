@@ -14,13 +14,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fxfuse.graph.dead_vmap import remove_unread
 from fxfuse.graph.emit import KEPT_META, uncached
 from fxfuse.graph.equal import MERGED
+from fxfuse.graph.marks import INSERTED, STANDS_FOR
 from fxfuse.graph.region import Region
 from fxfuse.graph.undone_layouts import cancel_layouts
 from fxfuse.graph.view import ASSERTIONS, fake, is_pure, mutated, op_name, touches
-
-INSERTED = "fxfuse_inserted"
-STANDS_FOR = "fxfuse_stands_for"
-"""Of a node that was inserted for a value: its own name, for metadata is copied, and that of the value's node."""
 
 
 class Guarded(Exception):

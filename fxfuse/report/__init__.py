@@ -1,4 +1,4 @@
-"""What was fused, what was not, and why: data (`model`, `layer`), text, HTML (`html`, `drawing`), JSON (`record`)."""
+"""What was fused, what was not, and why: data (`entries`, `layer`), text, HTML (`html`, `drawing`), JSON (`record`)."""
 
 from fxfuse.report.model import Entry, Report
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import hypot
 
+from fxfuse.report.entries import Entries
 from fxfuse.report.layer import Call, Layer
 from fxfuse.report.layout import Box, Line, lay_out, shortened
-from fxfuse.report.model import Report
 
 HUES = (28, 210, 150, 280, 345, 90, 185, 255, 55)
 """Of the operators, in the order of the report's summary; far apart for the first few."""
@@ -59,13 +59,13 @@ class Side:
     arrows: tuple[Arrow, ...]
 
 
-def hues(report: Report) -> dict[str, int]:
+def hues(report: Entries) -> dict[str, int]:
     """A colour for every operator."""
     operators = dict.fromkeys(entry.operator for entry in report)
     return {operator: HUES[i % len(HUES)] for i, operator in enumerate(operators)}
 
 
-def sides(report: Report, layer: Layer) -> tuple[Side, Side]:
+def sides(report: Entries, layer: Layer) -> tuple[Side, Side]:
     """The drawings before and after.
 
     Raises:

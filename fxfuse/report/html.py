@@ -10,14 +10,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from fxfuse.report.drawing import hues, sides
+from fxfuse.report.entries import Entries
 from fxfuse.report.layout import available
-from fxfuse.report.model import Report
 from fxfuse.report.proven import proven
 from fxfuse.report.text import fused_lines, tallies, unfused
 
 
 def page(
-    report: Report,
+    report: Entries,
     title: str,
     *,
     checks: Sequence[Any] = (),
@@ -44,13 +44,13 @@ def page(
     )
 
 
-def fragment(report: Report) -> str:
+def fragment(report: Entries) -> str:
     """A `div` with its own style, for a cell of a notebook."""
     body = _body(report, level=3, opened=False)
     return f'<div class="fxfuse"><style>\n{_style()}</style>\n{body}</div>'
 
 
-def _body(report: Report, *, level: int, opened: bool) -> Markup:
+def _body(report: Entries, *, level: int, opened: bool) -> Markup:
     drawings = []
     if report.layer is not None and available():
         drawings = [(side, _render("drawing.svg", side=side)) for side in sides(report, report.layer)]

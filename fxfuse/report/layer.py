@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 
+from fxfuse.graph.marks import INSERTED
 from fxfuse.graph.source import module_path, source_line
-from fxfuse.graph.splice import INSERTED
 from fxfuse.graph.view import ASSERTIONS, op_name, size_text, tensor
 
 MAX_CALLS = 160

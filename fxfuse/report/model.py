@@ -1,100 +1,29 @@
-"""What a fusion run did, as plain data: it holds no nodes, so it can outlive, copy and pickle with its program."""
+"""The report that `fxfuse.fuse` gives: its entries, and how a terminal and a notebook show them."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
 
-from fxfuse.proof.evidence import Evidence
-from fxfuse.report.layer import Layer
-
-Status = Literal["fused", "decomposed", "refused", "near miss"]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One region of the graph and what became of it."""
-
-    operator: str
-    """The ONNX operator (or the user's op) the region is, or nearly is: ``"RMSNormalization"``."""
-    status: Status
-    nodes: tuple[str, ...]
-    """Names of the original graph nodes in the region, in graph order; the output is last."""
-    result: str | None = None
-    """Name of the node that took its place (status ``fused`` or ``decomposed``)."""
-    parameters: dict[str, Any] = field(default_factory=dict)
-    """What was read off the region: ``{"epsilon": 1e-5}``."""
-    reason: str | None = None
-    """Why it was not fused: the property that failed, or the error that the proof saw."""
-    source: str | None = None
-    """The model's source line: ``"modeling.py:42: return x * cos"``."""
-    module: str | None = None
-    """Path of the innermost ``nn.Module``: ``"layers.0.sa_norm"``."""
-    name: str | None = None
-    """What `fuse(accept=…)` knows the refusal by: ``"clamp@model.py:12"``, or ``"attention@model.py:12"`` where no
-    single call is to blame; the same in every run. None where it was fused, or where nothing is at one place."""
-    evidence: Evidence | None = None
-    """Why it is the same for every size, magnitude and value; None where nothing was fused, or not proven."""
+from fxfuse.report.entries import Entries, Entry, Status
+from fxfuse.report.text import render
 
 
 @dataclass(repr=False)
-class Report:
+class Report(Entries):
     """All entries of one `fxfuse.fuse` call, in graph order, with counts and timings.
 
     `str(report)` is the table a person reads, a notebook shows it with a drawing; `to_dict()` is the JSON form.
     """
 
-    opset: int
-    entries: list[Entry] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Wall time by stage: ``propose``, ``recognise``, ``prove``, ``rewrite``, ``total``."""
-    nodes_before: int = 0
-    """`call_function` nodes before fusing."""
-    nodes_after: int = 0
-    layer: Layer | None = None
-    """One layer before and after, for a drawing; None if nothing was fused."""
-
-    def of(self, status: Status, operator: str | None = None) -> list[Entry]:
-        """The entries with this status (and operator)."""
-        return [e for e in self.entries if e.status == status and operator in (None, e.operator)]
-
-    def fused(self, operator: str | None = None) -> list[Entry]:
-        return self.of("fused", operator)
-
-    def decomposed(self, operator: str | None = None) -> list[Entry]:
-        """Replaced by primitives: exported, but not as one node."""
-        return self.of("decomposed", operator)
-
-    def refused(self, operator: str | None = None) -> list[Entry]:
-        return self.of("refused", operator)
-
-    def near_misses(self, operator: str | None = None) -> list[Entry]:
-        return self.of("near miss", operator)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Fused regions by operator: ``{"RMSNormalization": 5, "Attention": 2}``."""
-        return dict(Counter(e.operator for e in self.entries if e.status == "fused"))
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def extend(self, entries: Iterable[Entry]) -> None:
-        self.entries.extend(entries)
-
-    def __iter__(self) -> Iterator[Entry]:
-        return iter(self.entries)
-
     def __str__(self) -> str:
-        from fxfuse.report.text import render
-
         return render(self)
 
     __repr__ = __str__  # of hundreds of entries a prompt wants no more than that
 
     def _repr_html_(self) -> str:
-        from fxfuse.report.html import fragment
+        from fxfuse.report.html import fragment  # here: Jinja is needed by notebooks alone
 
         return fragment(self)
+
+
+__all__ = ["Entry", "Report", "Status"]

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from fxfuse.proof.evidence import Evidence
-from fxfuse.report.model import Entry, Report
+from fxfuse.report.entries import Entries, Entry
 
 LONGEST = 200
 """Characters of a line."""
@@ -38,7 +38,7 @@ class Proven:
         )
 
 
-def proven(report: Report) -> list[Proven]:
+def proven(report: Entries) -> list[Proven]:
     """By operator and by what the proof rests on, in the order of first appearance."""
     groups: dict[tuple[str, str], list[Entry]] = {}
     for entry in report:
@@ -56,7 +56,7 @@ def proven(report: Report) -> list[Proven]:
     ]
 
 
-def lines(report: Report) -> list[str]:
+def lines(report: Entries) -> list[str]:
     """``"proven: Attention (×2): 6 draws at 1e-06 … 1000, 3 sizes, …"``, and what was accepted."""
     found = []
     for kind in proven(report):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fxfuse.report.model import Entry, Report
+from fxfuse.report.entries import Entries, Entry
 from fxfuse.report.proven import lines as proofs
 
 
@@ -65,7 +65,7 @@ class FusedLine:
     count: int
 
 
-def tallies(report: Report) -> list[Tally]:
+def tallies(report: Entries) -> list[Tally]:
     """Rows by operator, in the order of first appearance."""
     rows = []
     for operator in dict.fromkeys(entry.operator for entry in report):
@@ -83,7 +83,7 @@ def tallies(report: Report) -> list[Tally]:
     return rows
 
 
-def unfused(report: Report) -> list[Unfused]:
+def unfused(report: Entries) -> list[Unfused]:
     """What was refused or nearly matched; the same line of the model failing for the same reason is one case."""
     groups: dict[tuple[str, str, str, str | None, str | None], list[Entry]] = {}
     for entry in report:
@@ -96,7 +96,7 @@ def unfused(report: Report) -> list[Unfused]:
     ]
 
 
-def fused_lines(report: Report) -> list[FusedLine]:
+def fused_lines(report: Entries) -> list[FusedLine]:
     """What was fused, by operator and by the model's line that computes the result."""
     groups: dict[tuple[str, str | None], list[Entry]] = {}
     for entry in report.fused():
@@ -114,7 +114,7 @@ def fused_lines(report: Report) -> list[FusedLine]:
     ]
 
 
-def render(report: Report) -> str:
+def render(report: Entries) -> str:
     """The whole report as plain text, for a terminal or a log.
 
     opset 24, 233 → 121 nodes in 0.84 s

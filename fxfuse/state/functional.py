@@ -15,12 +15,10 @@ from typing import Any
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
+from fxfuse.graph.marks import FUNCTIONAL
 from fxfuse.graph.view import ASSERTIONS, is_size, op_name, tensor
 from fxfuse.state.families import functional_of, private_families
 from fxfuse.state.scatter import scattered
-
-FUNCTIONAL = "fxfuse_functional"
-"""Of a node that was inserted to read a write as what it computes."""
 
 
 @dataclass

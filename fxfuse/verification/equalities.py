@@ -9,13 +9,13 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from fxfuse.graph.marks import FUNCTIONAL, INSERTED, STANDS_FOR
 from fxfuse.graph.program import copy_program
 from fxfuse.graph.source import module_path, source_line
-from fxfuse.graph.splice import INSERTED, STANDS_FOR
 from fxfuse.graph.view import op_name
 from fxfuse.ops.registry import OPS, PARTS
 from fxfuse.report.model import Entry, Report
-from fxfuse.state.functional import FUNCTIONAL, functionalise
+from fxfuse.state.functional import functionalise
 from fxfuse.verification.classes import Classes, Head
 from fxfuse.verification.numbering import Numbering, number
 

@@ -84,7 +84,7 @@ class RotaryEmbedding:
         rotation = measure_rotation(region, ask)
         if isinstance(rotation, Reason):
             return rotation
-        found = read_caches(rotation)
+        found = read_caches(rotation.rows, rotation.inputs)
         if isinstance(found, Reason):
             return found
         caches = found[0]

@@ -41,6 +41,11 @@ class Rotation:
     """cos and sin of the second row of each pair, where it may use another angle than the first."""
 
     @property
+    def rows(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """cos and sin, once where both rows of a pair use one angle."""
+        return [(self.cos, self.sin), *([] if self.second is None else [self.second])]
+
+    @property
     def rotary_dim(self) -> int:
         """How many features, from the first on, are rotated."""
         return 2 * len(self.pairing.first)

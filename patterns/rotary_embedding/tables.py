@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
 from fxfuse.recognise.answers import Reason
-
-if TYPE_CHECKING:
-    from fxfuse.patterns.rotary_embedding.rotation import Rotation
 
 Part = Literal["whole", "real", "imag"]
 
@@ -87,13 +85,18 @@ class Caches:
     sin: Cache
 
 
-def read_caches(rotation: Rotation) -> tuple[Caches, ...] | Reason:
-    """cos and sin as views of the region's other inputs; those of the second row too, where it has its own."""
-    rows = ((rotation.cos, rotation.sin), rotation.second)
+def read_caches(
+    rows: Iterable[tuple[torch.Tensor, torch.Tensor]], inputs: list[torch.Tensor]
+) -> tuple[Caches, ...] | Reason:
+    """cos and sin of each row of a pair as views of the region's other inputs.
+
+    Args:
+        rows: the measured values of cos and sin, each ``[*positions, pairs]``.
+        inputs: the unique values that they were measured with.
+    """
     found = []
-    for values in rows[: 1 if rotation.second is None else 2]:
-        assert values is not None
-        cos, sin = (find_cache(v, rotation.inputs, what) for v, what in zip(values, ("cos", "sin"), strict=True))
+    for values in rows:
+        cos, sin = (find_cache(v, inputs, what) for v, what in zip(values, ("cos", "sin"), strict=True))
         if isinstance(cos, Reason):
             return cos
         if isinstance(sin, Reason):

@@ -1,245 +1,124 @@
-"""Operators of ONNX that compute element by element, for `reader.py`. None stands for a step that is not exact."""
+"""What the rule for one operator of ONNX may ask of whoever reads a graph: shapes, types, elements of its inputs.
+
+The rules (`sizes`, `moves`, `pointwise`) take an `Elements`; `fxfuse.decoder.reading.reader.Reader` is the one that
+looks up which rule an operator has.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 import torch
 
-from fxfuse.proof import arithmetic
-from fxfuse.proof.arithmetic import Comparison
 from fxfuse.proof.positions.terms import Term, Terms, Unreadable
+from fxfuse.proof.positions.views import Product, apart
 
-if TYPE_CHECKING:
-    from fxfuse.decoder.reading.reader import Reader
-
-Operands = tuple[Term, ...]
-Step = Callable[["Reader", ir.Node, Operands], "Term | None"]
-_INTEGERS = {
-    torch.int8: (8, True),
-    torch.int16: (16, True),
-    torch.int32: (32, True),
-    torch.int64: (64, True),
-    torch.uint8: (8, False),
-    torch.uint16: (16, False),
-    torch.uint32: (32, False),
-    torch.uint64: (64, False),
-}
-_FLOATS = {torch.float32: 2**24, torch.float64: 2**53}
-"""How far whole numbers are exact."""
-_LARGEST, _LARGEST_IN_FLOATS = 2**24, 2**20
-"""Positions, and whole numbers of inputs."""
+Index = tuple[Term, ...]
 
 
-def reach(term: Term, largest: int = _LARGEST) -> float:
-    """A number that a whole number does not go beyond on either side of 0."""
-    found: float
+class Elements(ABC):
+    """Shapes and elements of one graph's values as terms.
 
-    def of(part: Term) -> float:
-        return reach(part, largest)
+    Args:
+        sizes: what the dimensions of inputs are that have these names; others are free.
+    """
 
-    if term.op == "number":
-        return abs(float(term.args[0]))
-    low, high = term.bounds
-    known = max(abs(low), abs(high))
-    if term.op == "sum":
-        found = abs(term.args[0]) + sum(abs(c) * of(part) for part, c in term.args[1])
-    elif term.op == "product":
-        found = of(term.args[0]) * of(term.args[1])
-    elif term.op == "choose":
-        found = max(of(part) for part in term.args[1:])
-    elif term.op == "quotient":
-        found = of(term.args[0]) / term.args[1] + 1
-    else:
-        found = 1 if term.kind == "bool" else math.inf if term.op == "apply" else largest
-    return min(known, found)
+    def __init__(self, terms: Terms | None, sizes: Mapping[str, Term] | None) -> None:
+        self.terms = Terms() if terms is None else terms
+        self.facts: list[Term] = []
+        """What is known of sums and extremes, which stand in terms for themselves."""
+        self.limits: dict[Term, Term] = {}
+        """The sizes that indices are below."""
+        self._sizes = dict(sizes or {})
 
+    @abstractmethod
+    def shape(self, value: ir.Value) -> Index:
+        """The sizes of a tensor."""
 
-def held(terms: Terms, term: Term | None, dtype: torch.dtype) -> Term | None:
-    """A result as its type holds it: whole numbers wrap, in floats they are not to grow beyond what is exact."""
-    if term is None or term.kind == "real":
-        return term
-    if dtype == torch.bool:
-        return terms.as_bool(term)
-    if dtype in _INTEGERS:
-        bits, signed = _INTEGERS[dtype]
-        if reach(term) < 2 ** (bits - signed) and (signed or term.bounds[0] >= 0):
-            return term
-        half = 2 ** (bits - 1) if signed else 0
-        return terms.subtract(terms.remainder(terms.add(term, terms.number(half)), 2**bits), terms.number(half))
-    exact = reach(term, _LARGEST_IN_FLOATS) <= _FLOATS.get(dtype, 0)
-    return term if exact or arithmetic.numbers(term) is not None else None
+    @abstractmethod
+    def type(self, value: ir.Value) -> torch.dtype:
+        """The type of the elements."""
 
+    @abstractmethod
+    def read(self, value: ir.Value | None, index: Index) -> Term:
+        """The element of `value` at `index`.
 
-def _as_it_is(terms: Terms, term: Term, dtype: torch.dtype) -> Term:
-    """Not held yet: `held` does that for the whole result."""
-    return term
+        Raises:
+            Unreadable: a step on the way cannot be said in terms.
+        """
 
+    def operand(self, value: ir.Value, index: Index) -> Term:
+        """What an elementwise operator reads of this input for its own element `index`."""
+        shape = self.shape(value)
+        own = index[len(index) - len(shape) :] if shape else ()
+        zero = self.terms.number(0)
+        return self.read(value, tuple(zero if d.number == 1 else i for d, i in zip(shape, own, strict=True)))
 
-def _result(reader: Reader, node: ir.Node) -> torch.dtype:
-    return reader.type(node.outputs[0])
+    def named(self, dim: int | ir.SymbolicDim) -> Term:
+        """The size of an input's axis."""
+        if isinstance(dim, int):
+            return self.terms.number(dim)
+        if dim.value is None:
+            raise Unreadable("a size without a name")
+        if dim.value not in self._sizes:
+            self._sizes[dim.value] = self.terms.variable(f"size {dim.value}")
+        return self._sizes[dim.value]
 
+    def broadcast(self, *shapes: Sequence[Term]) -> Index:
+        """The sizes of what is computed element by element of tensors of these.
 
-def _whole(reader: Reader, node: ir.Node) -> bool:
-    return _result(reader, node) in _INTEGERS
+        Raises:
+            Unreadable: two differ, and either may be 1 at times.
+        """
+        result: list[Term] = []
+        for shape in shapes:
+            own = list(shape)
+            while len(result) < len(own):
+                result.insert(0, self.terms.number(1))
+            for axis, size in enumerate(own, len(result) - len(own)):
+                if result[axis].number == 1:
+                    result[axis] = size
+                elif size.number != 1 and size is not result[axis]:
+                    raise Unreadable(f"a tensor of size {size} along with one of {result[axis]}")
+        return tuple(result)
 
+    def vector(self, value: ir.Value) -> list[Term]:
+        """All elements of a tensor of one axis (or none) that is of a known length: sizes, places."""
+        shape = self.shape(value)
+        if not shape:
+            return [self.read(value, ())]
+        if len(shape) > 1 or shape[0].number is None:
+            raise Unreadable(f"as many numbers as {value.name} has")
+        return [self.read(value, (self.terms.number(n),)) for n in range(int(shape[0].number))]
 
-def _folds(combine: Callable[[Terms, torch.dtype, Term, Term], Term | None]) -> Step:
-    """An operator of two operands, or of any number."""
+    def numbers(self, value: ir.Value) -> list[int]:
+        """The same, of constants."""
+        found = [term.number for term in self.vector(value)]
+        if not all(isinstance(n, (int, bool)) for n in found):
+            raise Unreadable(f"numbers that the graph computes ({value.name})")
+        return [int(n) for n in found]
 
-    def step(reader: Reader, node: ir.Node, operands: Operands) -> Term | None:
-        t, dtype = reader.terms, _result(reader, node)
+    def size(self, value: int | Term) -> Term:
+        """For `fxfuse.proof.positions.views`, to which a size that is known is an int."""
+        return self.terms.number(value) if isinstance(value, int) else value
 
-        found: Term | None = operands[0]
-        for operand in operands[1:]:
-            found = None if found is None else held(t, combine(t, dtype, found, operand), dtype)
+    def expression(self, value: int | Term) -> Product:
+        return Product.of(self.size(value))
+
+    def apart(self, flat: Term, size: int | Term) -> tuple[Term, Term] | None:
+        return apart(self.terms, self.limits, flat, self.size(size))
+
+    def place(self, name: str, size: Term) -> Term:
+        """A free index below this size."""
+        if size.number is not None:
+            count = int(size.number)
+            return self.terms.number(0) if count == 1 else self.terms.variable(name, 0, count - 1)
+        found = self.terms.variable(name, 0, size.bounds[1] - 1)
+        self.limits[found] = size
         return found
 
-    return step
-
-
-def _over(t: Terms, dtype: torch.dtype, x: Term, y: Term) -> Term | None:
-    """Whole numbers are divided towards 0. Floats not by 0, whose sign is not read."""
-    if dtype not in _INTEGERS:
-        return None if any(part.number == 0 for part in y.walk()) else arithmetic.over(t, dtype, x, y)
-    if not isinstance(y.number, int) or y.number < 1 or x.kind != "int":
-        return None
-    up = t.negative(t.divide(t.negative(x), y.number))
-    return t.choose(t.at_most(t.number(0), x), t.divide(x, y.number), up)
-
-
-def _mod(reader: Reader, node: ir.Node, operands: Operands) -> Term | None:
-    if not _whole(reader, node):
-        return None
-    return arithmetic.rest(reader.terms, *operands, truncated=bool(node.attributes.get_int("fmod", 0)))
-
-
-def _power(reader: Reader, node: ir.Node, operands: Operands) -> Term | None:
-    x, y = operands
-    if not _whole(reader, node) or not isinstance(y.number, int) or not 1 <= y.number <= 8:
-        return None
-    t, dtype = reader.terms, _result(reader, node)
-    found: Term | None = x
-    for _ in range(y.number - 1):
-        found = None if found is None else held(t, t.multiply(found, x), dtype)
-    return found
-
-
-def _shift(reader: Reader, node: ir.Node, operands: Operands) -> Term | None:
-    left = node.attributes.get_string("direction", "") == "LEFT"
-    return held(reader.terms, arithmetic.shifted(reader.terms, *operands, left=left), _result(reader, node))
-
-
-def _bitwise(name: str) -> Step:
-    def step(reader: Reader, node: ir.Node, operands: Operands) -> Term | None:
-        t = reader.terms
-        if name == "and":
-            return arithmetic.masked(t, *operands)
-        return t.subtract(t.number(-1), operands[0]) if name == "not" and _INTEGERS[_result(reader, node)][1] else None
-
-    return step
-
-
-def _compared(name: Comparison) -> Step:
-    return lambda reader, node, operands: arithmetic.compared(reader.terms, name, *operands)
-
-
-def _logic(name: str) -> Step:
-    def step(reader: Reader, node: ir.Node, operands: Operands) -> Term | None:
-        t = reader.terms
-        if name == "and":
-            return t.every(operands)
-        if name == "or":
-            return t.any(operands)
-        return t.opposite(operands[0] if name == "not" else t.equal(*operands))
-
-    return step
-
-
-def _chosen(reader: Reader, node: ir.Node, operands: Operands) -> Term | None:
-    return arithmetic.chosen(reader.terms, _result(reader, node), *operands)
-
-
-def _cast(reader: Reader, node: ir.Node, operands: Operands) -> Term | None:
-    source = node.inputs[0]
-    assert source is not None
-    before, after = reader.type(source), _result(reader, node)
-    if after in _INTEGERS and operands[0].kind == "real" and not math.isfinite(operands[0].number or 0):
-        return None
-    if after in _INTEGERS and operands[0].kind != "real":
-        return held(reader.terms, reader.terms.as_int(operands[0]), after) if before != after else operands[0]
-    found = arithmetic.narrowed(reader.terms, operands[0], before, after)
-    exact = found if after not in _FLOATS and after.is_floating_point else held(reader.terms, found, after)
-    return exact if before != after else found
-
-
-def _clip(reader: Reader, node: ir.Node, operands: Operands) -> Term | None:
-    """Between the bounds, of which either may be left out."""
-    t = reader.terms
-    found: Term | None = operands[0]
-    for number, largest in ((1, True), (2, False)):
-        bound = node.inputs[number] if len(node.inputs) > number else None
-        if bound is not None and found is not None:
-            found = arithmetic.extreme(t, found, reader.operand(bound, ()), largest=largest)
-    return found
-
-
-def _negative(reader: Reader, node: ir.Node, operands: Operands) -> Term | None:
-    return held(reader.terms, reader.terms.negative(operands[0]), _result(reader, node))
-
-
-def _absolute(reader: Reader, node: ir.Node, operands: Operands) -> Term | None:
-    return held(reader.terms, arithmetic.absolute(reader.terms, operands[0]), _result(reader, node))
-
-
-def _rounded(reader: Reader, node: ir.Node, operands: Operands) -> Term | None:
-    return operands[0] if operands[0].kind == "int" else None
-
-
-def _relu(reader: Reader, node: ir.Node, operands: Operands) -> Term | None:
-    return arithmetic.extreme(reader.terms, operands[0], reader.terms.number(0), largest=True)
-
-
-def _is_nan(reader: Reader, node: ir.Node, operands: Operands) -> Term | None:
-    if operands[0].kind != "int" and operands[0].number is None:
-        raise Unreadable(node.op_type)
-    return reader.terms.false
-
-
-STEPS: dict[str, Step] = {
-    "Add": _folds(lambda t, dtype, x, y: arithmetic.plus(t, dtype, x, y, keep=_as_it_is)),
-    "Sum": _folds(lambda t, dtype, x, y: arithmetic.plus(t, dtype, x, y, keep=_as_it_is)),
-    "Sub": _folds(lambda t, dtype, x, y: arithmetic.plus(t, dtype, x, y, -1, keep=_as_it_is)),
-    "Mul": _folds(lambda t, dtype, x, y: arithmetic.times(t, dtype, x, y, keep=_as_it_is)),
-    "Div": _folds(_over),
-    "Max": _folds(lambda t, dtype, x, y: arithmetic.extreme(t, x, y, largest=True)),
-    "Min": _folds(lambda t, dtype, x, y: arithmetic.extreme(t, x, y, largest=False)),
-    "Mod": _mod,
-    "Pow": _power,
-    "BitShift": _shift,
-    "BitwiseAnd": _bitwise("and"),
-    "BitwiseNot": _bitwise("not"),
-    "Less": _compared("lt"),
-    "LessOrEqual": _compared("le"),
-    "Greater": _compared("gt"),
-    "GreaterOrEqual": _compared("ge"),
-    "Equal": _compared("eq"),
-    "And": _logic("and"),
-    "Or": _logic("or"),
-    "Xor": _logic("xor"),
-    "Not": _logic("not"),
-    "Where": _chosen,
-    "Cast": _cast,
-    "CastLike": _cast,
-    "Clip": _clip,
-    "Neg": _negative,
-    "Abs": _absolute,
-    **dict.fromkeys(("Floor", "Ceil", "Round"), _rounded),
-    "Relu": _relu,
-    "IsNaN": _is_nan,
-}
-BOOLEAN = {*("Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal", "And", "Or", "Xor", "Not", "IsNaN")}
-"""What gives booleans."""
+    def index(self, value: ir.Value) -> Index:
+        """Free indices into a tensor; below other sizes they are others."""
+        return tuple(self.place(f"i{axis} of {size.serial}", size) for axis, size in enumerate(self.shape(value)))

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 import torch
 
 from fxfuse.decoder.reading import sizes
-from fxfuse.decoder.reading.elements import held
+from fxfuse.decoder.reading.elements import Elements, Index
+from fxfuse.decoder.reading.pointwise import held
 from fxfuse.decoder.reading.sizes import axis_of, given, needed
 from fxfuse.proof.positions.tables import number
 from fxfuse.proof.positions.terms import Term, Unreadable
 from fxfuse.proof.positions.views import reshaped
 
-if TYPE_CHECKING:
-    from fxfuse.decoder.reading.reader import Reader
-
-Index = tuple[Term, ...]
 _SUMMED = 64
 """Numbers up to this one can be added up in int32 along any axis."""
-Move = Callable[["Reader", ir.Node, Index, int], Term]
+Move = Callable[[Elements, ir.Node, Index, int], Term]
 
 
 def _at(index: Index, axis: int, place: Term) -> Index:
     return (*index[:axis], place, *index[axis + 1 :])
 
 
-def _from_the_end(reader: Reader, place: Term, size: Term) -> Term:
+def _from_the_end(reader: Elements, place: Term, size: Term) -> Term:
     """An index that counts from the end where it is below 0."""
     t = reader.terms
     if place.kind != "int":
@@ -47,28 +43,28 @@ def _which(index: Index) -> int:
     return int(index[0].number)
 
 
-def _shape(reader: Reader, node: ir.Node, index: Index, _: int) -> Term:
+def _shape(reader: Elements, node: ir.Node, index: Index, _: int) -> Term:
     found = reader.shape(needed(node))
     return found[sizes.dims(node, len(found))[_which(index)]]
 
 
-def _size(reader: Reader, node: ir.Node, index: Index, _: int) -> Term:
+def _size(reader: Elements, node: ir.Node, index: Index, _: int) -> Term:
     result = reader.terms.number(1)
     for size in reader.shape(needed(node)):
         result = reader.terms.multiply(result, size)
     return result
 
 
-def _filled(reader: Reader, node: ir.Node, index: Index, _: int) -> Term:
+def _filled(reader: Elements, node: ir.Node, index: Index, _: int) -> Term:
     value = node.attributes.get("value")
     return reader.terms.number(0) if value is None else number(reader.terms, value.as_tensor().numpy().item())
 
 
-def _same(reader: Reader, node: ir.Node, index: Index, _: int) -> Term:
+def _same(reader: Elements, node: ir.Node, index: Index, _: int) -> Term:
     return reader.operand(needed(node), index)
 
 
-def _reshape(reader: Reader, node: ir.Node, index: Index, _: int) -> Term:
+def _reshape(reader: Elements, node: ir.Node, index: Index, _: int) -> Term:
     source = needed(node)
     inner, outer = (
         [size if size.number is None else int(size.number) for size in reader.shape(value)]
@@ -77,23 +73,23 @@ def _reshape(reader: Reader, node: ir.Node, index: Index, _: int) -> Term:
     return reader.read(source, reshaped(reader, inner, outer, index))
 
 
-def _transpose(reader: Reader, node: ir.Node, index: Index, _: int) -> Term:
+def _transpose(reader: Elements, node: ir.Node, index: Index, _: int) -> Term:
     order = sizes.permutation(node, len(index))
     return reader.read(needed(node), tuple(index[order.index(axis)] for axis in range(len(index))))
 
 
-def _unsqueeze(reader: Reader, node: ir.Node, index: Index, _: int) -> Term:
+def _unsqueeze(reader: Elements, node: ir.Node, index: Index, _: int) -> Term:
     axes = sizes.new_axes(reader, node, len(reader.shape(needed(node))))
     return reader.read(needed(node), tuple(i for axis, i in enumerate(index) if axis not in axes))
 
 
-def _squeeze(reader: Reader, node: ir.Node, index: Index, _: int) -> Term:
+def _squeeze(reader: Elements, node: ir.Node, index: Index, _: int) -> Term:
     axes, rest, zero = sizes.old_axes(reader, node), iter(index), reader.terms.number(0)
     rank = len(reader.shape(needed(node)))
     return reader.read(needed(node), tuple(zero if axis in axes else next(rest) for axis in range(rank)))
 
 
-def _concat(reader: Reader, node: ir.Node, index: Index, _: int) -> Term:
+def _concat(reader: Elements, node: ir.Node, index: Index, _: int) -> Term:
     t, axis = reader.terms, axis_of(node, len(index))
     begin, pieces = t.number(0), list[tuple[Term, ir.Value, Term]]()
     for value in (v for v in node.inputs if v is not None):
@@ -113,14 +109,14 @@ def _concat(reader: Reader, node: ir.Node, index: Index, _: int) -> Term:
     return found
 
 
-def _slice(reader: Reader, node: ir.Node, index: Index, _: int) -> Term:
+def _slice(reader: Elements, node: ir.Node, index: Index, _: int) -> Term:
     t, places = reader.terms, list(index)
     for axis, cut in sizes.cuts(reader, node).items():
         places[axis] = t.add(cut.start, t.scale(index[axis], cut.step))
     return reader.read(needed(node), tuple(places))
 
 
-def _gather(reader: Reader, node: ir.Node, index: Index, _: int) -> Term:
+def _gather(reader: Elements, node: ir.Node, index: Index, _: int) -> Term:
     source, indices = needed(node), needed(node, 1)
     shape = reader.shape(source)
     axis, rank = axis_of(node, len(shape)), len(reader.shape(indices))
@@ -128,7 +124,7 @@ def _gather(reader: Reader, node: ir.Node, index: Index, _: int) -> Term:
     return reader.read(source, (*index[:axis], place, *index[axis + rank :]))
 
 
-def _gather_nd(reader: Reader, node: ir.Node, index: Index, _: int) -> Term:
+def _gather_nd(reader: Elements, node: ir.Node, index: Index, _: int) -> Term:
     source, indices = needed(node), needed(node, 1)
     shape, by = reader.shape(source), reader.shape(indices)
     shared, rank = node.attributes.get_int("batch_dims", 0), len(by) - 1
@@ -140,13 +136,13 @@ def _gather_nd(reader: Reader, node: ir.Node, index: Index, _: int) -> Term:
     return reader.read(source, (*index[:shared], *places, *index[rank:]))
 
 
-def _gather_elements(reader: Reader, node: ir.Node, index: Index, _: int) -> Term:
+def _gather_elements(reader: Elements, node: ir.Node, index: Index, _: int) -> Term:
     source, axis = needed(node), axis_of(node, len(index))
     place = _from_the_end(reader, reader.read(needed(node, 1), index), reader.shape(source)[axis])
     return reader.read(source, _at(index, axis, place))
 
 
-def _pad(reader: Reader, node: ir.Node, index: Index, _: int) -> Term:
+def _pad(reader: Elements, node: ir.Node, index: Index, _: int) -> Term:
     if node.attributes.get_string("mode", "constant") != "constant":
         raise Unreadable("Pad with what is not constant")
     t, source, filled = reader.terms, needed(node), given(node, 2)
@@ -161,7 +157,7 @@ def _pad(reader: Reader, node: ir.Node, index: Index, _: int) -> Term:
     return empty if within is t.false else t.choose(within, reader.read(source, tuple(places)), empty)
 
 
-def _tile(reader: Reader, node: ir.Node, index: Index, _: int) -> Term:
+def _tile(reader: Elements, node: ir.Node, index: Index, _: int) -> Term:
     t, source = reader.terms, needed(node)
     places = []
     for size, place, count in zip(reader.shape(source), index, reader.vector(needed(node, 1)), strict=True):
@@ -171,7 +167,7 @@ def _tile(reader: Reader, node: ir.Node, index: Index, _: int) -> Term:
     return reader.read(source, tuple(places))
 
 
-def _range(reader: Reader, node: ir.Node, index: Index, _: int) -> Term:
+def _range(reader: Elements, node: ir.Node, index: Index, _: int) -> Term:
     t = reader.terms
     start, step = (reader.read(needed(node, n), ()) for n in (0, 2))
     if not isinstance(step.number, int) or start.kind != "int":
@@ -182,7 +178,7 @@ def _range(reader: Reader, node: ir.Node, index: Index, _: int) -> Term:
     return found
 
 
-def _triangle(reader: Reader, node: ir.Node, index: Index, _: int) -> Term:
+def _triangle(reader: Elements, node: ir.Node, index: Index, _: int) -> Term:
     t, k = reader.terms, given(node, 1)
     diagonal = t.number(0) if k is None else reader.vector(k)[0]
     offset = t.subtract(index[-1], index[-2])
@@ -192,13 +188,13 @@ def _triangle(reader: Reader, node: ir.Node, index: Index, _: int) -> Term:
     return t.choose(kept, reader.read(needed(node), index), nothing)
 
 
-def _eye(reader: Reader, node: ir.Node, index: Index, _: int) -> Term:
+def _eye(reader: Elements, node: ir.Node, index: Index, _: int) -> Term:
     t = reader.terms
     same = t.equal(t.subtract(index[1], index[0]), t.number(node.attributes.get_int("k", 0)))
     return same if reader.type(node.outputs[0]) == torch.bool else t.as_int(same)
 
 
-def _cumsum(reader: Reader, node: ir.Node, index: Index, _: int) -> Term:
+def _cumsum(reader: Elements, node: ir.Node, index: Index, _: int) -> Term:
     """Of what is one number along the axis."""
     t, source = reader.terms, needed(node)
     (axis,) = reader.numbers(needed(node, 1))
@@ -216,14 +212,14 @@ def _cumsum(reader: Reader, node: ir.Node, index: Index, _: int) -> Term:
     return found
 
 
-def _anywhere(reader: Reader, source: ir.Value, index: Index, axis: int) -> tuple[Term, bool]:
+def _anywhere(reader: Elements, source: ir.Value, index: Index, axis: int) -> tuple[Term, bool]:
     """Any element along this axis, and whether all are the same."""
     name = f"any place in {source.name}"
     term = reader.read(source, _at(index, axis, reader.terms.variable(name)))
     return term, name not in term.leaves
 
 
-def _reduce(reader: Reader, node: ir.Node, index: Index, _: int) -> Term:
+def _reduce(reader: Elements, node: ir.Node, index: Index, _: int) -> Term:
     """A sum or an extreme stands for itself; of it is known what single elements say.
 
     A sum of what is never below 0 is no less than any of it, in floats too; likewise a maximum, of anything.
@@ -253,7 +249,7 @@ def _reduce(reader: Reader, node: ir.Node, index: Index, _: int) -> Term:
     return t.as_bool(found) if any_of_them.kind == "bool" else found
 
 
-def _witnesses(reader: Reader, index: Index, size: Term) -> Iterator[Term]:
+def _witnesses(reader: Elements, index: Index, size: Term) -> Iterator[Term]:
     """Places of an axis that are there at every size: its ends; those of other indices, from the end."""
     t = reader.terms
     if size.bounds[0] >= 1:
@@ -264,7 +260,7 @@ def _witnesses(reader: Reader, index: Index, size: Term) -> Iterator[Term]:
             yield t.add(t.subtract(size, limit), place)
 
 
-def _split(reader: Reader, node: ir.Node, index: Index, output: int) -> Term:
+def _split(reader: Elements, node: ir.Node, index: Index, output: int) -> Term:
     axis = axis_of(node, len(index))
     begin = reader.terms.add(reader.terms.number(0), *sizes.parts(reader, node)[:output])
     return reader.read(needed(node), _at(index, axis, reader.terms.add(begin, index[axis])))

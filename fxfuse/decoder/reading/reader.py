@@ -8,21 +8,20 @@ where floats compute with them below 2²⁰; types of whole numbers that do not 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import onnx_ir as ir
 import torch
 
-from fxfuse.decoder.reading import elements as reading_elements
-from fxfuse.decoder.reading import moves as reading_moves
-from fxfuse.decoder.reading import sizes as reading_sizes
+from fxfuse.decoder.reading.elements import Elements, Index
+from fxfuse.decoder.reading.moves import MOVES
+from fxfuse.decoder.reading.pointwise import BOOLEAN, STEPS
+from fxfuse.decoder.reading.sizes import SHAPES
 from fxfuse.proof.positions.tables import table_element
 from fxfuse.proof.positions.terms import Kind, Term, Terms, Unreadable
-from fxfuse.proof.positions.views import Product, apart
 
-Index = tuple[Term, ...]
 TYPES = {
     ir.DataType.BOOL: torch.bool,
     ir.DataType.INT8: torch.int8,
@@ -41,7 +40,7 @@ TYPES = {
 _MOST, _DEEPEST = 20_000, 100
 
 
-class Reader:
+class Reader(Elements):
     """Reads the values of one graph.
 
     Args:
@@ -55,12 +54,7 @@ class Reader:
         sizes: Mapping[str, Term] | None = None,
         inputs: Mapping[str, Callable[[Index], Term]] | None = None,
     ) -> None:
-        self.terms = Terms() if terms is None else terms
-        self.facts: list[Term] = []
-        """What is known of sums and extremes, which stand in terms for themselves."""
-        self.limits: dict[Term, Term] = {}
-        """The sizes that indices are below."""
-        self._sizes = dict(sizes or {})
+        super().__init__(terms, sizes)
         self._inputs = inputs or {}
         self._known: dict[Any, Term] = {}
         self._shapes: dict[ir.Value, Index] = {}
@@ -68,16 +62,6 @@ class Reader:
         self._depth = 0
 
     # ---- sizes
-
-    def named(self, dim: int | ir.SymbolicDim) -> Term:
-        """The size of an input's axis."""
-        if isinstance(dim, int):
-            return self.terms.number(dim)
-        if dim.value is None:
-            raise Unreadable("a size without a name")
-        if dim.value not in self._sizes:
-            self._sizes[dim.value] = self.terms.variable(f"size {dim.value}")
-        return self._sizes[dim.value]
 
     def shape(self, value: ir.Value) -> Index:
         """The sizes of a tensor."""
@@ -94,67 +78,10 @@ class Reader:
             if value.shape is None:
                 raise Unreadable(f"{value.name}, whose shape is not said")
             return tuple(self.named(dim) for dim in value.shape)
-        find = reading_sizes.SHAPES.get(_operator(node))
+        find = SHAPES.get(_operator(node))
         if find is None:
             raise Unreadable(_operator(node))
         return find(self, node, value.index() or 0)
-
-    def broadcast(self, *shapes: Sequence[Term]) -> Index:
-        """The sizes of what is computed element by element of tensors of these.
-
-        Raises:
-            Unreadable: two differ, and either may be 1 at times.
-        """
-        result: list[Term] = []
-        for shape in shapes:
-            own = list(shape)
-            while len(result) < len(own):
-                result.insert(0, self.terms.number(1))
-            for axis, size in enumerate(own, len(result) - len(own)):
-                if result[axis].number == 1:
-                    result[axis] = size
-                elif size.number != 1 and size is not result[axis]:
-                    raise Unreadable(f"a tensor of size {size} along with one of {result[axis]}")
-        return tuple(result)
-
-    def vector(self, value: ir.Value) -> list[Term]:
-        """All elements of a tensor of one axis (or none) that is of a known length: sizes, places."""
-        shape = self.shape(value)
-        if not shape:
-            return [self.read(value, ())]
-        if len(shape) > 1 or shape[0].number is None:
-            raise Unreadable(f"as many numbers as {value.name} has")
-        return [self.read(value, (self.terms.number(n),)) for n in range(int(shape[0].number))]
-
-    def numbers(self, value: ir.Value) -> list[int]:
-        """The same, of constants."""
-        found = [term.number for term in self.vector(value)]
-        if not all(isinstance(n, (int, bool)) for n in found):
-            raise Unreadable(f"numbers that the graph computes ({value.name})")
-        return [int(n) for n in found]
-
-    def size(self, value: int | Term) -> Term:
-        """For `fxfuse.proof.positions.views`, to which a size that is known is an int."""
-        return self.terms.number(value) if isinstance(value, int) else value
-
-    def expression(self, value: int | Term) -> Product:
-        return Product.of(self.size(value))
-
-    def apart(self, flat: Term, size: int | Term) -> tuple[Term, Term] | None:
-        return apart(self.terms, self.limits, flat, self.size(size))
-
-    def place(self, name: str, size: Term) -> Term:
-        """A free index below this size."""
-        if size.number is not None:
-            count = int(size.number)
-            return self.terms.number(0) if count == 1 else self.terms.variable(name, 0, count - 1)
-        found = self.terms.variable(name, 0, size.bounds[1] - 1)
-        self.limits[found] = size
-        return found
-
-    def index(self, value: ir.Value) -> Index:
-        """Free indices into a tensor; below other sizes they are others."""
-        return tuple(self.place(f"i{axis} of {size.serial}", size) for axis, size in enumerate(self.shape(value)))
 
     @contextmanager
     def _deeper(self) -> Iterator[None]:
@@ -176,7 +103,7 @@ class Reader:
         kind = value.dtype if node is None else None
         if node is not None:
             operator = _operator(node)
-            if operator in reading_elements.BOOLEAN:
+            if operator in BOOLEAN:
                 return torch.bool
             if operator in ("Shape", "Size"):
                 return torch.int64
@@ -226,23 +153,16 @@ class Reader:
             known = self._inputs.get(value.name or "")
             return self.terms.given(value.name or "", index, self._kind(value)) if known is None else known(index)
         operator = _operator(node)
-        move = reading_moves.MOVES.get(operator)
+        move = MOVES.get(operator)
         if move is not None:
             return move(self, node, index, value.index() or 0)
-        step = reading_elements.STEPS.get(operator)
+        step = STEPS.get(operator)
         if step is None:
             raise Unreadable(operator)
         found = step(self, node, tuple(self.operand(v, index) for v in node.inputs if v is not None))
         if found is None:
             raise Unreadable(f"{operator} in {str(self.type(value)).removeprefix('torch.')}")
         return found
-
-    def operand(self, value: ir.Value, index: Index) -> Term:
-        """What an elementwise operator reads of this input for its own element `index`."""
-        shape = self.shape(value)
-        own = index[len(index) - len(shape) :] if shape else ()
-        zero = self.terms.number(0)
-        return self.read(value, tuple(zero if d.number == 1 else i for d, i in zip(shape, own, strict=True)))
 
     def _kind(self, value: ir.Value) -> Kind:
         dtype = self.type(value)
@@ -267,3 +187,6 @@ class Reader:
 
 def _operator(node: ir.Node) -> str:
     return node.op_type if node.domain == "" else f"{node.domain}::{node.op_type}"
+
+
+__all__ = ["Index", "Reader"]

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx_ir as ir
 
+from fxfuse.decoder.reading.elements import Elements
 from fxfuse.proof.positions.terms import Term, Terms, Unreadable
 from fxfuse.proof.positions.views import Product
-
-if TYPE_CHECKING:
-    from fxfuse.decoder.reading.reader import Reader
 
 Sizes = tuple[Term, ...]
 _END = 2**31 - 1
@@ -31,7 +29,7 @@ def needed(node: ir.Node, number: int = 0) -> ir.Value:
     return found
 
 
-def whole(reader: Reader, node: ir.Node, name: str, number: int) -> list[int] | None:
+def whole(reader: Elements, node: ir.Node, name: str, number: int) -> list[int] | None:
     """Numbers that are an attribute or, in later opsets, an input; None where they are left out."""
     if name in node.attributes:
         return list(node.attributes[name].as_ints())
@@ -43,12 +41,12 @@ def axis_of(node: ir.Node, rank: int, default: int = 0) -> int:
     return node.attributes.get_int("axis", default) % max(rank, 1)
 
 
-def first(reader: Reader, node: ir.Node, _: int = 0) -> Sizes:
+def first(reader: Elements, node: ir.Node, _: int = 0) -> Sizes:
     """Those of the first input."""
     return reader.shape(needed(node))
 
 
-def together(reader: Reader, node: ir.Node, _: int = 0) -> Sizes:
+def together(reader: Elements, node: ir.Node, _: int = 0) -> Sizes:
     return reader.broadcast(*(reader.shape(v) for v in node.inputs if v is not None))
 
 
@@ -59,15 +57,15 @@ def dims(node: ir.Node, rank: int) -> range:
     return range(min(max(start, 0), rank), min(max(end, 0), rank))
 
 
-def _shape(reader: Reader, node: ir.Node, _: int) -> Sizes:
+def _shape(reader: Elements, node: ir.Node, _: int) -> Sizes:
     return (reader.terms.number(len(dims(node, len(reader.shape(needed(node)))))),)
 
 
-def _expand(reader: Reader, node: ir.Node, _: int) -> Sizes:
+def _expand(reader: Elements, node: ir.Node, _: int) -> Sizes:
     return reader.broadcast(reader.shape(needed(node)), reader.vector(needed(node, 1)))
 
 
-def _reshape(reader: Reader, node: ir.Node, _: int) -> Sizes:
+def _reshape(reader: Elements, node: ir.Node, _: int) -> Sizes:
     t, inner = reader.terms, reader.shape(needed(node))
     keeps_zero = node.attributes.get_int("allowzero", 0)
     outer: list[Term | None] = []
@@ -101,24 +99,24 @@ def permutation(node: ir.Node, rank: int) -> list[int]:
     return list(node.attributes.get_ints("perm", tuple(reversed(range(rank)))))
 
 
-def _transpose(reader: Reader, node: ir.Node, _: int) -> Sizes:
+def _transpose(reader: Elements, node: ir.Node, _: int) -> Sizes:
     sizes = reader.shape(needed(node))
     return tuple(sizes[axis] for axis in permutation(node, len(sizes)))
 
 
-def new_axes(reader: Reader, node: ir.Node, rank: int) -> set[int]:
+def new_axes(reader: Elements, node: ir.Node, rank: int) -> set[int]:
     """Where Unsqueeze, of a tensor of this rank, puts its axes."""
     axes = whole(reader, node, "axes", 1) or []
     return {axis % (rank + len(axes)) for axis in axes}
 
 
-def _unsqueeze(reader: Reader, node: ir.Node, _: int) -> Sizes:
+def _unsqueeze(reader: Elements, node: ir.Node, _: int) -> Sizes:
     sizes = reader.shape(needed(node))
     axes, rest, one = new_axes(reader, node, len(sizes)), iter(sizes), reader.terms.number(1)
     return tuple(one if axis in axes else next(rest) for axis in range(len(sizes) + len(axes)))
 
 
-def old_axes(reader: Reader, node: ir.Node) -> set[int]:
+def old_axes(reader: Elements, node: ir.Node) -> set[int]:
     """Which axes Squeeze takes out."""
     sizes = reader.shape(needed(node))
     axes = whole(reader, node, "axes", 1)
@@ -129,12 +127,12 @@ def old_axes(reader: Reader, node: ir.Node) -> set[int]:
     return {axis for axis, size in enumerate(sizes) if size.number == 1}
 
 
-def _squeeze(reader: Reader, node: ir.Node, _: int) -> Sizes:
+def _squeeze(reader: Elements, node: ir.Node, _: int) -> Sizes:
     axes = old_axes(reader, node)
     return tuple(size for axis, size in enumerate(reader.shape(needed(node))) if axis not in axes)
 
 
-def _concat(reader: Reader, node: ir.Node, _: int) -> Sizes:
+def _concat(reader: Elements, node: ir.Node, _: int) -> Sizes:
     shapes = [reader.shape(v) for v in node.inputs if v is not None]
     axis = axis_of(node, len(shapes[0]))
     sizes = list(shapes[0])
@@ -151,7 +149,7 @@ class Cut:
     size: Term
 
 
-def cuts(reader: Reader, node: ir.Node) -> dict[int, Cut]:
+def cuts(reader: Elements, node: ir.Node) -> dict[int, Cut]:
     """What Slice takes of each axis that it takes not whole."""
     t, sizes = reader.terms, reader.shape(needed(node))
     if "starts" in node.attributes:  # before opset 10
@@ -189,25 +187,25 @@ def _within(t: Terms, place: Term, size: Term) -> Term:
     return t.minimum(place, size)
 
 
-def _slice(reader: Reader, node: ir.Node, _: int) -> Sizes:
+def _slice(reader: Elements, node: ir.Node, _: int) -> Sizes:
     found = cuts(reader, node)
     return tuple(found[a].size if a in found else size for a, size in enumerate(reader.shape(needed(node))))
 
 
-def _gather(reader: Reader, node: ir.Node, _: int) -> Sizes:
+def _gather(reader: Elements, node: ir.Node, _: int) -> Sizes:
     sizes, indices = reader.shape(needed(node)), reader.shape(needed(node, 1))
     axis = axis_of(node, len(sizes))
     return (*sizes[:axis], *indices, *sizes[axis + 1 :])
 
 
-def _gather_nd(reader: Reader, node: ir.Node, _: int) -> Sizes:
+def _gather_nd(reader: Elements, node: ir.Node, _: int) -> Sizes:
     sizes, indices = reader.shape(needed(node)), reader.shape(needed(node, 1))
     if indices[-1].number is None:
         raise Unreadable("GatherND by as many places as are computed")
     return (*indices[:-1], *sizes[node.attributes.get_int("batch_dims", 0) + int(indices[-1].number) :])
 
 
-def pads(reader: Reader, node: ir.Node) -> dict[int, tuple[Term, Term]]:
+def pads(reader: Elements, node: ir.Node) -> dict[int, tuple[Term, Term]]:
     """What Pad puts before and after each axis."""
     rank = len(reader.shape(needed(node)))
     numbers, axes = reader.vector(needed(node, 1)), given(node, 3)
@@ -215,17 +213,17 @@ def pads(reader: Reader, node: ir.Node) -> dict[int, tuple[Term, Term]]:
     return {axis: (numbers[n], numbers[n + len(which)]) for n, axis in enumerate(which)}
 
 
-def _pad(reader: Reader, node: ir.Node, _: int) -> Sizes:
+def _pad(reader: Elements, node: ir.Node, _: int) -> Sizes:
     found, sizes = pads(reader, node), reader.shape(needed(node))
     return tuple(reader.terms.add(size, *found.get(axis, ())) for axis, size in enumerate(sizes))
 
 
-def _tile(reader: Reader, node: ir.Node, _: int) -> Sizes:
+def _tile(reader: Elements, node: ir.Node, _: int) -> Sizes:
     counts = reader.vector(needed(node, 1))
     return tuple(reader.terms.multiply(*pair) for pair in zip(reader.shape(needed(node)), counts, strict=True))
 
 
-def _range(reader: Reader, node: ir.Node, _: int) -> Sizes:
+def _range(reader: Elements, node: ir.Node, _: int) -> Sizes:
     t = reader.terms
     start, limit, step = (reader.read(needed(node, number), ()) for number in range(3))
     if not isinstance(step.number, int) or step.number == 0 or "real" in (start.kind, limit.kind):
@@ -235,7 +233,7 @@ def _range(reader: Reader, node: ir.Node, _: int) -> Sizes:
     return (t.divide(t.add(t.maximum(length, t.number(0)), t.number(by - 1)), by),)
 
 
-def reduced_axes(reader: Reader, node: ir.Node) -> set[int]:
+def reduced_axes(reader: Elements, node: ir.Node) -> set[int]:
     rank = len(reader.shape(needed(node)))
     axes = whole(reader, node, "axes", 1)
     if not axes:
@@ -243,13 +241,13 @@ def reduced_axes(reader: Reader, node: ir.Node) -> set[int]:
     return {axis % rank for axis in axes}
 
 
-def _reduce(reader: Reader, node: ir.Node, _: int) -> Sizes:
+def _reduce(reader: Elements, node: ir.Node, _: int) -> Sizes:
     axes, sizes, one = reduced_axes(reader, node), reader.shape(needed(node)), reader.terms.number(1)
     keeps = node.attributes.get_int("keepdims", 1)
     return tuple(one if axis in axes else size for axis, size in enumerate(sizes) if keeps or axis not in axes)
 
 
-def parts(reader: Reader, node: ir.Node) -> list[Term]:
+def parts(reader: Elements, node: ir.Node) -> list[Term]:
     """How long the pieces of a Split are."""
     t, sizes = reader.terms, reader.shape(needed(node))
     if (lengths := given(node, 1)) is not None:
@@ -259,7 +257,7 @@ def parts(reader: Reader, node: ir.Node) -> list[Term]:
     return [*[each] * (count - 1), t.subtract(size, t.scale(each, count - 1))]
 
 
-def _split(reader: Reader, node: ir.Node, output: int) -> Sizes:
+def _split(reader: Elements, node: ir.Node, output: int) -> Sizes:
     sizes = list(reader.shape(needed(node)))
     sizes[axis_of(node, len(sizes))] = parts(reader, node)[output]
     return tuple(sizes)
@@ -273,7 +271,7 @@ ALIKE = (
     *("Cast", "CastLike", "Not", "Neg", "Abs", "Floor", "Ceil", "Round", "Relu", "Clip", "IsNaN", "BitwiseNot"),
     *("Identity", "Trilu", "CumSum", "EyeLike"),
 )
-SHAPES: dict[str, Callable[[Reader, ir.Node, int], Sizes]] = {
+SHAPES: dict[str, Callable[[Elements, ir.Node, int], Sizes]] = {
     **dict.fromkeys(ELEMENTWISE, together),
     **dict.fromkeys(ALIKE, first),
     "Shape": _shape,

@@ -16,8 +16,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from fxfuse.graph.blocks.autocast import Casts, casts_of
 from fxfuse.graph.blocks.wrapped import Wrapped, block, flattened
+from fxfuse.graph.marks import STANDS_FOR
 from fxfuse.graph.program import name_outputs
-from fxfuse.graph.splice import STANDS_FOR
 from fxfuse.graph.view import DETACHED, LAYOUT, LOWERED, fake, op_name, tensor
 
 Modes = dict[str, torch.dtype]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -12,21 +12,19 @@ from torch.fx import Node
 from fxfuse.graph.view import argument, fake, op_name, tensor
 from fxfuse.proof import arithmetic
 from fxfuse.proof.arithmetic import Comparison, float_number, kept, like, narrowed, numbers
+from fxfuse.proof.positions.elements import Elements, dtype_of, kind_of
 from fxfuse.proof.positions.terms import Term, Unreadable
 
-if TYPE_CHECKING:
-    from fxfuse.proof.positions.reader import Reader
-
-Step = Callable[["Reader", Node, tuple[Term, ...]], "Term | None"]
+Step = Callable[[Elements, Node, tuple[Term, ...]], "Term | None"]
 
 
-def _cast(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
+def _cast(reader: Elements, node: Node, index: tuple[Term, ...]) -> Term | None:
     source = node.args[0]
     assert isinstance(source, Node)
     return narrowed(reader.terms, reader.operand(source, index), fake(source).dtype, fake(node).dtype)
 
 
-def of_constants(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
+def of_constants(reader: Elements, node: Node, index: tuple[Term, ...]) -> Term | None:
     """Any operator of one tensor that chooses between constants: computed for each of them."""
     places = [n for n, a in enumerate(node.args) if isinstance(a, Node)]
     if len(places) != 1 or any(isinstance(a, Node) for a in node.kwargs.values()):
@@ -53,9 +51,7 @@ def of_constants(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | 
     return arithmetic.both(reader.terms, term, reader.terms.number(0), leaf)
 
 
-def _two(reader: Reader, node: Node, index: tuple[Term, ...]) -> tuple[Term, Term] | None:
-    from fxfuse.proof.positions.reader import kind_of
-
+def _two(reader: Elements, node: Node, index: tuple[Term, ...]) -> tuple[Term, Term] | None:
     if len(node.args) < 2:
         return None
     dtype = fake(node).dtype
@@ -66,15 +62,13 @@ def _two(reader: Reader, node: Node, index: tuple[Term, ...]) -> tuple[Term, Ter
     return (x, y) if kind_of(dtype) == "real" or "real" not in (x.kind, y.kind) else None
 
 
-def in_type(reader: Reader, arg: Any, index: tuple[Term, ...], dtype: torch.dtype) -> Term:
+def in_type(reader: Elements, arg: Any, index: tuple[Term, ...], dtype: torch.dtype) -> Term:
     """What a call that works in this type makes of an argument."""
-    from fxfuse.proof.positions.reader import dtype_of
-
     return narrowed(reader.terms, reader.operand(arg, index), dtype_of(arg), dtype)
 
 
 def _sum(sign: int, turned: bool = False) -> Step:
-    def step(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
+    def step(reader: Elements, node: Node, index: tuple[Term, ...]) -> Term | None:
         pair = _two(reader, node, index)
         alpha = node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1)
         if pair is None or alpha not in (1, 1.0):
@@ -85,13 +79,13 @@ def _sum(sign: int, turned: bool = False) -> Step:
     return step
 
 
-def _product(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
+def _product(reader: Elements, node: Node, index: tuple[Term, ...]) -> Term | None:
     pair = _two(reader, node, index)
     return None if pair is None else arithmetic.times(reader.terms, fake(node).dtype, *pair)
 
 
 def _quotient(rounded: str | None) -> Step:
-    def step(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
+    def step(reader: Elements, node: Node, index: tuple[Term, ...]) -> Term | None:
         pair = _two(reader, node, index)
         how: Any = rounded or argument(node, "rounding_mode")
         return None if pair is None else arithmetic.over(reader.terms, fake(node).dtype, *pair, how)
@@ -99,13 +93,13 @@ def _quotient(rounded: str | None) -> Step:
     return step
 
 
-def _remainder(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
+def _remainder(reader: Elements, node: Node, index: tuple[Term, ...]) -> Term | None:
     pair = _two(reader, node, index)
     return None if pair is None else arithmetic.rest(reader.terms, *pair, truncated=op_name(node) == "fmod")
 
 
 def _shift(left: bool) -> Step:
-    def step(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
+    def step(reader: Elements, node: Node, index: tuple[Term, ...]) -> Term | None:
         pair = _two(reader, node, index)
         dtype = fake(node).dtype
         if pair is None or dtype not in (torch.int64, torch.int32):
@@ -118,8 +112,6 @@ def _shift(left: bool) -> Step:
 
 def _like_argument(arg: Any) -> Any:
     """Something of the same type, for torch to say which type both are compared in."""
-    from fxfuse.proof.positions.reader import dtype_of
-
     dtype = dtype_of(arg)
     if isinstance(arg, Node) and tensor(arg) is not None:
         return torch.zeros((1,) * min(fake(arg).dim(), 1), dtype=dtype)
@@ -127,7 +119,7 @@ def _like_argument(arg: Any) -> Any:
 
 
 def _compared(name: Comparison) -> Step:
-    def step(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
+    def step(reader: Elements, node: Node, index: tuple[Term, ...]) -> Term | None:
         common = torch.result_type(*(_like_argument(a) for a in node.args[:2]))
         if common.is_complex:
             return None
@@ -138,7 +130,7 @@ def _compared(name: Comparison) -> Step:
 
 
 def _logic(name: str) -> Step:
-    def step(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
+    def step(reader: Elements, node: Node, index: tuple[Term, ...]) -> Term | None:
         t = reader.terms
         if name == "masks" and fake(node).dtype != torch.bool:
             return arithmetic.masked(t, *(in_type(reader, a, index, fake(node).dtype) for a in node.args[:2]))
@@ -155,7 +147,7 @@ def _logic(name: str) -> Step:
     return step
 
 
-def _chosen(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
+def _chosen(reader: Elements, node: Node, index: tuple[Term, ...]) -> Term | None:
     if len(node.args) != 3:
         return None
     t = reader.terms
@@ -169,7 +161,7 @@ def _chosen(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
     return t.choose(taken, *(_like(reader, node, v, index) for v in (x, y)))
 
 
-def _like(reader: Reader, node: Node, arg: Any, index: tuple[Term, ...]) -> Term:
+def _like(reader: Elements, node: Node, arg: Any, index: tuple[Term, ...]) -> Term:
     """What is chosen takes the type of the result."""
     dtype = fake(node).dtype
     if dtype.is_complex:
@@ -177,7 +169,7 @@ def _like(reader: Reader, node: Node, arg: Any, index: tuple[Term, ...]) -> Term
     return like(reader.terms, dtype, in_type(reader, arg, index, dtype))
 
 
-def _clamped(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
+def _clamped(reader: Elements, node: Node, index: tuple[Term, ...]) -> Term | None:
     name = op_name(node)
     low: Any = argument(node, "min") if name != "clamp_max" else None
     high: Any = argument(node, "max") if name != "clamp_min" else None
@@ -195,7 +187,7 @@ def _clamped(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None
 
 
 def _extreme(largest: bool) -> Step:
-    def step(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
+    def step(reader: Elements, node: Node, index: tuple[Term, ...]) -> Term | None:
         if len(node.args) < 2 or not isinstance(node.args[1], Node) or tensor(node.args[1]) is None:
             return None
         x, y = (in_type(reader, a, index, fake(node).dtype) for a in node.args[:2])
@@ -204,24 +196,24 @@ def _extreme(largest: bool) -> Step:
     return step
 
 
-def _absolute(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
+def _absolute(reader: Elements, node: Node, index: tuple[Term, ...]) -> Term | None:
     found = arithmetic.absolute(reader.terms, reader.operand(node.args[0], index))
     return None if found is None else kept(reader.terms, found, fake(node).dtype)
 
 
-def _negative(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
+def _negative(reader: Elements, node: Node, index: tuple[Term, ...]) -> Term | None:
     x = reader.terms.as_int(reader.operand(node.args[0], index))
     found = reader.terms.negative(x)
     return kept(reader.terms, found, fake(node).dtype) if x.kind == "int" else found
 
 
-def _whole(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
+def _whole(reader: Elements, node: Node, index: tuple[Term, ...]) -> Term | None:
     """Rounding what is whole already."""
     x = reader.operand(node.args[0], index)
     return x if x.kind == "int" else None
 
 
-def _relu(reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
+def _relu(reader: Elements, node: Node, index: tuple[Term, ...]) -> Term | None:
     x = reader.operand(node.args[0], index)
     return reader.terms.maximum(x, reader.terms.number(0)) if x.kind == "int" else None
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.fx import Node
 
 from fxfuse.graph.view import argument, fake
 from fxfuse.proof.arithmetic import narrowed
+from fxfuse.proof.positions.axes import at, axis_of, start_of
+from fxfuse.proof.positions.elements import Elements, Index, dtype_of
 from fxfuse.proof.positions.terms import Term, Unreadable
 
-if TYPE_CHECKING:
-    from fxfuse.proof.positions.reader import Reader
 
-Index = tuple[Term, ...]
-
-
-def slice_scatter(reader: Reader, node: Node, index: Index) -> Term:
-    from fxfuse.proof.positions.moves import axis_of, start_of
-
+def slice_scatter(reader: Elements, node: Node, index: Index) -> Term:
     old, new, t = *_two(node), reader.terms
     axis, step = axis_of(argument(node, "dim"), fake(node).dim()), argument(node, "step")
     if not isinstance(step, int):
@@ -34,9 +29,7 @@ def slice_scatter(reader: Reader, node: Node, index: Index) -> Term:
     return _either(reader, node, inside, (*index[:axis], place, *index[axis + 1 :]), index)
 
 
-def select_scatter(reader: Reader, node: Node, index: Index) -> Term:
-    from fxfuse.proof.positions.moves import at, axis_of
-
+def select_scatter(reader: Elements, node: Node, index: Index) -> Term:
     old, _ = _two(node)
     axis = axis_of(node.args[2], fake(node).dim())
     wanted = at(reader, old, axis, reader.scalar(node.args[3]))
@@ -44,15 +37,13 @@ def select_scatter(reader: Reader, node: Node, index: Index) -> Term:
     return _either(reader, node, inside, (*index[:axis], *index[axis + 1 :]), index)
 
 
-def copy(reader: Reader, node: Node, index: Index) -> Term:
+def copy(reader: Elements, node: Node, index: Index) -> Term:
     """``copy(x, y)``: y, in the type and shape of x."""
     old, new = _two(node)
     return narrowed(reader.terms, reader.operand(new, index), fake(new).dtype, fake(old).dtype)
 
 
-def fill(reader: Reader, node: Node, index: Index) -> Term:
-    from fxfuse.proof.positions.reader import dtype_of
-
+def fill(reader: Elements, node: Node, index: Index) -> Term:
     value = node.args[1] if len(node.args) > 1 else 0  # `zero`
     return narrowed(reader.terms, reader.scalar(value), dtype_of(value), fake(node).dtype)
 
@@ -72,7 +63,7 @@ def _two(node: Node) -> tuple[Node, Node]:
     return old, new
 
 
-def _either(reader: Reader, node: Node, inside: Term, place: Index, index: Index) -> Term:
+def _either(reader: Elements, node: Node, inside: Term, place: Index, index: Index) -> Term:
     """The new value where it is inside, read nowhere else."""
     t, (old, new) = reader.terms, _two(node)
     if inside is t.true:

@@ -5,18 +5,18 @@ m = zeros(S, S); m[:, :2] = 1        m[i, j] = (j < 2) ? 1 : 0
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.fx import Graph, Node
 
 from fxfuse.graph.view import ASSERTIONS, bases, fake, is_size, mutated, op_name, storage_roots
 from fxfuse.proof.arithmetic import narrowed
+from fxfuse.proof.positions.axes import at
+from fxfuse.proof.positions.elements import Elements, dtype_of
+from fxfuse.proof.positions.moves import MOVES
+from fxfuse.proof.positions.pointwise import POINTWISE
 from fxfuse.proof.positions.terms import Term, Unreadable
 from fxfuse.state.writes import shares_storage
-
-if TYPE_CHECKING:
-    from fxfuse.proof.positions.reader import Reader
-
 
 _NO_WRITE = frozenset(["detach_", "requires_grad_"])
 """Their schemas say that they write; no element changes. `torch.tensor([…])` in forward is made with one."""
@@ -51,7 +51,7 @@ class Writes:
         """The moment at which a call reads its operands; a view lets its own readers through."""
         return self.time if shares_storage(node) else self._order.get(node, self.time)
 
-    def read(self, reader: Reader, node: Node, index: tuple[Term, ...]) -> Term | None:
+    def read(self, reader: Elements, node: Node, index: tuple[Term, ...]) -> Term | None:
         """The element that was written last; None where the call that made the tensor was the last."""
         if not self.touch(node) or (bases(node) and shares_storage(node)):
             return None
@@ -81,7 +81,7 @@ class Writes:
                 elif self._order[user] < last and not mutated(user):
                     raise Unreadable(f"{node.name}, which is read before something is written to it and after")
 
-    def _after(self, reader: Reader, node: Node, index: tuple[Term, ...], writer: Node) -> Term:
+    def _after(self, reader: Elements, node: Node, index: tuple[Term, ...], writer: Node) -> Term:
         target: Any = writer.args[0] if writer.args else None
         if not isinstance(target, Node) or op_name(writer) == "" or not op_name(writer).endswith("_"):
             raise Unreadable(f"what {writer.name} writes")
@@ -95,11 +95,9 @@ class Writes:
         return reader.terms.choose(inside, new, old)
 
     def _place(
-        self, reader: Reader, base: Node, target: Node, index: tuple[Term, ...]
+        self, reader: Elements, base: Node, target: Node, index: tuple[Term, ...]
     ) -> tuple[Term, tuple[Term, ...]]:
         """Is the element of `base` within the view `target` of it, and where there?"""
-        from fxfuse.proof.positions.moves import at
-
         chain: list[Node] = []
         while target is not base:
             if not shares_storage(target):
@@ -132,11 +130,7 @@ class Writes:
                 raise Unreadable(f"a write through {name}")
         return t.every(conditions), tuple(place)
 
-    def _written(self, reader: Reader, writer: Node, place: tuple[Term, ...]) -> Term:
-        from fxfuse.proof.positions.moves import MOVES
-        from fxfuse.proof.positions.pointwise import POINTWISE
-        from fxfuse.proof.positions.reader import dtype_of
-
+    def _written(self, reader: Elements, writer: Node, place: tuple[Term, ...]) -> Term:
         name = op_name(writer)[:-1]
         target: Any = writer.args[0]
         if name in ("fill", "zero", "copy"):
