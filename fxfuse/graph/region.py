@@ -38,18 +38,25 @@ class Region:
     """Tensors the region also reads, computed without the sources: weights, cos and sin, masks."""
     nodes: tuple[Node, ...]
     """In graph order; the output is last."""
-    alike: tuple[tuple[Any, Any], ...] = ()
-    """Symbolic sizes that can only be what the other size of the pair is: without it the region cannot run."""
-    crop: tuple[int, ...] = ()
-    """Sources need be no larger than this, by axis, to ask what the region computes: it treats positions alike."""
-    below: int | Callable[[Any], int] = 4
-    """Integers are drawn below this, or below what this says for some `Sizes`: what they index has so many rows."""
-    beyond: tuple[tuple[Any, int], ...] = ()
-    """Symbols and sizes for them at which every number that the region mentions matters: a window, a prefix."""
+    equal_sizes: tuple[tuple[Any, Any], ...] = ()
+    """Pairs of sizes that torch.export keeps apart and the region needs equal: the first of a pair is taken to be the
+    second wherever the region is evaluated, for it cannot run otherwise."""
+    source_limits: tuple[int, ...] = ()
+    """By axis, how large a source has to be at most to ask what the region computes, which treats the positions beyond
+    alike. Empty where nothing is to be cut off."""
+    integers_below: int | Callable[[Any], int] = 4
+    """Integer inputs are drawn below this number, or below what this function gives for some `Sizes`: they index
+    something that has so many rows."""
+    hidden_table_rows: int | None = None
+    """The fewest rows of a table that is indexed within a subgraph that the region calls, if one is."""
+    telling_sizes: tuple[tuple[Any, int], ...] = ()
+    """Symbols, each with a size at which every number that the region mentions (a window's, a prefix's) shows in the
+    result."""
     ascending: frozenset[Node] = frozenset()
-    """Inputs whose rows ascend, or what searches them says nothing."""
-    beside: tuple[Node, ...] = ()
-    """Values computed on the way that the replacement gives too, after the output."""
+    """Inputs whose rows ascend: the region searches them, which means nothing otherwise."""
+    more_outputs: tuple[Node, ...] = ()
+    """Values that are computed on the way to `output` and that are read outside too: the replacement gives them as
+    well, after the output, in this order."""
     small: Region | None = None
     """It at smaller sizes, where it computes alike: this one is asked and proven in its place."""
     words: bool = False
@@ -64,7 +71,7 @@ class Region:
 
     @property
     def outputs(self) -> tuple[Node, ...]:
-        return (self.output, *self.beside)
+        return (self.output, *self.more_outputs)
 
     @property
     def inputs(self) -> tuple[Node, ...]:
@@ -80,7 +87,7 @@ class Region:
             value = tensor(node)
             assert value is not None
             parts.append(f"{value.dtype}{self.view.shape(node)}")
-        parts.append(f"{len(self.sources)},{[self.nodes.index(n) for n in self.beside]}")
+        parts.append(f"{len(self.sources)},{[self.nodes.index(n) for n in self.more_outputs]}")
 
         def spell(arg: Any) -> str:
             if isinstance(arg, Node) and arg.op == "get_attr":

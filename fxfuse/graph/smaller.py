@@ -137,7 +137,7 @@ def _copy(
     nodes = (*casts, *(env[n] for n in region.nodes))
     count = len(region.sources)
     given_inputs = tuple(inputs[:count]), tuple(inputs[count:])
-    return Region(GraphView(graph), output, *given_inputs, nodes, below=128, narrowed=bool(casts))
+    return Region(GraphView(graph), output, *given_inputs, nodes, integers_below=128, narrowed=bool(casts))
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -290,18 +290,20 @@ def draw(
     *,
     scale: float = 1.0,
     high: int | None = 4,
-    crop: tuple[int, ...] = (),
+    limits: tuple[int, ...] = (),
 ) -> torch.Tensor:
     """Random valid values for a region input: normal floats times `scale`, integers below `high`, coin tosses.
 
     Without `high`, integers are drawn over the whole range of their type, or ±2²⁰ where that is wider.
 
+    `limits` are the largest sizes by axis (`Region.source_limits`).
+
     In the graph's own dtypes the values are drawn in float64 and rounded, so that both modes see the same numbers.
     """
     value = fake(node)
     shape = evaluator.sizes.shape(node)
-    if crop:
-        shape = tuple(map(min, shape, crop))
+    if limits:
+        shape = tuple(map(min, shape, limits))
     if math.prod(shape) > MAX_ELEMENTS:
         raise CannotEvaluate(f"input {node.name} is too large to draw: {list(shape)}")
     if value.dtype == torch.bool:

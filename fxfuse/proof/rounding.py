@@ -51,7 +51,7 @@ def rounding(region: Region, found: Found, form: Form, ask: Questions) -> Roundi
     dtype = fake(region.output).dtype
     for number, variant in enumerate(_VARIANTS):
         ask.check_time()
-        working = ask.evaluator(0, exact=False, alike=region.alike)
+        working = ask.evaluator(0, exact=False, equal_sizes=region.equal_sizes)
         try:
             inputs = ask.inputs(region, working, 200 + number, from_leaves=found.from_leaves)
             inputs = varied(region, variant, inputs, not found.from_leaves, 200 + number)
@@ -157,7 +157,7 @@ def _rows(region: Region, found: Found, form: Form, ask: Questions, result: Roun
     for number in numbers:
         for seed, how in enumerate(ROWS):
             ask.check_time()
-            working = ask.evaluator(seed % 2, exact=False, alike=region.alike)
+            working = ask.evaluator(seed % 2, exact=False, equal_sizes=region.equal_sizes)
             try:
                 inputs = ask.inputs(region, working, 400 + seed, from_leaves=found.from_leaves)
                 for n, (place, factor) in enumerate(found.masks):

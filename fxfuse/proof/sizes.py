@@ -23,7 +23,7 @@ class Sizes:
         profile: which ladder of small sizes to take, below `PROFILES`.
         stretch: up to this, symbols that have an upper bound take it instead (a sequence as long as its table).
         preset: sizes wanted for some symbols, as far as their range admits them.
-        alike: pairs of sizes, the first of which takes the value of the second.
+        equal_sizes: pairs of sizes, the first of which takes the value of the second.
         multiples: what a symbol has to be a multiple of.
     """
 
@@ -34,7 +34,7 @@ class Sizes:
         *,
         stretch: int = 0,
         preset: dict[Any, int] | None = None,
-        alike: Iterable[tuple[Any, Any]] = (),
+        equal_sizes: Iterable[tuple[Any, Any]] = (),
         multiples: Mapping[Any, int] | None = None,
     ) -> None:
         self._ranges = ranges
@@ -42,13 +42,13 @@ class Sizes:
         self._profile = profile
         self._stretch = stretch
         self._preset = preset or {}
-        self._alike: dict[Any, tuple[Any, Any]] = {}
-        for a, b in alike:
+        self._equal: dict[Any, tuple[Any, Any]] = {}
+        for a, b in equal_sizes:
             if isinstance(a, torch.SymInt):
                 other = b.node.expr.free_symbols if isinstance(b, torch.SymInt) else set()
                 terms = [t for t in a.node.expr.as_ordered_terms() if t.is_Symbol and t not in other]
                 if len(terms) == 1 and terms[0] not in (rest := a.node.expr - terms[0]).free_symbols:
-                    self._alike[terms[0]] = b, rest
+                    self._equal[terms[0]] = b, rest
         self._values: dict[Any, int] = {}
         self._known: dict[Any, Any] = {}
 
@@ -68,8 +68,8 @@ class Sizes:
         """The number that a sympy expression is."""
         for symbol in sorted(expr.free_symbols, key=str):
             if symbol not in self._values:
-                if symbol in self._alike:
-                    other, rest = self._alike[symbol]
+                if symbol in self._equal:
+                    other, rest = self._equal[symbol]
                     self._values[symbol] = self(other) - int(self._value(rest))
                 else:
                     self._values[symbol] = self._choose(symbol)

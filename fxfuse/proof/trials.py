@@ -113,8 +113,10 @@ class Trials:
 
     def _run(self, variant: Variant, seed: int) -> Trial:
         region, found, ask = self.region, self.found, self.ask
-        preset = dict(variant.large) or (dict(region.beyond) if region.beyond and variant.name == "ordinary" else None)
-        evaluator = ask.evaluator(variant.profile, alike=region.alike, preset=preset)
+        preset = dict(variant.large) or (
+            dict(region.telling_sizes) if region.telling_sizes and variant.name == "ordinary" else None
+        )
+        evaluator = ask.evaluator(variant.profile, equal_sizes=region.equal_sizes, preset=preset)
         for whole in (True, False) if self._counts else (False,):  # whole numbers of any size, where none is an index
             try:
                 inputs = ask.inputs(region, evaluator, seed, from_leaves=found.from_leaves, whole=whole)

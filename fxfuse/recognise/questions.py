@@ -19,7 +19,6 @@ from torch.fx import Node
 from fxfuse.errors import FxfuseError
 from fxfuse.graph.blocks.wrapped import flattened
 from fxfuse.graph.dead_vmap import vmaps_closed, with_brackets
-from fxfuse.graph.flex import flex
 from fxfuse.graph.region import Region
 from fxfuse.graph.view import fake, is_random, is_size, mutated, op_name, size_text, static, tensor
 from fxfuse.patterns.flex_attention.options import FlexCalls, Windows
@@ -101,7 +100,7 @@ class Questions:
         self.reader = Reader(self.ranges, self._constants)
         """Reads what the program computes of positions and sizes."""
         # Each pair once: every layer has one, and mostly all have the same.
-        self._alike = tuple({(size_text(a), size_text(b)): (a, b) for a, b in _lengths(program)}.values())
+        self._lengths = tuple({(size_text(a), size_text(b)): (a, b) for a, b in _lengths(program)}.values())
         self.places = places_of(program)
         """Where each symbol stands in the inputs, for what is said of it."""
         self.ties: tuple[tuple[Any, Any], ...] = ()
@@ -128,11 +127,11 @@ class Questions:
         profile: int = 0,
         *,
         exact: bool = True,
-        alike: Iterable[tuple[Any, Any]] = (),
+        equal_sizes: Iterable[tuple[Any, Any]] = (),
         preset: dict[Any, int] | None = None,
     ) -> Evaluator:
-        pairs = (*self._alike, *alike, *self.ties)
-        sizes = Sizes(self.ranges, profile, preset=preset, alike=pairs, multiples=self.multiples)
+        pairs = (*self._lengths, *equal_sizes, *self.ties)
+        sizes = Sizes(self.ranges, profile, preset=preset, equal_sizes=pairs, multiples=self.multiples)
         found = Evaluator(sizes, exact=exact)
         found.accept = self.accept
         return found
@@ -184,7 +183,7 @@ class Questions:
         evaluator: Evaluator,
         seed: int,
         *,
-        crop: tuple[int, ...] = (),
+        limits: tuple[int, ...] = (),
         high: int | None = 4,
     ) -> list[torch.Tensor]:
         """Independent random values for each node; a node given twice (k that is v too) has one.
@@ -198,7 +197,7 @@ class Questions:
             if node not in drawn:
                 fixed = self._is_index(node)
                 drawn[node] = (
-                    self._fixed(node, evaluator) if fixed else draw(node, evaluator, gen, crop=crop, high=high)
+                    self._fixed(node, evaluator) if fixed else draw(node, evaluator, gen, limits=limits, high=high)
                 )
         return [drawn[node] for node in wanted]
 
@@ -220,10 +219,16 @@ class Questions:
         Args:
             whole: integers over the whole range of their type, where they index nothing.
         """
-        below = None if whole else region.below if isinstance(region.below, int) else region.below(evaluator.sizes)
-        sources = self.draws(region.sources, evaluator, seed, crop=region.crop, high=below)
+        below = (
+            None
+            if whole
+            else region.integers_below
+            if isinstance(region.integers_below, int)
+            else region.integers_below(evaluator.sizes)
+        )
+        sources = self.draws(region.sources, evaluator, seed, limits=region.source_limits, high=below)
         others = (
-            self.leaf_values(region.others, evaluator, seed + 1, cover=seed % 2 == 0, below=_below(region))
+            self.leaf_values(region.others, evaluator, seed + 1, cover=seed % 2 == 0, below=region.hidden_table_rows)
             if from_leaves
             else self.draws(region.others, evaluator, seed + 1, high=below)
         )
@@ -413,11 +418,6 @@ def _ancestors(nodes: Iterable[Node]) -> list[Node]:
 def _any(value: Any) -> Any:
     """Sizes are typed `int` where they may be symbols."""
     return value
-
-
-def _below(region: Region) -> int | None:
-    """Integers that the mods of a flex_attention index tables with, which the graph does not show."""
-    return region.below if isinstance(region.below, int) and any(flex(n) for n in region.nodes) else None
 
 
 def _table_rows(nodes: Iterable[Node]) -> int:

@@ -55,7 +55,7 @@ class CacheWrite:
                     continue
                 region = between(view, node, [past, new, start], lambda _: True)
             if region is not None:
-                region = replace(region, below=partial(_starts, past, new))
+                region = replace(region, integers_below=partial(_starts, past, new))
             yield Proposal(node, () if region is None else (region,), best_rank=0)
 
     def recognise(self, region: Region, ask: Questions) -> Found | Reason:

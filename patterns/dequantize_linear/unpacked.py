@@ -76,7 +76,12 @@ def unpacked(region: Region) -> Unpacked | None:
         return None
     others = [n for n in region.others if n in read]
     part = Region(
-        region.view, region.output, (cut, *region.sources[1:]), tuple(others), tuple(after), below=region.below
+        region.view,
+        region.output,
+        (cut, *region.sources[1:]),
+        tuple(others),
+        tuple(after),
+        integers_below=region.integers_below,
     )
     inside = tuple(n for n in region.nodes if n in before)
     return Unpacked(cut, inside, part, tuple(region.others.index(n) for n in others))

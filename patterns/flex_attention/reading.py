@@ -39,18 +39,20 @@ def region_of(view: GraphView, call: Flex, taken: Node) -> Region:
     sources = [call.query, call.key, call.value]
     others = [n for n in dict.fromkeys(view.canonical(b) for b in buffers) if n not in sources]
     query, key, value = (fake(n).shape for n in sources)
+    rows = _rows(call)
     sizes = [(key[0], query[0]), (value[0], query[0]), (value[2], key[2])]
-    alike = tuple(_roots([*sizes, *_indexed(call)]))
+    equal_sizes = tuple(_roots([*sizes, *_indexed(call)]))
     return Region(
         view,
         taken,
         tuple(sources),
         tuple(others),
         (call.node, taken),
-        alike=alike,
-        crop=_crop(query[1]),
-        below=_rows(call),
-        beyond=tuple(_beyond(call, (query[2], key[2]), query[0])),
+        equal_sizes=equal_sizes,
+        source_limits=_limits(query[1]),
+        integers_below=rows,
+        hidden_table_rows=rows,
+        telling_sizes=tuple(_telling(call, (query[2], key[2]), query[0])),
         ascending=frozenset(view.canonical(n) for n in _searched(call)),
     )
 
@@ -67,7 +69,7 @@ def _searched(call: Flex) -> Iterator[Node]:
                         yield row
 
 
-def _crop(heads: Any) -> tuple[int, ...]:
+def _limits(heads: Any) -> tuple[int, ...]:
     """Batch, heads, length and head size that are enough, where static ones are more."""
     count = static(heads)
     if count is None:
@@ -121,7 +123,7 @@ def _roots(pairs: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
             yield second, first
 
 
-def _beyond(call: Flex, lengths: Sequence[Any], batch: Any) -> Iterator[tuple[Any, int]]:
+def _telling(call: Flex, lengths: Sequence[Any], batch: Any) -> Iterator[tuple[Any, int]]:
     """Lengths that exceed every number in the mods, if they are not too long to compute with."""
     try:
         numbers = [n for root in expressions(call, count=False) for expr in root.walk() for n in _integers(expr)]

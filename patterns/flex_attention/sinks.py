@@ -103,8 +103,8 @@ def _region(view: GraphView, call: Flex, y: Node, lse: Node) -> Region | None:
     ):
         return None
     # A size that is written down (an expanded sink) holds for the whole length alone.
-    crop = () if any(op_name(n) in ("expand", "broadcast_to") for n in ordered) else plain.crop
-    return replace(plain, output=output, others=tuple(others), nodes=tuple(ordered), crop=crop)
+    limits = () if any(op_name(n) in ("expand", "broadcast_to") for n in ordered) else plain.source_limits
+    return replace(plain, output=output, others=tuple(others), nodes=tuple(ordered), source_limits=limits)
 
 
 def _read_beside(inner: set[Node], nodes: set[Node], computed: set[Node]) -> bool:
@@ -139,7 +139,7 @@ def measure_sinks(region: Region, ask: Questions) -> Sinks | Reason:
     places = [i for i, n in enumerate(region.inputs) if n in read]
     if len(places) > 1:
         return Reason("flex_attention whose output meets its log-sum-exp and several tensors")
-    evaluator = ask.evaluator(0, alike=region.alike)
+    evaluator = ask.evaluator(0, equal_sizes=region.equal_sizes)
     nodes = [region.inputs[i] for i in places]
     values = ask.draws(nodes, evaluator, 61)
     sinks = []

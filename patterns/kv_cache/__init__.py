@@ -66,9 +66,9 @@ class KVCache:
         place = region.others.index(region.view.canonical(mask)) if isinstance(mask, Node) else None
         parameters = {
             "past": [str(size) for size in region.view.shape(past_key)],
-            "present": [n.name for n in region.beside],
+            "present": [n.name for n in region.more_outputs],
         }
-        heads = _number(fake(region.beside[0]).shape[1])
+        heads = _number(fake(region.more_outputs[0]).shape[1])
         q_heads = _number(node.kwargs.get("q_num_heads") or fake(node).shape[1])
         attributes: dict[str, Any] = {n: v for n, v in node.kwargs.items() if n in ("scale", "softcap")}
         if fake(q).dim() == 3:
@@ -176,7 +176,7 @@ def _regions(view: GraphView, node: Node, joins: tuple[Node, Node]) -> Iterator[
         region = between(view, node, [*sources, *past], lambda _: True, given=[mask] if isinstance(mask, Node) else ())
         if region is not None and all(join in region.nodes for join in joins):
             presents = tuple(_present(join) for join in joins)
-            yield Region(view, node, region.sources, region.others, region.nodes, beside=presents)
+            yield Region(view, node, region.sources, region.others, region.nodes, more_outputs=presents)
 
 
 def _flat(view: GraphView, operand: Node) -> Node | None:
