@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,12 +62,59 @@ def staging(parent: Path, name: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def move_into(source: Path, target: Path, model: str) -> None:
-    """Moves the files of `source` into `target`, over older ones.
+def move_into(source: Path, target: Path, model: str, *, stale: Iterable[str] = ()) -> None:
+    """Moves what `source` holds into the folder `target`, over what has the same names, or leaves `target` as it was.
 
-    `model` is the file that makes the others a model: an older one goes first and the new one comes last, so that
-    at no time does it stand beside another model's weights.
+    What stood there is moved aside, and deleted only once everything new is in its place.
+
+    Args:
+        model: the file that makes the others a model: an older one goes first and the new one comes last, so that at no
+            time does it stand beside another model's weights.
+        stale: files that an older model may have left in `target`; they go even where `source` has none of that name.
+
+    Raises:
+        OSError: something could not be moved; `target` holds what it held before.
+        FxfuseError: nor could what stood there be put back; the message says where it lies.
     """
-    (target / model).unlink(missing_ok=True)
-    for path in sorted(source.iterdir(), key=lambda path: path.name == model):
-        os.replace(path, target / path.name)
+    coming = sorted((path.name for path in source.iterdir()), key=lambda name: name == model)
+    going = sorted({*coming, *stale, model}, key=lambda name: name != model)
+    new_folder = not target.exists()
+    target.mkdir(exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{model}.", suffix=".previous", dir=target))
+    try:
+        for name in going:
+            if os.path.lexists(target / name):
+                if _is_folder(target / name) and not _is_folder(source / name):
+                    raise IsADirectoryError(errno.EISDIR, f"{target / name} is a folder")
+                os.replace(target / name, aside / name)
+        for name in coming:
+            os.replace(source / name, target / name)
+    except BaseException as error:
+        try:
+            _put_back(aside, target, [name for name in coming if not os.path.lexists(source / name)], model)
+            if new_folder:
+                target.rmdir()
+        except OSError as failed:
+            raise FxfuseError(
+                f"the new files could not be written ({error}), nor those before put back ({failed})",
+                where=str(target),
+                hint=f"what stood there lies in {aside}: move it back",
+            ) from error
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _put_back(aside: Path, target: Path, moved: Iterable[str], model: str) -> None:
+    """Takes out of `target` what was moved there, and moves back what lies `aside`, the model last."""
+    for name in moved:
+        if _is_folder(target / name):
+            shutil.rmtree(target / name)
+        else:
+            (target / name).unlink(missing_ok=True)
+    for name in sorted((path.name for path in aside.iterdir()), key=lambda name: name == model):
+        os.replace(aside / name, target / name)
+    aside.rmdir()
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()

@@ -9,8 +9,9 @@ import onnx_ir as ir
 import pytest
 from torch import nn
 
+from fxfuse.decoder.names import place_of
 from fxfuse.errors import FxfuseError
-from fxfuse.package.manifest import manifest_of, place_of
+from fxfuse.package.manifest import manifest_of
 from fxfuse.versions import CACHE_NAMES, cache_name
 
 

@@ -5,13 +5,7 @@
     position_ids   [B, S]
     past, key      [B, H, P, D]     of every layer, and value; P is 0 in the first call
 
-What the cache's tensors are called, in layer 3:
-
-    names      input                                        output
-    optimum    past_key_values.3.key                        present.3.key
-    genai      the same: ONNX Runtime GenAI took the names over
-    hf         input.past_key_values.layers.3.keys          output.past_key_values.layers.3.keys
-               as the installed transformers has them: from 5.24 on input.cache.layers.3.keys, and output
+What the cache's tensors are called: `fxfuse.decoder.names`.
 """
 
 from __future__ import annotations
@@ -23,12 +17,14 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
+from fxfuse.decoder.description import describe
 from fxfuse.decoder.forms.ragged import make_ragged
 from fxfuse.decoder.forms.ring import make_rings
-from fxfuse.decoder.forms.static import Profile, describe, make_static
+from fxfuse.decoder.forms.static import Profile, make_static
 from fxfuse.decoder.forms.streaming import make_streaming
 from fxfuse.decoder.masks.padding import simplify_padding
-from fxfuse.decoder.options import SINKS, Cache, Names, check_decoder_options
+from fxfuse.decoder.names import Names, is_of_cache, renamed
+from fxfuse.decoder.options import SINKS, Cache, check_decoder_options
 from fxfuse.decoder.scaled_query import scale_queries
 from fxfuse.errors import FxfuseError
 from fxfuse.integrations import torchtune
@@ -36,10 +32,6 @@ from fxfuse.options import BUDGET, DEFAULT_OPSET, check_accept, check_budget, ch
 from fxfuse.quiet import quiet
 from fxfuse.versions import CACHE_NAMES
 
-_CACHE = re.compile(
-    rf"(?P<way>input|output)\.(?:{'|'.join(CACHE_NAMES)})\.layers\.(?P<layer>\d+)\.(?P<what>key|value)s"
-)
-_OF_CACHE = re.compile(rf"(?:input|output)\.(?:{'|'.join(CACHE_NAMES)})\.(?P<what>.+)")
 _ONE_TOKEN = ("dimension inputs['input_ids'].shape[1]", "dimension inputs['position_ids'].shape[1]")
 """Of which torch warns that a sample of one fixes them: here that is asked for."""
 _WINDOW = "._sliding_window_tensor"
@@ -166,7 +158,7 @@ def _of_transformers(model: Any, opset: int, names: Names, one_token: bool, fusi
     stage, inputs = _decode_stage(model, one_token)
     with quiet(*_ONE_TOKEN if one_token else ()):
         program: ir.Model = FxfuseExporter().export(stage, inputs, config).program
-    if not any(_OF_CACHE.fullmatch(value.name or "") for value in program.graph.outputs):
+    if not any(is_of_cache(value.name) for value in program.graph.outputs):
         raise FxfuseError(
             "the model gives no cache back, and so reads all tokens in every call",
             where=type(model).__name__,
@@ -175,7 +167,7 @@ def _of_transformers(model: Any, opset: int, names: Names, one_token: bool, fusi
     if names != "hf":
         _drop_windows(program.graph)
     for value in (*program.graph.inputs, *program.graph.outputs):
-        value.name = _renamed(value.name or "", names)
+        value.name = renamed(value.name or "", names)
     return program
 
 
@@ -222,21 +214,6 @@ def _drop_windows(graph: ir.Graph) -> None:
     for value in [value for value in graph.inputs if (value.name or "").endswith(_WINDOW)]:
         if not value.uses():
             graph.inputs.remove(value)
-
-
-def _renamed(name: str, names: Names) -> str:
-    of_cache = _OF_CACHE.fullmatch(name)
-    if names == "hf" or of_cache is None:
-        return name
-    match = _CACHE.fullmatch(name)
-    if match is None:
-        raise FxfuseError(
-            f"the cache holds {of_cache['what']}, which has no name in an export for {names}",
-            where="names",
-            hint='names="hf" keeps the names of transformers',
-        )
-    way = "past_key_values" if match["way"] == "input" else "present"
-    return f"{way}.{match['layer']}.{match['what']}"
 
 
 def _name_axes(program: ir.Model) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, Literal, get_args
 
 from fxfuse.decoder.forms.static import Profile
+from fxfuse.decoder.names import Names
 from fxfuse.errors import FxfuseError
 
-Names = Literal["optimum", "genai", "hf"]
 Cache = Literal["auto", "growing", "static", "sliding", "streaming"]
 SINKS = 4
 """Of a streaming cache, where nothing else is asked for: what its paper found to be enough."""

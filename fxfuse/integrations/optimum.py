@@ -15,7 +15,7 @@ import torch
 
 import fxfuse
 from fxfuse.decoder.export import export_decoder
-from fxfuse.decoder.options import Names
+from fxfuse.decoder.names import Names
 from fxfuse.errors import FxfuseError, FxfuseWarning, ParityError, callers_level
 from fxfuse.files import move_into, staging
 from fxfuse.ops.registry import check_opset

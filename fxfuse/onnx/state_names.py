@@ -5,12 +5,11 @@
     any other buffer, by its path                 layers.0.count              present.layers.0.count
     an input that is written to                   as it is called             present.<that>
 
-`metadata_props["fxfuse.state"]` is JSON: {"form": "state", "aliases": {output: input}, …}.
+The pairs of names are written into the model's metadata (`fxfuse.decoder.description`), as a cache of the form "state".
 """
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import onnx_ir as ir
@@ -18,11 +17,11 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from fxfuse.decoder.description import CacheDescription
 from fxfuse.graph.view import LAYOUT, GraphView, fake, tensor
 from fxfuse.recognise.walk import chain_back
 from fxfuse.state.lift import State
 
-CACHE = "fxfuse.state"
 _ATTENTION = frozenset(
     getattr(torch.ops.fxfuse, name).default for name in ("attention", "attention_with_present", "attention_with_qk")
 )
@@ -56,14 +55,8 @@ def name_states(model: ir.Model, fused: ExportedProgram, states: tuple[State, ..
         present = was.replace("past_key_values", "present", 1) if is_cache else f"present.{was}"
         output.name = present
         pairs.append((state, was, present))
-    aliases = {present: was for _, was, present in pairs}
-    note(model, {"form": "state", "max_length": None, "layers": [], "aliases": aliases})
+    CacheDescription("state", (), aliases={present: was for _, was, present in pairs}).write(model)
     return pairs
-
-
-def note(model: ir.Model, record: dict[str, Any]) -> None:
-    """Write down the form of the cache, and which output may share memory with which input."""
-    model.metadata_props[CACHE] = json.dumps(record)
 
 
 def _layers(fused: ExportedProgram, states: tuple[State, ...]) -> dict[str, str]:

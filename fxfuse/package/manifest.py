@@ -20,52 +20,20 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal, get_args
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 import onnx_ir as ir
 
+from fxfuse.decoder.description import CacheDescription, cache_of
+from fxfuse.decoder.names import place_of
 from fxfuse.errors import FxfuseError
-from fxfuse.versions import CACHE_NAMES
 
 MANIFEST = "fxfuse.json"
 FORMAT, VERSION = "fxfuse.pipeline", 1
-CACHE_METADATA = "fxfuse.state"
-Form = Literal["growing", "static", "sliding", "streaming"]
-PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
-_PAST_OF_TRANSFORMERS = re.compile(rf"input\.(?:{'|'.join(CACHE_NAMES)})\.layers\.(\d+)\.(key|value)s")
-_OF_CACHE = re.compile(rf"past_key_values|^input\.(?:{'|'.join(CACHE_NAMES)})\.")
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One layer's keys, and its values: [B, heads, length, head_dim] each."""
-
-    heads: int
-    head_dim: int
-    slots: int | None = None
-    """The length, where this layer's buffers have one that is fixed: a ring of a window's size."""
-    value_dim: int | None = None
-    """The last dimension of the values, where it is another than that of the keys."""
-
-
-@dataclass(frozen=True)
-class Cache:
-    """The geometry of the cache."""
-
-    form: Form
-    layers: Sequence[Layer]
-    dtype: str = "float32"
-    max_length: int | None = None
-    """T, where the graph is made for one; otherwise whoever runs a static one chooses."""
-
-    @property
-    def open(self) -> bool:
-        """Is it left to whoever runs it how long its buffers are?"""
-        return self.form != "growing" and self.max_length is None and any(layer.slots is None for layer in self.layers)
+_SCHEMA = "manifest.schema.json"
 
 
 @dataclass(frozen=True)
@@ -107,7 +75,7 @@ class Manifest:
 
     prefill: Stage
     decode: Stage
-    cache: Cache
+    cache: CacheDescription
     links: Sequence[Link]
     model: Model
 
@@ -121,7 +89,7 @@ class Manifest:
             "format": FORMAT,
             "version": VERSION,
             "model": asdict(self.model),
-            "cache": asdict(self.cache),
+            "cache": self.cache.to_manifest(),
             "stages": {"prefill": asdict(self.prefill), "decode": asdict(self.decode)},
             "links": [asdict(link) for link in self.links],
         }
@@ -134,29 +102,38 @@ def manifest_of(prefill: ir.Model, file: str, *, decode: tuple[ir.Model, str] | 
     """The manifest of one graph, or of that and a `decode` graph for one token, read off their inputs and outputs.
 
     Args:
-        file: the first graph's name in the folder.
+        prefill: a graph for any number of tokens after any past.
+        file: its name in the folder.
         decode: the second graph and its name.
         model: fields of `Model`; ``vocab_size`` is read off the logits.
 
     Raises:
-        FxfuseError: a graph is no decoder with its cache, or the two are not of one cache.
+        FxfuseError: a graph is no decoder with its cache, or the two graphs' caches differ, so that they could not take
+            turns on one.
     """
-    cache, links = _cache(prefill, file)
+    cache = cache_of(prefill, file)
     logits = _named(prefill.graph.outputs, "logits", file)
     size = logits.shape[-1] if logits.shape else None
     if not isinstance(size, int):
         raise FxfuseError("the logits' last dimension is not a number", where=file)
     second, second_file = decode or (prefill, file)
-    if _cache(second, second_file) != (cache, links):
+    if cache_of(second, second_file) != cache:
         raise FxfuseError(f"its cache is not that of {file}", where=second_file)
+    places = [(value.name or "", place_of(value.name)) for value in prefill.graph.inputs]
+    links = [Link(place.present, name, place.present in cache.aliases) for name, place in places if place is not None]
     return Manifest(_stage(prefill, file), _stage(second, second_file), cache, links, Model(vocab_size=size, **model))
 
 
 def read_manifest(path: str | os.PathLike[str]) -> tuple[Path, Manifest]:
     """The folder and the manifest at `path`: a folder that has one, or a graph alone, from which it is made.
 
+    The manifest is held against its schema first. Files that it names lie in its folder: a name that is absolute or
+    leads out by ".." is refused, for a folder may come from anywhere. Links in the folder are followed: whoever put the
+    folder on this disk made them (Hugging Face's cache keeps every file behind one).
+
     Raises:
-        FxfuseError: neither, or not what the schema says.
+        FxfuseError: there is neither; the manifest is not what its schema says (the message names the file, the place
+            in it and what to do); a file that it names lies elsewhere or is missing; its parts do not fit together.
     """
     path = Path(path)
     if path.is_file() and path.suffix == ".onnx":
@@ -170,89 +147,83 @@ def read_manifest(path: str | os.PathLike[str]) -> tuple[Path, Manifest]:
         raise FxfuseError(
             f"no {MANIFEST} there", where=str(path), hint="`fxfuse export MODEL --out DIR` writes one for a decoder"
         )
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        if data["format"] != FORMAT or data["version"] != VERSION:
-            raise FxfuseError(f"{data['format']} {data['version']}, not {FORMAT} {VERSION}", where=str(file))
-        manifest = _parsed(data)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FxfuseError(f"not a pipeline's manifest: {type(error).__name__}: {error}", where=str(file)) from error
-    for name in manifest.files:
+    manifest = _parsed(_checked(file))
+    _check_links(manifest, file)
+    for stage, name in (("prefill", manifest.prefill.file), ("decode", manifest.decode.file)):
+        _check_inside(name, f"{file}: stages.{stage}.file")
         if not (file.parent / name).is_file():
-            raise FxfuseError(f"{name} is missing", where=str(file.parent))
+            raise FxfuseError(
+                f"{name} is missing",
+                where=str(file.parent),
+                hint=f"put it beside {MANIFEST}, or export the model again",
+            )
     return file.parent, manifest
 
 
-def place_of(name: str) -> tuple[int, str, str] | None:
-    """For the name of an input that is a cache: its layer, "key" or "value", and the output that is it afterwards."""
-    if match := PAST.fullmatch(name):
-        return int(match[1]), match[2], f"present.{match[1]}.{match[2]}"
-    if match := _PAST_OF_TRANSFORMERS.fullmatch(name):
-        return int(match[1]), match[2], "output" + name.removeprefix("input")
-    return None
+def _checked(file: Path) -> dict[str, Any]:
+    """The JSON of a manifest, held against its schema.
+
+    Raises:
+        FxfuseError: it is of another version, or not what the schema says.
+    """
+    try:
+        from jsonschema import Draft202012Validator
+        from jsonschema.exceptions import best_match
+    except ImportError as error:
+        raise FxfuseError("jsonschema is not installed", hint="pip install 'fxfuse[ort]'") from error
+    again = f"export the model again, or mend it by fxfuse/package/{_SCHEMA}"
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise FxfuseError(f"not a pipeline's manifest: {error}", where=str(file), hint=again) from error
+    if isinstance(data, dict) and (made := (data.get("format"), data.get("version"))) != (FORMAT, VERSION):
+        if made[0] == FORMAT:
+            again = f"this fxfuse reads version {VERSION}: export the model again with it"
+        raise FxfuseError(f"{made[0]} {made[1]}, not {FORMAT} {VERSION}", where=str(file), hint=again)
+    schema = json.loads(Path(__file__).with_name(_SCHEMA).read_text(encoding="utf-8"))
+    found = best_match(Draft202012Validator(schema).iter_errors(data))
+    if found is not None:
+        place = found.json_path.removeprefix("$").removeprefix(".")
+        raise FxfuseError(
+            f"not a pipeline's manifest: {found.message}", where=f"{file}: {place}" if place else str(file), hint=again
+        )
+    return dict(data)
 
 
 def _parsed(data: Mapping[str, Any]) -> Manifest:
-    cache = dict(data["cache"])
-    if cache["form"] not in get_args(Form):
-        raise ValueError(f"the cache is {cache['form']!r}")
-    cache["layers"] = [Layer(**layer) for layer in cache["layers"]]
     prefill, decode = (Stage(**data["stages"][name]) for name in ("prefill", "decode"))
-    return Manifest(prefill, decode, Cache(**cache), [Link(**link) for link in data["links"]], Model(**data["model"]))
+    links = [Link(**link) for link in data["links"]]
+    aliases = {link.output: link.input for link in links if link.shared}
+    cache = CacheDescription.from_manifest(data["cache"], aliases)
+    return Manifest(prefill, decode, cache, links, Model(**data["model"]))
 
 
-def _cache(program: ir.Model, file: str) -> tuple[Cache, list[Link]]:
-    outputs = {value.name: value for value in program.graph.outputs}
-    said = json.loads(program.metadata_props.get(CACHE_METADATA, "{}"))
-    sizes: dict[int, dict[str, tuple[int, int]]] = {}
-    slots: dict[int, int | None] = {}
-    links, forms, dtypes, lengths = [], set(), set(), set()
-    rings = said.get("form") in ("sliding", "streaming")
-    for value in program.graph.inputs:
-        place = place_of(value.name or "")
-        if place is None and _OF_CACHE.search(value.name or ""):
+def _check_links(manifest: Manifest, file: Path) -> None:
+    """Raises FxfuseError where a link is between no output and input of both graphs, or of no layer of the cache."""
+    for number, link in enumerate(manifest.links):
+        place, why = place_of(link.input), None
+        if place is None or place.layer >= len(manifest.cache.layers):
+            why = f"{link.input} is no input of a cache of {len(manifest.cache.layers)} layers"
+        for stage in (manifest.prefill, manifest.decode):
+            if link.input not in stage.inputs:
+                why = f"{stage.file} has no input {link.input}"
+            elif link.output not in stage.outputs:
+                why = f"{stage.file} has no output {link.output}"
+        if why is not None:
             raise FxfuseError(
-                f"the cache holds {value.name}, which is neither keys nor values",
-                where=file,
-                hint='names="optimum" has keys and values only',
+                f"not a pipeline's manifest: {why}", where=f"{file}: links[{number}]", hint="export the model again"
             )
-        if place is None:
-            continue
-        index, what, present = place
-        if present not in outputs or value.shape is None or len(value.shape) != 4:
-            raise FxfuseError(f"{value.name} is not [B, H, P, D] with an output {present}", where=file)
-        _, heads, length, head_dim = value.shape
-        if not isinstance(heads, int) or not isinstance(head_dim, int) or value.dtype is None:
-            raise FxfuseError(f"the heads of {value.name} are not numbers: {value.shape}", where=file)
-        after = outputs[present].shape
-        form: Form = said.get("form") or ("static" if after is not None and after[2] == length else "growing")
-        if form not in get_args(Form):
+
+
+def _check_inside(name: str, where: str) -> None:
+    """Raises FxfuseError where a file's name leads out of the manifest's folder, on whichever system it was written."""
+    for path in (PurePosixPath(name), PureWindowsPath(name)):
+        if path.is_absolute() or path.anchor or ".." in path.parts:
             raise FxfuseError(
-                f"the cache is {form!r}, which is not run yet", where=file, hint=" or ".join(get_args(Form))
+                f"not a pipeline's manifest: {name!r} leads out of its folder",
+                where=where,
+                hint=f"a manifest names files beside it; put the graph beside {MANIFEST} and name it alone",
             )
-        sizes.setdefault(index, {})[what] = (heads, head_dim)
-        slots[index] = length if rings and isinstance(length, int) else None
-        links.append(Link(present, value.name or "", form != "growing"))
-        forms.add(form)
-        dtypes.add(value.dtype.name)
-        lengths.add(length if isinstance(length, int) and not rings else None)
-    layers = [_layer(sizes[i], slots[i]) for i in sorted(sizes)]
-    whole = None not in layers and sorted(sizes) == list(range(len(sizes)))
-    if len(forms) != 1 or len(dtypes) != 1 or len(lengths) != 1 or not whole:
-        raise FxfuseError("not a decoder with one cache of keys and values in every layer", where=file)
-    dtype = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}.get(dtypes.pop())
-    if dtype is None:
-        raise FxfuseError("the cache is neither float32, float16 nor bfloat16", where=file)
-    length = lengths.pop() or said.get("max_length")
-    return Cache(forms.pop(), [layer for layer in layers if layer is not None], dtype, length), links
-
-
-def _layer(sizes: Mapping[str, tuple[int, int]], slots: int | None) -> Layer | None:
-    """From heads and their size, of the keys and of the values; None where one is missing or their heads differ."""
-    key, value = sizes.get("key"), sizes.get("value")
-    if key is None or value is None or key[0] != value[0]:
-        return None
-    return Layer(*key, slots, None if key[1] == value[1] else value[1])
 
 
 def _stage(program: ir.Model, file: str) -> Stage:

@@ -74,10 +74,7 @@ def write_package(
                 copy_tokenizer(tokenizer, folder)
             if check is not None:
                 check(folder)
-            out.mkdir(exist_ok=True)
-            for name in (MANIFEST, CONFIG, MODEL, PREFILL, DECODE, WEIGHTS):
-                (out / name).unlink(missing_ok=True)  # of an older package, which may have had other files
-            move_into(folder, out, model=MANIFEST)
+            move_into(folder, out, model=MANIFEST, stale=(CONFIG, MODEL, PREFILL, DECODE, WEIGHTS))
         except OSError as error:
             raise FxfuseError(f"writing failed: {error.strerror or error}", where=str(out)) from error
     return manifest

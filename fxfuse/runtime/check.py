@@ -66,4 +66,4 @@ def _open(folder: Path, scratch: Path) -> Session:
             float32_twin(folder / name, scratch / name)
         with_dtype(manifest, "float32").write(scratch)
         folder = scratch
-    return Session(folder, max_length=PROMPT + STEPS + 2 if manifest.cache.open else None)
+    return Session(folder, max_length=PROMPT + STEPS + 2 if manifest.cache.takes_length else None)

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from fxfuse.decoder.names import place_of
 from fxfuse.errors import FxfuseError
-from fxfuse.package.manifest import Stage, place_of, read_manifest
+from fxfuse.package.manifest import Stage, read_manifest
 from fxfuse.parity import require_onnxruntime
 from fxfuse.runtime.positions import Array, Positions, RowLengths, check_chunk, checked, checked_ids, last
 
@@ -39,6 +40,7 @@ class Session:
         cache = self.manifest.cache
         if cache.dtype not in DTYPES:
             raise FxfuseError(f"ONNX Runtime's CPU provider does not run {cache.dtype}", where=str(source))
+        self._dtype = DTYPES[cache.dtype]
         self.max_length = self._length(max_length)
         options = self._ort.SessionOptions()
         options.log_severity_level = 3
@@ -205,9 +207,8 @@ class Session:
             place = place_of(link.input)
             if place is None:
                 raise FxfuseError(f"{link.input} is no name of a cache", where="links")
-            layer = cache.layers[place[0]]
-            size = layer.value_dim or layer.head_dim if place[1] == "value" else layer.head_dim
-            zeros = np.zeros((batch, layer.heads, layer.slots or length, size), DTYPES[cache.dtype])
+            layer = cache.layers[place.layer]
+            zeros = np.zeros((batch, layer.heads, layer.slots or length, layer.size(place.what)), self._dtype)
             buffers[link.input] = self._ort.OrtValue.ortvalue_from_numpy(zeros)
         return buffers
 

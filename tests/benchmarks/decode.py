@@ -79,11 +79,12 @@ def plain_export(llama: Any, path: Path) -> None:
     from transformers.exporters import OnnxConfig, OnnxExporter
 
     from fxfuse.decoder import export as decoder
+    from fxfuse.decoder.names import renamed
 
     stage, inputs = decoder._decode_stage(llama, False)
     program = OnnxExporter().export(stage, inputs, OnnxConfig(dynamic=True)).program
     for value in (*program.graph.inputs, *program.graph.outputs):
-        value.name = decoder._renamed(value.name or "", "genai")
+        value.name = renamed(value.name or "", "genai")
     decoder._name_axes(program)
     print(f"plain: opset {program.opset_imports['']}, {len(program.graph)} nodes")
     ir.save(program, path)

@@ -11,10 +11,11 @@ import pytest
 import torch
 import transformers
 
+from fxfuse.decoder.description import Layer
 from fxfuse.decoder.export import Cache, export_decoder
 from fxfuse.errors import FxfuseError
 from fxfuse.package.genai import genai_config
-from fxfuse.package.manifest import Layer, manifest_of
+from fxfuse.package.manifest import manifest_of
 from fxfuse.runtime import EagerSession, Session
 
 WINDOW = 6

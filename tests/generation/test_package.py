@@ -13,11 +13,12 @@ import torch
 
 import fxfuse.package
 from fxfuse.cli import main
+from fxfuse.decoder.description import Layer
 from fxfuse.decoder.export import export_decoder
 from fxfuse.errors import FxfuseError, ParityError
 from fxfuse.package import write as package
 from fxfuse.package.genai import genai_config
-from fxfuse.package.manifest import MANIFEST, Layer, manifest_of, read_manifest
+from fxfuse.package.manifest import MANIFEST, manifest_of, read_manifest
 from fxfuse.package.write import facts, write_package
 from fxfuse.runtime import EagerSession, Session, generate
 from fxfuse.runtime.check import check_package

@@ -25,14 +25,14 @@ Source: mode circular of https://onnx.ai/onnx/operators/onnx__TensorScatter.html
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from fxfuse.decoder.forms.static import METADATA, Buffer, Lengths, check_opset, pasts_of, present_of
+from fxfuse.decoder.description import describe
+from fxfuse.decoder.forms.static import Buffer, Lengths, check_opset
+from fxfuse.decoder.names import Place, pasts_of
 from fxfuse.errors import FxfuseError
 from fxfuse.onnx.pieces import constant, counted, initializer, takes_one_token
 
@@ -50,17 +50,10 @@ def make_rings(model: ir.Model, windows: Mapping[int, int]) -> None:
     lengths = Lengths(model.graph, None)
     one_token = takes_one_token(model.graph)
     rings = {size: _RingPositions(lengths, size, one_token) for size in set(windows.values())}
-    described: dict[int, dict[str, Any]] = {}
-    aliases = {}
-    for layer, past in pasts_of(model):
-        assert past.shape is not None and past.name is not None
-        size = windows.get(layer)
-        described[layer] = {"heads": past.shape[1], "head_dim": past.shape[3], "window": size}
-        aliases[present_of(past.name)] = past.name
-        (Buffer(past, lengths) if size is None else _Ring(past, lengths, rings[size])).rewrite()
-    layers = [described[layer] for layer in sorted(described)]
-    about = {"form": "sliding", "max_length": None, "layers": layers, "aliases": aliases}
-    model.metadata_props[METADATA] = json.dumps(about, default=str)
+    for place, past in pasts_of(model):
+        size = windows.get(place.layer)
+        (Buffer(place, past, lengths) if size is None else _Ring(place, past, lengths, rings[size])).rewrite()
+    describe(model, "sliding", rings=windows)
 
 
 class _RingPositions:
@@ -92,8 +85,8 @@ class _RingPositions:
 class _Ring(Buffer):
     """One input of the cache, of as many slots as its layer looks back."""
 
-    def __init__(self, past: ir.Value, lengths: Lengths, slots: _RingPositions) -> None:
-        super().__init__(past, lengths)
+    def __init__(self, place: Place, past: ir.Value, lengths: Lengths, slots: _RingPositions) -> None:
+        super().__init__(place, past, lengths)
         self.slots = slots
         past.shape = ir.Shape([self.batch, self.heads, slots.size, self.size])
 

@@ -16,41 +16,20 @@ reads the buffer as it lies, `nonpad_kv_seqlen` = P + S, and the mask is filled 
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
 import onnx_ir as ir
 
+from fxfuse.decoder.description import describe
+from fxfuse.decoder.names import Place, pasts_of
 from fxfuse.errors import FxfuseError
 from fxfuse.onnx.pieces import constant, heads_apart, heads_together
 
-METADATA = "fxfuse.state"
-"""The key of `metadata_props` under which a model says what its cache is: JSON, see `describe`."""
 SLOTS = "max_length"
 """The name of the buffers' length T, a dimension that whoever runs the graph chooses."""
 Profile = Literal["cpu", "cuda"]
-_PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
-
-
-def present_of(past: str) -> str:
-    """``present.3.key`` for ``past_key_values.3.key``."""
-    return "present" + past.removeprefix("past_key_values")
-
-
-def describe(model: ir.Model, form: str) -> None:
-    """Says in the model's metadata what its cache is, and which output may lie in the memory of which input."""
-    pasts = [value for value in model.graph.inputs if _PAST.fullmatch(value.name or "")]
-    layers = [
-        {"heads": value.shape[1], "head_dim": value.shape[3]}
-        for value in pasts
-        if value.shape is not None and (value.name or "").endswith(".key")
-    ]
-    aliases = {present_of(value.name or ""): value.name for value in pasts} if form == "static" else {}
-    about = {"form": form, "max_length": None, "layers": layers, "aliases": aliases}
-    model.metadata_props[METADATA] = json.dumps(about, default=str)
 
 
 def make_static(model: ir.Model, profile: Profile = "cpu") -> None:
@@ -64,10 +43,10 @@ def make_static(model: ir.Model, profile: Profile = "cpu") -> None:
             model is of no use then.
     """
     check_opset(model)
-    caches = [past for _, past in pasts_of(model)]
-    lengths = Lengths(model.graph, caches[0] if profile == "cuda" else None)
-    for past in caches:
-        Buffer(past, lengths).rewrite()
+    pasts = pasts_of(model)
+    lengths = Lengths(model.graph, pasts[0][1] if profile == "cuda" else None)
+    for place, past in pasts:
+        Buffer(place, past, lengths).rewrite()
     describe(model, "static")
 
 
@@ -79,15 +58,6 @@ def check_opset(model: ir.Model) -> None:
             where="cache",
             hint="opset 24",
         )
-
-
-def pasts_of(model: ir.Model) -> list[tuple[int, ir.Value]]:
-    """The inputs that are a cache, each with its layer's number."""
-    matches = [(_PAST.fullmatch(value.name or ""), value) for value in model.graph.inputs]
-    pasts = [(int(match[1]), value) for match, value in matches if match is not None]
-    if not pasts:
-        raise FxfuseError("the graph has no cache", where="cache")
-    return pasts
 
 
 class Lengths:
@@ -140,11 +110,11 @@ class Lengths:
 class Buffer:
     """One input of the cache: whatever reads it is made to read a buffer of T slots."""
 
-    def __init__(self, past: ir.Value, lengths: Lengths) -> None:
+    def __init__(self, place: Place, past: ir.Value, lengths: Lengths) -> None:
         self.past, self.lengths, self.graph = past, lengths, lengths.graph
         assert past.shape is not None
         self.batch, self.heads, _, self.size = past.shape
-        self.present = present_of(past.name or "")
+        self.present = place.present
         past.shape = ir.Shape([self.batch, self.heads, SLOTS, self.size])
 
     def rewrite(self) -> None:

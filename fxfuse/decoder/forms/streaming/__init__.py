@@ -16,17 +16,18 @@ Source: Xiao et al., Efficient Streaming Language Models with Attention Sinks, h
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from fxfuse.decoder.description import describe
 from fxfuse.decoder.forms.ragged import drop_padding, has_past, sees_otherwise
-from fxfuse.decoder.forms.static import METADATA, check_opset, pasts_of, present_of
+from fxfuse.decoder.forms.static import check_opset
 from fxfuse.decoder.forms.streaming.any_tokens import AnyTokensCache
 from fxfuse.decoder.forms.streaming.layer import StreamingCache, refused, rewrite
 from fxfuse.decoder.forms.streaming.one_token import OneTokenCache
+from fxfuse.decoder.names import pasts_of
 from fxfuse.onnx.pieces import takes_one_token
 
 
@@ -55,16 +56,7 @@ def make_streaming(model: ir.Model, sinks: int, window: int) -> None:
         rewrite(node, slots)
     RemoveUnusedNodesPass()(model)
     _check_uses(graph, slots.readers, [past for _, past in pasts])
-    described = {layer: {"heads": v.shape[1], "head_dim": v.shape[3]} for layer, v in pasts if v.shape is not None}
-    about = {
-        "form": "streaming",
-        "max_length": sinks + window,
-        "sinks": sinks,
-        "window": window,
-        "layers": [described[layer] for layer in sorted(described)],
-        "aliases": {present_of(past.name or ""): past.name for _, past in pasts},
-    }
-    model.metadata_props[METADATA] = json.dumps(about, default=str)
+    describe(model, "streaming", sinks=sinks, window=window)
 
 
 def _check_uses(graph: ir.Graph, readers: Mapping[ir.Value, ir.Node | None], pasts: Sequence[ir.Value]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from fxfuse.decoder.forms.static import present_of
+from fxfuse.decoder.names import place_of
 from fxfuse.errors import FxfuseError
 from fxfuse.onnx.pieces import heads_apart, heads_together
 
@@ -145,8 +145,8 @@ class _Layer:
 
     def _cached(self, past: ir.Value, new: ir.Value, grown: ir.Value) -> ir.Value:
         """What is attended to of cache and new tokens; the graph gives the cache back, where it gave the `grown`."""
-        outputs = self.graph.outputs
-        if grown.name != present_of(past.name or "") or grown.uses() or not grown.is_graph_output():
+        outputs, place = self.graph.outputs, place_of(past.name)
+        if place is None or grown.name != place.present or grown.uses() or not grown.is_graph_output():
             raise refused(f"{past.name} grows, and is not just given back")
         assert past.shape is not None
         batch, heads, _, size = past.shape
