@@ -253,8 +253,17 @@ def _is_taken_off(node: Node) -> bool:
     """Of floating point: read by a subtraction, perhaps moved about before; a scale may hold whole numbers too."""
     users = real_users(node)
     return bool(users) and all(
-        op_name(u) in ("sub", "rsub", "add") or (op_name(u) in LAYOUT | CAST and _is_taken_off(u)) for u in users
+        op_name(u) in ("sub", "rsub", "add")
+        or (op_name(u) in DEQUANTIZES and node in _zero_points(u))
+        or (op_name(u) in LAYOUT | CAST and _is_taken_off(u))
+        for u in users
     )
+
+
+def _zero_points(node: Node) -> list[Any]:
+    """What a library's operator is given as zero points: torchao and TorchTune keep them in the type of the scales."""
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    return [a for name, a in zip(names, node.args, strict=False) if name.startswith("zero_point")]
 
 
 def _shape(region: Region) -> tuple[int, ...]:

@@ -113,12 +113,27 @@ def _operators() -> Any:
     return opset23
 
 
+def _quantised(name: str) -> Callable[..., Any]:
+    """A translation of the file beside this one, which imports onnxscript."""
+
+    def translation(*args: Any, **kwargs: Any) -> Any:
+        from fxfuse.onnx.translate import quantised
+
+        return getattr(quantised, name)(*args, **kwargs)
+
+    return translation
+
+
 _BY_NAME: dict[str, Callable[..., Any]] = {
     "transformers::grouped_mm_fallback": grouped_mm,
     "aten::_grouped_mm": grouped_mm,
     "aten::erfinv": erfinv,
     "aten::__rshift__": right_shift,
     "aten::rms_norm": rms_norm,
+    "aten::_int_mm": _quantised("int_mm"),
+    "quantized_decomposed::quantize_per_tensor": _quantised("quantize_per_tensor"),
+    "quantized_decomposed::dequantize_per_tensor": _quantised("dequantize_per_tensor"),
+    "quantized_decomposed::choose_qparams": _quantised("choose_qparams"),
 }
 
 
