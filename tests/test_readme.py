@@ -1,4 +1,4 @@
-"""The README's examples, run as they stand there: each block under a ``<!-- runs: name -->``."""
+"""The examples of every README, run as they stand there: each block under a ``<!-- runs: name -->``."""
 
 from __future__ import annotations
 
@@ -19,8 +19,14 @@ from fxfuse.ops import holds_fused
 from fxfuse.recognise.catalogue import unregister
 from tests.patterns.flex_attention.models import MaskInside
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-BLOCKS = dict(re.findall(r"<!-- runs: (\w+) -->\n```python\n(.*?)```", README, flags=re.DOTALL))
+ROOT = Path(__file__).parent.parent
+READMES = (ROOT / "README.md", ROOT / "fxfuse" / "decoder" / "README.md")
+FOUND = [
+    (readme, *block)
+    for readme in READMES
+    for block in re.findall(r"<!-- runs: (\w+) -->\n```python\n(.*?)```", readme.read_text(), flags=re.DOTALL)
+]
+BLOCKS = {name: block for _, name, block in FOUND}
 ALL = {"RMSNormalization": 3, "RotaryEmbedding": 2, "Attention": 1}
 """A TorchTune Llama of one layer."""
 Names = dict[str, Any]
@@ -75,6 +81,17 @@ def generation(names: Names) -> None:
     assert names["session"].manifest.cache.form == "static" and [len(row) for row in names["tokens"]] == [8, 8]
 
 
+def lifted(names: Names) -> None:
+    assert names["state"].target == "count" and names["y"].tolist() == [2.0, 2.0]
+    assert names["after"] == {names["state"].placeholder: torch.ones(1)}
+
+
+def decoder(names: Names) -> None:
+    assert [len(row) for row in names["tokens"]] == [8, 8] and len(names["endless"]) == 100
+    cache = names["stream"].manifest.cache
+    assert (cache.form, cache.max_length) == ("streaming", 8)
+
+
 CHECKS: dict[str, Callable[[Names], None]] = {
     "fuse": fused,
     "plugin": plugin,
@@ -83,13 +100,15 @@ CHECKS: dict[str, Callable[[Names], None]] = {
     "onward": onward,
     "pattern": pattern,
     "generation": generation,
+    "lifted": lifted,
+    "decoder": decoder,
     "flex": flex,
 }
 """What must be true after a block."""
 
 
 def test_every_block_is_checked() -> None:
-    assert BLOCKS.keys() == CHECKS.keys()
+    assert BLOCKS.keys() == CHECKS.keys() and len(BLOCKS) == len(FOUND)
 
 
 @pytest.fixture
@@ -123,5 +142,5 @@ def test_an_example_of_the_readme(block: str, tmp_path: Path, monkeypatch: pytes
     names: Names = {"model": model, "tokens": torch.arange(10).reshape(2, 5)}
     if "flex_capture" in BLOCKS[block]:
         names |= {"model": MaskInside(), "x": torch.randn(2, 40, 16), "document_ids": torch.arange(80).view(2, 40) // 9}
-    exec(compile(BLOCKS[block], f"README.md: {block}", "exec"), names)
+    exec(compile(BLOCKS[block], f"README: {block}", "exec"), names)
     CHECKS[block](names)

@@ -12,8 +12,8 @@ def decoder(
 ) -> ir.Model:
     """A cache of this length that comes out as it went in; where it is "past", one that is called longer."""
     ids = ir.val("input_ids", ir.DataType.INT64, ["batch", "new"])
-    weights = ir.tensor([[0.0] * VOCABULARY] * 4, ir.DataType.FLOAT, name="weights")
-    table = ir.val("weights", ir.DataType.FLOAT, [4, VOCABULARY], const_value=weights)
+    weights = ir.tensor([[0.0] * VOCABULARY] * 64, ir.DataType.FLOAT, name="weights")
+    table = ir.val("weights", ir.DataType.FLOAT, [64, VOCABULARY], const_value=weights)
     logits = ir.node("Gather", [table, ids])
     logits.outputs[0].name, logits.outputs[0].dtype = "logits", ir.DataType.FLOAT
     logits.outputs[0].shape = ir.Shape(["batch", "new", VOCABULARY])
