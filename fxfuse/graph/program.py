@@ -45,7 +45,7 @@ def copy_program(program: ExportedProgram) -> ExportedProgram:
         range_constraints=copy.copy(program.range_constraints),
         module_call_graph=copy.deepcopy(program.module_call_graph),
         example_inputs=program.example_inputs,
-        constants=program.constants,
+        constants=dict(program.constants),
         verifiers=program.verifiers,
     )
     copied.graph_module.meta.update(program.graph_module.meta)

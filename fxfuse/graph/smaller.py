@@ -8,7 +8,7 @@ there is none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -19,13 +19,16 @@ from torch.fx.node import map_arg
 
 from fxfuse.graph.emit import KEPT_META
 from fxfuse.graph.region import Region
-from fxfuse.graph.view import GraphView, fake, is_size, op_name, size_text, tensor
+from fxfuse.graph.view import GraphView, argument, fake, is_size, op_name, size_text, tensor
+from fxfuse.ops.registry import differ
 
 LARGE = 16
 """Rows from which on an axis is made smaller."""
 MAX_ELEMENTS = 1 << 22
 """What may be asked as large as it is, where no axis can be made smaller."""
-_NOT_ALIKE = frozenset(
+_NOT_ALIKE = frozenset(["tensor_split", "take_along_dim", "gather", "flip", "roll"])
+"""They take out rows by their number."""
+_ALONG = frozenset(
     [
         "slice",
         "select",
@@ -33,19 +36,13 @@ _NOT_ALIKE = frozenset(
         "split",
         "split_with_sizes",
         "chunk",
-        "tensor_split",
         "unbind",
         "unsafe_split",
         "unsafe_chunk",
         "index_select",
-        "index",
-        "take_along_dim",
-        "gather",
-        "flip",
-        "roll",
     ]
 )
-"""They take out rows by their number."""
+"""They take out rows along `dim` by their number, and treat those of every other axis alike."""
 
 
 def _treats_rows_alike(node: Node) -> bool:
@@ -54,13 +51,17 @@ def _treats_rows_alike(node: Node) -> bool:
     return op_name(node) not in _NOT_ALIKE
 
 
-def smaller(region: Region, narrow: Mapping[Node, torch.dtype], fixed: Set[Node] = frozenset()) -> Region | None:
+def smaller(
+    region: Region, narrow: Mapping[Node, torch.dtype], fixed: Set[Node] = frozenset(), fits: Set[Node] = frozenset()
+) -> Region | None:
     """A copy of the region with fewer rows of its source; None where there is none that is small enough.
 
     Args:
         narrow: inputs all of whose values are known to fit in an integer type: the copy takes them in that type, so
             that what is asked of all values is asked of those that may occur.
         fixed: inputs that keep what they hold in the program: by how much words are shifted.
+        fits: sums and differences of integers that are known not to wrap around. The copy computes them in int32, where
+            they do not for any other value of the inputs either.
     """
     (source, *_) = region.sources
     sizes = [tuple(fake(n).shape) for n in (*region.inputs, *region.nodes) if tensor(n) is not None]
@@ -70,16 +71,22 @@ def smaller(region: Region, narrow: Mapping[Node, torch.dtype], fixed: Set[Node]
     for axis, size in enumerate(fake(source).shape):
         taken = {size for shape in sizes for size in shape if isinstance(size, int)}
         rows = next((r for r in (5, 7, 11, 13) if r not in taken), 0)
-        if alike and rows and size > LARGE and (copy := _copied(region, narrow, fixed, axis, size, rows)):
+        if alike and rows and size > LARGE and (copy := _copied(region, narrow, fixed, fits, axis, size, rows)):
             again = None
             if len(region.sources) > 1:  # a product runs over the other axis, which costs the square of it
                 again = smaller(copy, {})
             return copy if again is None else replace(again, narrowed=copy.narrowed)
-    return _copied(region, narrow, fixed, 0, 0, 0) if fake(source).numel() <= MAX_ELEMENTS else None
+    return _copied(region, narrow, fixed, fits, 0, 0, 0) if fake(source).numel() <= MAX_ELEMENTS else None
 
 
 def _copied(
-    region: Region, narrow: Mapping[Node, torch.dtype], fixed: Set[Node], axis: int, size: int, rows: int
+    region: Region,
+    narrow: Mapping[Node, torch.dtype],
+    fixed: Set[Node],
+    fits: Set[Node],
+    axis: int,
+    size: int,
+    rows: int,
 ) -> Region | None:
     """The copy with `rows` for `size` along the source's `axis`; None where it does not run at those sizes."""
     mode = getattr(fake(region.sources[0]), "fake_mode", None)
@@ -87,18 +94,25 @@ def _copied(
     try:
         # What an operator asks of a symbol here is nothing that the program rests on.
         with mode or nullcontext(), nullcontext() if env is None else env.suppress_guards():
-            return _copy(region, narrow, fixed, axis, size, rows)
+            return _copy(region, narrow, fixed, fits, axis, size, rows)
     except Exception:  # whatever an operator raises at other sizes: this is no copy
         return None
 
 
 def _copy(
-    region: Region, narrow: Mapping[Node, torch.dtype], fixed: Set[Node], axis: int, size: int, rows: int
+    region: Region,
+    narrow: Mapping[Node, torch.dtype],
+    fixed: Set[Node],
+    fits: Set[Node],
+    axis: int,
+    size: int,
+    rows: int,
 ) -> Region | None:
     graph = Graph()
     env: dict[Node, Node] = {}
     inputs: list[Node] = []
     casts: list[Node] = []
+    made: list[Node] = []
     for place, node in enumerate(region.inputs):
         shape = list(fake(node).shape)
         if place == 0 and size:
@@ -120,13 +134,27 @@ def _copy(
             return node.meta["val"]
         return env[node]
 
+    def wide(given: Node) -> Node:
+        """It in int32, where it is a byte or two."""
+        if given.meta["val"].dtype not in (torch.int8, torch.uint8, torch.int16):
+            return given
+        cast = graph.call_function(torch.ops.aten.to.dtype, (given, torch.int32))
+        cast.meta["val"] = given.meta["val"].to(torch.int32)
+        made.append(cast)
+        return cast
+
     for node in region.nodes:
+        if any(differ(fake(n).shape[d], fake(env[n]).shape[d]) for n, d in _taken(node)):
+            raise _NotAlike
         args, kwargs = (map_arg(_resized(a, size, rows), found) for a in (tuple(node.args), dict(node.kwargs)))
+        if node in fits:
+            args = tuple(wide(a) if isinstance(a, Node) else a for a in args)
         new = graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
         new.meta = {k: v for k, v in node.meta.items() if k in KEPT_META}
         values = map_arg((args, kwargs), lambda n: n.meta["val"])
         new.meta["val"] = node.target(*_on_cpu(values[0]), **_on_cpu(values[1]))  # type: ignore[operator]
         env[node] = new
+        made.append(new)
     output = env[region.output]
     before, after = tuple(fake(region.output).shape), tuple(fake(output).shape)
     changed = [(b, a) for b, a in zip(before, after, strict=True) if b is not a and not _same(b, a)]
@@ -134,10 +162,25 @@ def _copy(
     if size and not summed_over and (len(changed) != 1 or changed[0][0] * rows != changed[0][1] * size):
         return None
     graph.output(output)
-    nodes = (*casts, *(env[n] for n in region.nodes))
+    nodes = (*casts, *made)
     count = len(region.sources)
     given_inputs = tuple(inputs[:count]), tuple(inputs[count:])
     return Region(GraphView(graph), output, *given_inputs, nodes, integers_below=128, narrowed=bool(casts))
+
+
+class _NotAlike(Exception):
+    """Rows are taken out by their number along the axis that is made smaller."""
+
+
+def _taken(node: Node) -> Iterator[tuple[Node, int]]:
+    """Along which axes of which tensor the node takes rows out by their number."""
+    name, source = op_name(node), node.args[0] if node.args else None
+    if not isinstance(source, Node) or tensor(source) is None:
+        return
+    if name in _ALONG:
+        yield source, argument(node, "dim")
+    elif name == "index":
+        yield from ((source, d) for d, index in enumerate(argument(node, "indices")) if index is not None)
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -67,14 +67,24 @@ class Kept:
         return None if not isinstance(value, torch.Tensor) or value.is_meta else value.detach()
 
     def _value(self, node: Node) -> Any:
-        if node.op == "placeholder":
-            return self._values[node.name]
-        if op_name(node) == INNER:
-            owner, name = node.args
-            return getattr(self._value(owner), str(name))  # type: ignore[arg-type]
         evaluator = Evaluator(Sizes({}), exact=False)
-        env = {i: self._value(i) for i in node.all_input_nodes if not is_size(i)}
-        return evaluator.run([node], env)[node]
+        known: dict[Node, Any] = {}
+        stack = [node]
+        while stack:
+            current = stack[-1]
+            if current in known:
+                stack.pop()
+            elif current.op == "placeholder":
+                known[current] = self._values[current.name]
+            elif unknown := [i for i in current.all_input_nodes if i not in known and not is_size(i)]:
+                stack.extend(unknown)
+            elif op_name(current) == INNER:
+                owner, name = current.args
+                known[current] = getattr(known[owner], str(name))  # type: ignore[index]
+            else:
+                env = {i: known[i] for i in current.all_input_nodes if i in known}
+                known[current] = evaluator.run([current], env)[current]
+        return known[node]
 
     def stored(self, nodes: list[Node]) -> Iterator[Node]:
         """Those of the nodes that are kept tensors of small types (`STORED`), not computed."""

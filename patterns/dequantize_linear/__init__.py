@@ -33,7 +33,8 @@ from fxfuse.graph.view import ARITHMETIC, CAST, LAYOUT, GraphView, fake, is_floa
 from fxfuse.ops.dequantize_linear import stored_as
 from fxfuse.patterns.dequantize_linear.forms import Dequantized, dequantized, is_exact
 from fxfuse.patterns.dequantize_linear.scaled_integers import scaled_integers
-from fxfuse.patterns.dequantize_linear.unpacked import BITS, is_packed, tables, type_of, unpacked
+from fxfuse.patterns.dequantize_linear.unpacked import BITS, Unpacked, chosen_by, is_packed, tables, types_of, unpacked
+from fxfuse.proof.positions.whole import cannot_wrap
 from fxfuse.recognise.answers import NEAR, Form, Found, Input, Proposal, Reason
 from fxfuse.recognise.kept import SMALL, size_in_bytes
 from fxfuse.recognise.questions import Questions
@@ -46,6 +47,8 @@ DEQUANTIZES = frozenset(
 _TURNS = frozenset(["t", "transpose", "permute", "swapaxes", "swapdims", "movedim", "mT", "numpy_T", "T"])
 _KEPT_AS_IS = frozenset(["clone", "contiguous", "alias", "detach"])
 _PRODUCTS = frozenset(["mm", "matmul", "linear"])
+_REPEATS = frozenset(["repeat_interleave", "expand", "expand_as", "broadcast_to", "repeat", "tile", "index"])
+"""What gives an element to several places: scales and zero points are read before it."""
 _LIMIT = 40
 """Nodes of a region, at most."""
 _BACK = 8
@@ -88,12 +91,14 @@ class DequantizeLinear:
             return Reason("it computes in float64, and DequantizeLinear does not", NEAR)
         ask.read_leaves = ask.read_leaves or small.narrowed
         part = unpacked(small)
-        kind = None if part is None else type_of(part.integers)
+        kind = None if part is None else _type(ask, part)
         if part is None or kind is None:
             return Reason(
                 "it is packed, and its integers do not stand at one place, or are not known to fit a byte", NEAR
             )
-        found = scaled_integers(part.after, ask.evaluator(), [region.others[p].name for p in part.places])
+        evaluator = ask.evaluator()
+        held = {n: ask.draws([n], evaluator, 0)[0] for n in chosen_by(part.after)}
+        found = scaled_integers(part.after, evaluator, [region.others[p].name for p in part.places], held)
         if isinstance(found, Reason):
             return found
         how = dequantized(found, part.after, kind)
@@ -182,10 +187,11 @@ def _region(view: GraphView, ask: Questions, leaf: Node, y: Node, given: Any = N
     region = _around(view, ask, leaf, y, given)
     if region is None:
         return None
-    fixed, part = tables(region), unpacked(region)
-    kind = None if part is None else type_of(part.integers)
+    part = unpacked(region)
+    fixed = tables(region) | {n for n in chosen_by(region) if ask.kept.value(n) is not None}
+    kind = None if part is None else _type(ask, part)
     fits = {n: kind for n in region.others if n not in fixed and kind is not None and _fits(ask, n, kind)}
-    small = smaller(region, fits, fixed)
+    small = smaller(region, fits, fixed, {n for n in region.nodes if cannot_wrap(n)})
     return None if small is None else replace(region, small=replace(small, words=is_packed(region)))
 
 
@@ -222,8 +228,8 @@ def _is_counted(node: Node) -> bool:
 
 
 def _is_packed_beside(node: Node, leaf: Node) -> bool:
-    """Zero points that are taken out of words of their own."""
-    if is_float(node) or _comes_from(node, leaf):
+    """Zero points that are taken out of words of their own, before they are repeated."""
+    if is_float(node) or op_name(node) in _REPEATS or _comes_from(node, leaf):
         return False
     stack, seen = [node], set[Node]()
     while stack:
@@ -234,6 +240,15 @@ def _is_packed_beside(node: Node, leaf: Node) -> bool:
             seen.add(current)
             stack.extend(current.all_input_nodes)
     return False
+
+
+def _type(ask: Questions, part: Unpacked) -> torch.dtype | None:
+    """The type for the integers, which that of the zero points has to be too."""
+    kinds = types_of(part.integers)
+    chosen = chosen_by(part.after)
+    whole = [n for n in part.after.others if n not in chosen and not is_float(n)]
+    every = (k for k in kinds if all(fake(n).dtype == k or _fits(ask, n, k) for n in whole))
+    return next(every, kinds[-1] if kinds else None)
 
 
 def _fits(ask: Questions, node: Node, kind: torch.dtype) -> bool:

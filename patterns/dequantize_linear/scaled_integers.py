@@ -6,11 +6,13 @@ that is one more where bit b of its element's number is set moves the result at 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from fxfuse.graph.region import Region
 from fxfuse.graph.view import fake
@@ -49,13 +51,15 @@ class ScaledIntegers:
 class Asked:
     """A region of stored integers, its first input, that can be asked."""
 
-    def __init__(self, region: Region, evaluator: Evaluator) -> None:
+    def __init__(self, region: Region, evaluator: Evaluator, held: Mapping[Node, Tensor]) -> None:
         self.region, self.evaluator = region, evaluator
         self.x = fake(region.sources[0])
         gen = generator(11)
         self.given = [torch.eye(int(fake(n).shape[-1]), dtype=torch.float64) for n in region.sources[1:]]
         """Of a product with the integers: a unit matrix, so that its result is what it multiplies with."""
-        self.others = [_draw(draw(n, evaluator, gen), fake(n).dtype) for n in region.others]
+        self.others = [held[n] if n in held else _draw(draw(n, evaluator, gen), fake(n).dtype) for n in region.others]
+        self.held = frozenset(region.others.index(n) for n in held)
+        """Places of those that stay as they are."""
 
     def __call__(self, x: Tensor | int, others: list[Tensor] | None = None) -> Tensor:
         """The result for these integers, or for one number throughout."""
@@ -84,10 +88,17 @@ class _Otherwise(Exception):
     pass
 
 
-def scaled_integers(region: Region, evaluator: Evaluator, names: Sequence[str]) -> ScaledIntegers | Reason:
-    """What scales the region's integers, and where their zero is; `names` are those of its others, for reasons."""
+def scaled_integers(
+    region: Region, evaluator: Evaluator, names: Sequence[str], held: Mapping[Node, Tensor] = MappingProxyType({})
+) -> ScaledIntegers | Reason:
+    """What scales the region's integers, and where their zero is.
+
+    Args:
+        names: those of its others, for reasons.
+        held: what some of its others hold, which say where something is read.
+    """
     try:
-        asked = Asked(region, evaluator)
+        asked = Asked(region, evaluator, held)
         return _answer(asked, names)
     except _Otherwise:
         return Reason("its result is no (x - zero point) · scale of the integers x", NEAR)
@@ -99,6 +110,8 @@ def _answer(asked: Asked, names: Sequence[str]) -> ScaledIntegers | Reason:
     slope, zero = asked.slope_and_zero()
     scales, zeros = [], []
     for place, value in enumerate(asked.others):
+        if place in asked.held:
+            continue
         doubled, still = asked.ratios(place, value * 2, slope, zero)
         if still and (sign := 1 if _close(doubled, 2.0) else -1 if _close(doubled, 0.5) else 0):
             scales.append((place, sign))

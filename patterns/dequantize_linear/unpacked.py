@@ -95,15 +95,26 @@ def tables(region: Region) -> set[Node]:
     return {n for n in region.others if any(n in m.all_input_nodes for m in found.before)}
 
 
-def type_of(integers: Node) -> torch.dtype | None:
-    """The byte that holds every one of the integers, whatever the words are; None where none does."""
-    kind = fake(integers).dtype
-    if kind in (torch.int8, torch.uint8, torch.int16):
-        return kind
-    held = bounds(integers)
-    if held is None:
-        return None
-    return next((k for k, (low, high) in _HELD.items() if low <= held[0] and held[1] <= high), None)
+def chosen_by(region: Region) -> set[Node]:
+    """Integers among the region's others that say which row of another tensor is read: GPTQ's `g_idx`."""
+    inside, found = set(region.nodes), set[Node]()
+    stack = [i for n in region.nodes if op_name(n) == "index" for i in n.all_input_nodes if i is not n.args[0]]
+    while stack:
+        node = stack.pop()
+        if node in inside:
+            stack.extend(node.all_input_nodes)
+        elif node in region.others and not is_float(node):
+            found.add(node)
+    return found
+
+
+def types_of(integers: Node) -> list[torch.dtype]:
+    """Types that hold every one of the integers, whatever the words are: a byte before what is wider."""
+    kind, held = fake(integers).dtype, bounds(integers)
+    if kind in _HELD:
+        return [kind]
+    bytes_ = [k for k, (low, high) in _HELD.items() if held is not None and low <= held[0] and held[1] <= high]
+    return bytes_ + [kind] * (kind == torch.int16)
 
 
 def _cut(region: Region) -> Node | None:
@@ -115,7 +126,7 @@ def _cut(region: Region) -> Node | None:
         several = sum(tensor(i) is not None for i in node.all_input_nodes) > 1
         if is_float(node) or (several and op_name(node) in ARITHMETIC):
             break
-        if not _reaches(region, node) and type_of(node) is not None:
+        if not _reaches(region, node) and types_of(node):
             found = node
     return found
 

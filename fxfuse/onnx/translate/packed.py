@@ -4,8 +4,8 @@ PyTorch carries integers of four bits a byte each (`fxfuse.ops.dequantize_linear
 integers are kept in the model gets them as INT4 or UINT4, two in a byte, if all the values fit, and its zero points,
 which have to be of the same type; zero points that are all 0 are left out. The value of no element changes. Nothing is
 made wider on the way: beside the integers that the program holds there is one tensor's packed copy at half the size,
-and the values are looked at in their own type. Integers that the model takes out of words (two of four bits from a
-byte, eight from an int32) are taken out here, one tensor after the other, in the types in which the graph does it.
+and the values are looked at in their own type. Integers that the model takes out of words were taken out before
+(`fxfuse.onnx.translate.unpacked`).
 """
 
 from __future__ import annotations
@@ -30,82 +30,12 @@ def pack_integers(model: ir.Model) -> int:
     for node in model.graph.all_nodes():
         x = node.inputs[_X] if node.op_type == "DequantizeLinear" and node.domain == "" else None
         if x is not None:
-            for place in (_X, _ZERO)[: 1 + (_zero(node) is not None)]:
-                folded(model, node, place)
-                _of_its_type(node.inputs[place])
             without_zeros(node)
             readers.setdefault(node.inputs[_X], []).append(node)  # type: ignore[arg-type]
     count = 0
     for x, nodes in readers.items():
         count += _packed(model.graph, x, nodes)
     return count
-
-
-def _of_its_type(value: ir.Value | None) -> None:
-    """torch's optimizer leaves a shift of uint8 that it computed in int16, and the value says uint8 still."""
-    values = None if value is None else _held(value)
-    if value is None or values is None or value.dtype is None or value.const_value is None:
-        return
-    if value.const_value.dtype != value.dtype:
-        value.const_value = ir.tensor(values.astype(value.dtype.numpy()), name=value.name)
-
-
-def folded(model: ir.Model, node: ir.Node, place: int) -> None:
-    """What the node reads there as an initializer, if it is made of initializers by operators on integers."""
-    value = node.inputs[place]
-    nodes = None if value is None or value.producer() is None else _made_by(value)
-    if value is None or not nodes:
-        return
-    result = _run(model, nodes, value)
-    name = f"{value.name}.integers"
-    if name not in model.graph.initializers:
-        model.graph.register_initializer(
-            ir.val(name, value.dtype, result.shape, const_value=ir.tensor(result, name=name))
-        )
-    node.replace_input_with(place, model.graph.initializers[name])
-    _forget_nodes(nodes)
-
-
-def _made_by(value: ir.Value) -> list[ir.Node] | None:
-    """The nodes that make it, in order; None where something else than integers that are kept has a part in it."""
-    found: dict[ir.Node, None] = {}
-    done: set[ir.Value] = set()
-
-    def known(wanted: ir.Value) -> bool:
-        if wanted in done or _held(wanted) is not None:
-            return True
-        producer = wanted.producer()
-        whole = wanted.dtype is not None and (wanted.dtype.is_integer() or wanted.dtype == ir.DataType.BOOL)
-        if producer is None or not whole or not all(i is None or known(i) for i in producer.inputs):
-            return False
-        done.update(producer.outputs)
-        found[producer] = None
-        return True
-
-    return list(found) if known(value) else None
-
-
-def _run(model: ir.Model, nodes: list[ir.Node], value: ir.Value) -> np.ndarray:
-    """What these nodes give, in ONNX's own reference."""
-    import onnx
-    from onnx.reference import ReferenceEvaluator
-
-    read = {i for n in nodes for i in n.inputs if i is not None and (i.producer() is None or i.producer() not in nodes)}
-    kept = [onnx.numpy_helper.from_array(_array(i), i.name) for i in read]
-    graph = onnx.helper.make_graph(
-        [ir.to_proto(n) for n in nodes], "integers", [], [onnx.ValueInfoProto(name=value.name)], kept
-    )
-    opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
-    made = onnx.helper.make_model(graph, opset_imports=opsets)
-    (result,) = ReferenceEvaluator(made).run(None, {})
-    assert value.dtype is not None, "what DequantizeLinear reads has a type"
-    return np.asarray(result).astype(value.dtype.numpy(), copy=False)
-
-
-def _array(value: ir.Value) -> np.ndarray:
-    held = _held(value)
-    assert held is not None, "only what is kept is read"
-    return held
 
 
 def without_zeros(node: ir.Node) -> None:
@@ -171,16 +101,6 @@ def _held(value: ir.Value) -> np.ndarray | None:
     constant = value.is_initializer() or (producer is not None and producer.op_type == "Constant")
     tensor = value.const_value if constant else None
     return None if tensor is None else tensor.numpy()
-
-
-def _forget_nodes(nodes: list[ir.Node]) -> None:
-    """Takes nodes out that nobody reads any more, and the initializers that they alone read."""
-    for node in reversed(nodes):
-        if any(output.uses() or output.is_graph_output() for output in node.outputs) or node.graph is None:
-            continue
-        read = [i for i in node.inputs if i is not None]
-        node.graph.remove(node, safe=True)
-        _forget(*read)
 
 
 def _forget(*values: ir.Value) -> None:

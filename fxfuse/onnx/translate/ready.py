@@ -20,6 +20,7 @@ from fxfuse.graph.splice import trace
 from fxfuse.graph.view import tensor
 from fxfuse.one_sizes import sizes_of_one
 from fxfuse.onnx.translate.takes import untaken
+from fxfuse.onnx.translate.unpacked import without_words
 from fxfuse.onnx.translate.wide_numbers import without_wide_numbers
 from fxfuse.ops.registry import OPS, PARTS
 from fxfuse.report.model import Report
@@ -30,7 +31,7 @@ _JOINED = torch.ops.aten.view_as_complex.default
 
 def ready(program: ExportedProgram) -> ExportedProgram:
     """The program as it goes to translation; `program` itself, where nothing is to be done."""
-    return without_wide_numbers(without_complex(without_untaken(program)))
+    return without_wide_numbers(without_complex(without_untaken(without_words(program))))
 
 
 def without_untaken(program: ExportedProgram) -> ExportedProgram:

@@ -28,6 +28,15 @@ def bounds(node: Any, depth: int = 12) -> Bounds | None:
     return found if own[0] <= found[0] and found[1] <= own[1] else own  # beyond its type it wraps around
 
 
+def cannot_wrap(node: Node) -> bool:
+    """Is what this sum, difference or product of whole numbers comes to known to fit into its type?"""
+    value = tensor(node)
+    if op_name(node) not in ("add", "sub", "rsub", "mul") or value is None or value.dtype.is_floating_point:
+        return False
+    own, found = of_type(value.dtype), _computed(node, 12)
+    return found is not None and own[0] <= found[0] and found[1] <= own[1]
+
+
 def of_type(dtype: torch.dtype) -> Bounds:
     if dtype == torch.bool:
         return 0, 1

@@ -1,0 +1,89 @@
+"""Integers that a model takes out of words, taken out before torch.onnx sees the program.
+
+GPTQ, AWQ and compressed-tensors keep eight integers of four bits in an int32, and take them apart whenever they are
+read. What DequantizeLinear reads of them is computed here, by PyTorch, in the types in which the graph does it, and
+the program keeps the result, a byte each: torch.onnx need not translate shifts, masks and reinterpreted bytes, of which
+ONNX has only a part. `fxfuse.onnx.translate.packed` writes them two to a byte again. Of a model of W weights W bytes
+are held meanwhile, beside the words: a quarter of what it takes in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+from torch.fx import Node
+
+from fxfuse.graph.program import copy_program
+from fxfuse.graph.view import fake, is_pure, op_name
+from fxfuse.recognise.kept import INNER, Kept
+from fxfuse.state.mutations import mutations
+
+_DEQUANTIZE = torch.ops.fxfuse.dequantize_linear.default
+_INTEGERS = (0, 2)
+"""Where the operator reads integers: x and its zero point."""
+
+
+def without_words(program: ExportedProgram) -> ExportedProgram:
+    """The program with the integers that are computed of kept tensors alone, and that DequantizeLinear reads, kept.
+
+    Returns:
+        A new program that shares the weights; `program` itself, where there are none.
+    """
+    if not list(_computed(program)):
+        return program
+    result = copy_program(program)
+    kept: dict[Node, Node] = {}
+    computed = list(_computed(result))
+    for node, place, held in computed:
+        source = node.args[place]
+        assert isinstance(source, Node), "it is computed"
+        if source not in kept and (value := held.value(source)) is not None:
+            kept[source] = _keep(result, source, value)
+        if source in kept:
+            node.update_arg(place, kept[source])
+    for source in kept:
+        _erase_unread(source)
+    result.graph.lint()
+    result.graph_module.recompile()
+    return result
+
+
+def _computed(program: ExportedProgram) -> Iterator[tuple[Node, int, Kept]]:
+    """Where DequantizeLinear reads integers that are computed of nothing but what the program keeps."""
+    held = Kept(program, frozen=True, written=frozenset(str(m.target) for m in mutations(program)))
+    for node in program.graph.nodes:
+        for place in _INTEGERS if node.target is _DEQUANTIZE else ():
+            source = node.args[place] if place < len(node.args) else None
+            if not isinstance(source, Node) or source.op != "call_function" or op_name(source) in (INNER, "full"):
+                continue
+            if source in held:
+                yield node, place, held
+
+
+def _keep(program: ExportedProgram, source: Node, value: Tensor) -> Node:
+    """The input for a constant of this value, before the program's own inputs."""
+    name = f"c_{source.name}_integers"
+    first = next(iter(program.graph.nodes))
+    with program.graph.inserting_before(first):
+        node: Node = program.graph.placeholder(name)
+    mode = getattr(fake(source), "fake_mode", None)
+    assert mode is not None, "values of a captured program are fake"
+    value = value.contiguous()
+    node.meta["val"] = mode.from_tensor(value, static_shapes=True)
+    spec = InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(node.name), node.name)
+    program.graph_signature.input_specs.insert(0, spec)
+    program.constants[node.name] = value
+    return node
+
+
+def _erase_unread(source: Node) -> None:
+    pending = [source]
+    while pending:
+        node = pending.pop()
+        if node.op == "call_function" and is_pure(node) and not node.users and not node._erased:
+            pending.extend(node.all_input_nodes)
+            node.graph.erase_node(node)
