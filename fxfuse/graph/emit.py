@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -40,16 +40,23 @@ class Emitter:
         return node
 
 
-def value_of(node: Node) -> Any:
+def value_of(node: Node, instead: Mapping[Node, Any] | None = None) -> Any:
     """The fake value of a call, from those of its arguments.
+
+    Args:
+        instead: values to take for those that nodes have.
 
     Raises:
         Exception: whatever the operator raises; and where a symbolic size would be guarded on.
     """
-    given = [n.meta["val"] for n in node.all_input_nodes]
+
+    def value(of: Node) -> Any:
+        return instead[of] if instead and of in instead else of.meta["val"]
+
+    given = [value(n) for n in node.all_input_nodes]
     several = [t for v in given for t in (v if isinstance(v, (list, tuple)) else (v,))]
     mode = next((t.fake_mode for t in several if hasattr(t, "fake_mode")), None)
-    args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    args, kwargs = map_arg((node.args, node.kwargs), value)
     env = None if mode is None else mode.shape_env
     # torch before 2.13 has no such context.
     unguarded = getattr(env, "error_on_new_guards", nullcontext)

@@ -16,6 +16,7 @@ from fxfuse.graph.emit import KEPT_META, uncached
 from fxfuse.graph.equal import MERGED
 from fxfuse.graph.marks import INSERTED, STANDS_FOR
 from fxfuse.graph.region import Region
+from fxfuse.graph.strides import laid_out_as
 from fxfuse.graph.undone_layouts import cancel_layouts
 from fxfuse.graph.view import ASSERTIONS, fake, is_pure, mutated, op_name, touches
 
@@ -93,7 +94,12 @@ class Splicer:
                 env[node] = point = new
                 self._inserted.append(new)
                 body_nodes.add(new)
-        for old, new in zip(region.outputs, results, strict=True):
+        for i, (old, result) in enumerate(zip(region.outputs, results, strict=True)):
+            copies = laid_out_as(old, result, region.nodes)
+            for copy in copies:
+                copy.meta[INSERTED] = True
+            self._inserted.extend(copies)
+            new = results[i] = copies[-1] if copies else result
             old.replace_all_uses_with(
                 new,
                 # Within the region it goes on as it was, for what is not replaced may read it.

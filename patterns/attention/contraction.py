@@ -58,10 +58,10 @@ def products(node: Node) -> tuple[Product, ...]:
 
 def _product(node: Node) -> Product | None:
     name = op_name(node)
-    if name in ("matmul", "bmm", "baddbmm"):
+    if name in ("matmul", "bmm", "baddbmm", "mm"):
         operands: list[Any] = [a for a in node.args if isinstance(a, Node)]
         added = operands.pop(0) if name == "baddbmm" and len(operands) == 3 else None
-        if len(operands) != 2 or any(fake(o).dim() < 3 for o in operands):
+        if len(operands) != 2 or any(fake(o).dim() < 2 for o in operands):
             return None
         scale = {k: float(argument(node, k)) for k in ("alpha", "beta")} if added is not None else {}
         return Product(node, operands[0], operands[1], _same, _swap, _same, added, **scale)

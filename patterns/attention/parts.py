@@ -42,7 +42,7 @@ _WRITTEN_OUT = (
 """What a softmax may be written out with, and what may lie between the weights and their product."""
 _MIXING = frozenset({"einsum", "matmul", "linear", "conv2d"})
 _TRANSPOSES = frozenset({"transpose", "permute", "mT", "t", "swapaxes", "swapdims", "movedim", "moveaxis", "adjoint"})
-_RANKS = (3, 4, 5, 6)
+_RANKS = (2, 3, 4, 5, 6)
 _SCALED = frozenset({"mul", "div", "neg", "true_divide", "multiply"})
 
 
