@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -134,10 +134,13 @@ def between(
     allowed: Callable[[str], bool],
     limit: int = 80,
     given: Iterable[Node] = (),
+    shared: Collection[Node] = (),
 ) -> Region | None:
     """The region from `sources` to `output`, or None.
 
-    What is `given` is read as it is, though it may be computed from a source too (a mask made of v).
+    Args:
+        given: is read as it is, though it may be computed from a source too (a mask made of v).
+        shared: is read too, and what is computed of it lies within the region: of ``keep`` and ``~keep``, ``keep``.
 
     None where a node on the way is not `allowed`, is random, writes in place or ends a block without gradients, where
     the region has more than `limit` nodes, or where a source does not reach the output or is no tensor (what `split`
@@ -145,8 +148,8 @@ def between(
     """
     if tensor(output) is None or output in sources or any(tensor(s) is None for s in sources):
         return None
-    first = min(view.order[s] for s in sources)
-    depends: dict[Node, bool] = dict.fromkeys(given, False) | dict.fromkeys(sources, True)
+    first = min(view.order[s] for s in (*sources, *shared))
+    depends = dict.fromkeys(given, False) | dict.fromkeys(shared, True) | dict.fromkeys(sources, True)
     others: dict[Node, None] = {}
     budget = limit * 8
 
@@ -188,6 +191,8 @@ def between(
         for i in node.all_input_nodes:
             if i in sources:
                 reached.add(i)
+            elif i in shared:
+                others.setdefault(view.canonical(i))
             elif depends[i]:
                 walk.append(i)
             elif tensor(i) is not None:

@@ -1,8 +1,8 @@
 """Layouts in memory that later views need.
 
 A replacement computes the same elements, but may lay them out otherwise: an Attention gives its result contiguous,
-where the region ended in a transpose that was copied. A `view` further on that only fits the old layout would fail when the
-program runs. There a copy brings the old layout back; in ONNX, which knows no strides, it is nothing.
+where the region ended in a transpose that was copied. A `view` further on that only fits the old layout would fail when
+the program runs. There a copy brings the old layout back; in ONNX, which knows no strides, it is nothing.
 """
 
 from __future__ import annotations

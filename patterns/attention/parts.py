@@ -37,7 +37,7 @@ _WRITTEN_OUT = (
     | CAST
     | NO_OP
     | PADS
-    | {"exp", "sum", "amax", "max", "log_softmax", "logsumexp", "softmax", "log", "nan_to_num"}
+    | {"exp", "sum", "amax", "max", "log_softmax", "logsumexp", "softmax", "log", "nan_to_num", "masked_fill", "where"}
 )
 """What a softmax may be written out with, and what may lie between the weights and their product."""
 _MIXING = frozenset({"einsum", "matmul", "linear", "conv2d"})
@@ -216,14 +216,14 @@ def regions(view: GraphView, parts: Parts, ask: Questions) -> Iterator[Region]:
         yield *operands, output
         yield *operands, parts.output
 
-    given = _beside(view, parts)
+    given, shared = _beside(view, parts)
     tried: set[tuple[Node | None, ...]] = set()
     for span in spans():  # the first is mostly the one: the rest is not looked for then
         if None in span or span in tried:
             continue
         tried.add(span)
         *sources, output = (node for node in span if node is not None)
-        region = between(view, output, sources, lambda _: True, given=given)
+        region = between(view, output, sources, lambda _: True, given=given, shared=shared)
         if region is not None and parts.softmax in region.nodes:
             yield region
 
@@ -250,18 +250,41 @@ def _holds_heads(shape: tuple[int, ...], length: int, size: int) -> bool:
     return shape[3] == size and length in shape[1:3]
 
 
-def _beside(view: GraphView, parts: Parts) -> list[Node]:
-    """The tensors that meet the scores on their way to the weights, q, k and v excepted: masks, biases, sinks."""
+def _beside(view: GraphView, parts: Parts) -> tuple[list[Node], list[Node]]:
+    """The tensors that meet the scores on their way to the weights, q, k and v excepted: masks, biases, sinks.
+
+    Those that meet them in more than one form are the second list.
+    """
     if parts.scores is None or parts.weighted is None:
         mask = argument(parts.softmax, "attn_mask")
-        return [mask] if isinstance(mask, Node) else []
+        return ([mask] if isinstance(mask, Node) else []), []
     way = between(view, parts.weighted.left, [parts.scores.node], lambda _: True)
     if way is None:
-        return []
+        return [], []
     behind = {n for operand in (parts.q, parts.k, parts.v) for n in chain_back(view, operand, lambda _: True)}
     inside = set(way.nodes)
     beside = {i for n in way.nodes for i in n.all_input_nodes if i not in inside and tensor(i) is not None}
-    return [n for n in beside if n not in behind and n is not parts.scores.node]
+    given = [n for n in beside if n not in behind and n is not parts.scores.node]
+    forms = {node: list(_forms_of(node)) for node in given}
+    common = {
+        node: next((n for n in own if any(n in others for m, others in forms.items() if m is not node)), None)
+        for node, own in forms.items()
+    }
+    # ``~keep`` hides keys and ``keep`` clears weights: to draw the two apart would make a program that nobody wrote.
+    return [n for n, one in common.items() if one is None], [n for n in dict.fromkeys(common.values()) if n is not None]
+
+
+def _forms_of(node: Node) -> Iterator[Node]:
+    """The node, and what it is computed of element by element, as long as that is one tensor of its shape."""
+    for _ in range(16):
+        yield node
+        inputs = [i for i in node.all_input_nodes if tensor(i) is not None]
+        if node.op != "call_function" or len(inputs) != 1:
+            return
+        shapes = [[size_text(d) for d in fake(n).shape] for n in (node, inputs[0])]
+        if shapes[0] != shapes[1]:
+            return
+        node = inputs[0]
 
 
 def anchor_of(region: Region) -> Node:

@@ -84,7 +84,7 @@ class Weights:
 def follow_scores(region: Region, parts: Parts, evaluator: Evaluator) -> tuple[Region, Followed] | Reason:
     """The way from the first product to the weights, and where its scores go on it."""
     assert parts.scores is not None and parts.weighted is not None
-    way = between(region.view, parts.weighted.left, [parts.scores.node], lambda _: True)
+    way = between(region.view, parts.weighted.left, [parts.scores.node], lambda _: True, shared=region.others)
     if way is None:
         return Reason("softmax of a product, but the scores are changed by more than scale, soft-cap and mask", 2)
     followed = follow(way, parts.scores, parts.weighted, evaluator)
