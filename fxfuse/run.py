@@ -18,7 +18,7 @@ from fxfuse.graph.region import Region
 from fxfuse.graph.source import module_path, source_line
 from fxfuse.graph.splice import Guarded, Splicer, trace
 from fxfuse.graph.view import GraphView
-from fxfuse.proof.apart import ONE_DIM, groups
+from fxfuse.proof.apart import ONE_DIM, groups, must_be_equal
 from fxfuse.proof.evaluate import CannotEvaluate
 from fxfuse.proof.evidence import Evidence
 from fxfuse.proof.prove import Refused, prove
@@ -167,7 +167,7 @@ class Run:
                 match = self._decide(pattern, proposal, ask, taken)
                 later = self.said.pop(proposal.anchor, [])
                 known = match is not None or any(ONE_DIM in str(entry.reason) for entry in later)
-                superseded = earlier if known else later
+                superseded = earlier if known or not earlier else later
                 self._notes[:] = [e for e in self._notes if all(e is not s for s in superseded)]
                 if match is not None:
                     taken.update(match.region.computed)
@@ -274,8 +274,10 @@ class Run:
                 proof = prove(region, found, ask) if self.verified else None
                 form = found.forms[0] if proof is None else proof.form
                 result = Traced(trace(form, region.inputs), None if proof is None else proof.evidence)
-            except (Refused, Guarded) as why:
+            except Refused as why:
                 result = str(why)
+            except Guarded as why:
+                result = must_be_equal(str(why), region, ask) or str(why)
             except CannotEvaluate as why:
                 result = f"could not be compared: {why}"
             except OutOfTime:

@@ -11,6 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from fxfuse.one_sizes import sizes_of_one
+
 KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "custom")
 """Where a node comes from."""
 
@@ -60,7 +62,8 @@ def value_of(node: Node, instead: Mapping[Node, Any] | None = None) -> Any:
     env = None if mode is None else mode.shape_env
     # torch before 2.13 has no such context.
     unguarded = getattr(env, "error_on_new_guards", nullcontext)
-    with mode or nullcontext(), torch.no_grad(), unguarded(), nullcontext() if mode is None else uncached(mode):
+    cached = nullcontext() if mode is None else uncached(mode)
+    with mode or nullcontext(), torch.no_grad(), sizes_of_one(), unguarded(), cached:
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 

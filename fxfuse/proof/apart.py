@@ -7,6 +7,7 @@ same, or the two have to be one symbol.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,16 @@ def groups(region: Region, ties: Sequence[tuple[Any, Any]]) -> list[list[Any]]:
 def together(symbols: Sequence[Any], ask: Questions) -> str:
     """``"x.shape[0] and memory.shape[0]"``"""
     return " and ".join(sorted(ask.places.get(s, str(s)) for s in symbols))
+
+
+def must_be_equal(guard: str, region: Region, ask: Questions) -> str | None:
+    """What lets a replacement be traced that asks in this guard if sizes are equal that are equal in the sample."""
+    asked = set(re.findall(r"\w+", guard))
+    for group in groups(region, ask.ties):
+        symbols = [symbol for symbol in group if str(symbol) in asked]
+        if len(symbols) > 1:
+            return f"only where {together(symbols, ask)} are equal, as in the sample: {ONE_DIM}"
+    return None
 
 
 def apart(region: Region, ask: Questions) -> Iterator[tuple[Variant, str]]:

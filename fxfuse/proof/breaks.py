@@ -71,7 +71,12 @@ class Breaks:
         self._overflow(node, args, value)
         if is_analytic(node):
             return
-        self.note(node, op_name(node) or str(node.target), Call(node, args, kwargs, value))
+        call = Call(node, args, kwargs, value)
+        filled = _as_masked_fill(call) if op_name(node) == "index_put" else None
+        if filled is not None:
+            self.note(node, "masked_fill", filled)
+        else:
+            self.note(node, op_name(node) or str(node.target), call)
 
     def note(self, key: Any, name: str, call: Call) -> None:
         """The same for a call that is no node."""
@@ -174,6 +179,18 @@ _SINGULAR = frozenset(
     ]
 )
 """They give infinity at 0, or where they are told to, without an overflow."""
+
+
+def _as_masked_fill(call: Call) -> Call | None:
+    """``x[:, mask] = number`` as ``x.masked_fill(mask, number)``; None where it is something else."""
+    x, indices, number = call.args[:3]
+    masks = [i for i in indices if i is not None]
+    if len(masks) != 1 or masks[0].dtype != torch.bool or number.numel() != 1 or call.get("accumulate"):
+        return None
+    axis = next(n for n, i in enumerate(indices) if i is not None)
+    behind = x.dim() - axis - masks[0].dim()
+    mask = masks[0].reshape([1] * axis + list(masks[0].shape) + [1] * behind)
+    return Call(call.node, (x, mask, number), {}, call.value)
 
 
 def masks(found: Break) -> bool:

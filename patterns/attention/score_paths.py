@@ -43,6 +43,7 @@ ELEMENTWISE = frozenset(
         "bitwise_and",
         "bitwise_or",
         "bitwise_not",
+        "index_put",
     ]
 )
 PADS = frozenset({"pad", "constant_pad_nd"})

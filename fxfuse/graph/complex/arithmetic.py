@@ -137,10 +137,13 @@ class Arithmetic:
         like = next((p for p in parts if isinstance(p, Node)), None)
         if like is None:
             raise NoRule("a complex number that no tensor gives a shape")
-        re, im = (
-            p if isinstance(p, Node) else self.emit.call(aten.full_like.default, like, 0.0 if p is None else p)
-            for p in parts
-        )
+
+        def full(part: Any) -> Node:
+            # Contiguous, for to keep the layout torch asks whether a size is 1, which would be a guard.
+            number = 0.0 if part is None else part
+            return self.emit.call(aten.full_like.default, like, number, memory_format=torch.contiguous_format)
+
+        re, im = (p if isinstance(p, Node) else full(p) for p in parts)
         return re, im
 
     def joined(self, parts: Parts) -> Node:

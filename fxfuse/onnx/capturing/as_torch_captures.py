@@ -43,7 +43,7 @@ def as_torch_captures(*, oblivious: bool, dynamic: bool) -> Iterator[None]:
         yield
 
 
-_LOGGERS = "torch.export._trace", "torch._export.non_strict_utils", "torch._guards"
+_LOGGERS = "torch.export._trace", "torch._export.non_strict_utils", "torch._guards", "torch._subclasses.fake_tensor"
 
 
 @contextmanager

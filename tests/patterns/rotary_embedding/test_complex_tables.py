@@ -110,6 +110,24 @@ def test_all_of_them_run_in_onnx_runtime() -> None:
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5), name
 
 
+@pytest.mark.parametrize("table", [lambda a: torch.exp(1j * a), lambda a: a.cos() + 1j * a.sin()], ids=["exp", "sum"])
+def test_a_table_as_long_as_x(table: Callable[[Tensor], Tensor]) -> None:
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("angles", angles(torch.arange(32)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+            return torch.view_as_real(pairs * table(self.angles[: x.shape[2]])).flatten(3)
+
+    model = Cut().eval()
+    program = fxfuse.onnx.export(model, (torch.randn(2, 4, 12, D),), dynamic_shapes=({0: Dim.AUTO, 2: Dim.AUTO},))
+    assert fxfuse.report(program).counts == {"RotaryEmbedding": 1}
+    x = torch.randn(3, 4, 9, D)
+    torch.testing.assert_close(onnxruntime_outputs(program, (x,))[0], model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_half_precision_is_turned_in_float32() -> None:
     model = Turn(TABLES["positions"])
     fused = fxfuse.fuse(capture(model, torch.float16))
