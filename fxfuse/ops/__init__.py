@@ -7,7 +7,15 @@ out of a graph that holds them, to ONNX and back to ATen.
 from __future__ import annotations
 
 from fxfuse.kernels import dispatch
-from fxfuse.ops import attention, dequantize_linear, flex_attention, rms_norm, rotary_embedding, tensor_scatter
+from fxfuse.ops import (
+    attention,
+    dequantize_linear,
+    flex_attention,
+    quantize_linear,
+    rms_norm,
+    rotary_embedding,
+    tensor_scatter,
+)
 from fxfuse.ops.registry import OPS, OnnxOp, decompositions, holds_fused, translation_table
 
 __all__ = [
@@ -18,6 +26,7 @@ __all__ = [
     "dequantize_linear",
     "flex_attention",
     "holds_fused",
+    "quantize_linear",
     "rms_norm",
     "rotary_embedding",
     "tensor_scatter",

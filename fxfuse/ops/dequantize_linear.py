@@ -59,21 +59,32 @@ def stored_as(dtype: torch.dtype, low: int, high: int) -> str:
 
 
 def check(
-    x: Tensor, x_scale: Tensor, x_zero_point: Tensor | None, axis: int, block_size: int, output_dtype: int
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor | None,
+    axis: int,
+    block_size: int,
+    output_dtype: int,
+    named: str = "x",
 ) -> tuple[int, torch.dtype]:
-    """The axis, counted from the front, and the result's type; raises FxfuseError on arguments that do not fit."""
+    """The axis, counted from the front, and the result's type; raises FxfuseError on arguments that do not fit.
+
+    Args:
+        named: the integers; scales and zero points are named after them.
+    """
+    scale, zero = f"{named}_scale", f"{named}_zero_point"
     if x.dtype not in STORED:
         refuse(f"x is {x.dtype}; it must be one of {', '.join(str(t) for t in STORED)}", "x")
     if x_scale.dtype not in ONNX_FLOATS.values():
-        refuse(f"x_scale is {x_scale.dtype}, no floating-point type of ONNX", "x_scale")
+        refuse(f"{scale} is {x_scale.dtype}, no floating-point type of ONNX", scale)
     if x_zero_point is not None:
         if x_zero_point.dtype != x.dtype:
-            refuse(f"x_zero_point is {x_zero_point.dtype}, x {x.dtype}", "x_zero_point")
+            refuse(f"{zero} is {x_zero_point.dtype}, {named} {x.dtype}", zero)
         if x.dtype == torch.int32:
-            refuse("int32 has no zero point", "x_zero_point")
+            refuse("int32 has no zero point", zero)
         alike = x_zero_point.dim() == x_scale.dim() and not any(map(differ, x_zero_point.shape, x_scale.shape))
         if not alike and not (is_one(x_zero_point) and is_one(x_scale)):
-            refuse(f"x_zero_point is {show(x_zero_point)}, x_scale {show(x_scale)}", "x_zero_point")
+            refuse(f"{zero} is {show(x_zero_point)}, {scale} {show(x_scale)}", zero)
     rank = x.dim()
     if block_size < 0:
         refuse(f"block_size must not be negative, it is {block_size}", "block_size")
@@ -84,12 +95,12 @@ def check(
         wanted = [-(-size // block_size) if d == axis else size for d, size in enumerate(x.shape)]
         if x_scale.dim() != rank or any(map(differ, x_scale.shape, wanted)):
             refuse(
-                f"x_scale must be {wanted} for x {show(x)} in blocks of {block_size} along {axis}, it is "
+                f"{scale} must be {wanted} for {named} {show(x)} in blocks of {block_size} along {axis}, it is "
                 f"{show(x_scale)}",
-                "x_scale",
+                scale,
             )
     elif not is_one(x_scale) and (x_scale.dim() > 1 or differ(x_scale.shape[0], x.shape[axis])):
-        refuse(f"x_scale must be one number or [{x.shape[axis]}], it is {show(x_scale)}", "x_scale")
+        refuse(f"{scale} must be one number or [{x.shape[axis]}], it is {show(x_scale)}", scale)
     return axis, onnx_float(output_dtype, "output_dtype") if output_dtype else x_scale.dtype
 
 

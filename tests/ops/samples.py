@@ -181,5 +181,28 @@ def dequantize_linear() -> Iterator[Sample]:
     yield sample("wide", whole(B, D, kind=torch.int32), rand(D))
 
 
-SAMPLES = [*rms_norm(), *rotary_embedding(), *attention(), *tensor_scatter(), *dequantize_linear()]
+def quantize_linear() -> Iterator[Sample]:
+    def sample(name: str, x: Tensor, scale: Tensor, *rest: Tensor, **kwargs: Any) -> Sample:
+        return Sample(name, ops.quantize_linear.default, (x, scale.abs() + 0.1, *rest), kwargs)
+
+    def zeros(*shape: int, kind: torch.dtype = torch.int8) -> Tensor:
+        return torch.randint(0, 8, shape, generator=GENERATOR).to(kind)
+
+    yield sample("one", rand(B, SQ, D), rand(1)[0], zeros(1, kind=torch.uint8)[0])
+    yield sample("no_zero_point", rand(B, SQ, D), rand(1)[0], output_dtype=3)
+    yield sample("axis", rand(B, SQ, D), rand(SQ), zeros(SQ))
+    yield sample("transposed", rand(D, SQ).t(), rand(SQ), axis=0)
+    yield sample("blocks", rand(B, D), rand(B, 2), zeros(B, 2), block_size=4)
+    yield sample("a_short_last_block", rand(B, 7) * 100, rand(B, 3), zeros(B, 3), axis=-1, block_size=3)
+    yield sample("wide", rand(B, D) * 1000, rand(D), zeros(D, kind=torch.int16))
+
+
+SAMPLES = [
+    *rms_norm(),
+    *rotary_embedding(),
+    *attention(),
+    *tensor_scatter(),
+    *dequantize_linear(),
+    *quantize_linear(),
+]
 assert {sample.op for sample in SAMPLES} == set(fxfuse.ops.OPS)
