@@ -24,7 +24,6 @@ from fxfuse.graph.flex import separate_outputs
 from fxfuse.graph.marks import INSERTED
 from fxfuse.graph.program import check_program, copy_program, name_outputs
 from fxfuse.graph.recompose import recompose, take_apart
-from fxfuse.one_sizes import sizes_of_one
 from fxfuse.ops.registry import check_opset
 from fxfuse.options import BUDGET, check_accept, check_budget, check_frozen, check_patterns, check_strict
 from fxfuse.patterns.flex_attention.options import FlexCalls, Windows, check_flex_attention, check_windows
@@ -40,6 +39,7 @@ from fxfuse.report.refusals import settle
 from fxfuse.run import Broken, Run
 from fxfuse.state.functional import functionalise, restore
 from fxfuse.suppose import Asking
+from fxfuse.torch_seams import one_at_a_time, sizes_of_one
 
 REPORT = "fxfuse_report"
 """Where a program, or an ONNX model in memory, keeps its report: in ``meta``."""
@@ -194,6 +194,6 @@ def unfuse(program: ExportedProgram) -> ExportedProgram:
 
     Other operators keep their names; like any `run_decompositions`, it retraces (and functionalises) the program.
     """
-    with shared_specs():
+    with one_at_a_time(), shared_specs():
         unfused: ExportedProgram = program.run_decompositions(fxfuse.ops.decompositions())
     return unfused

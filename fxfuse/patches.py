@@ -1,9 +1,14 @@
-"""Replacing functions of others for a while: when the last user ends, all is undone in the reverse order."""
+"""Replacing functions of others for a while: each is put back when the last block that wants it ends.
+
+A replacement stands for the whole process, so whatever it changes it changes for the threads within a block alone:
+it asks a context variable, and does what the original does for all others.
+"""
 
 from __future__ import annotations
 
 import threading
 import types
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,8 +21,9 @@ Patch = tuple[Hashable, Callable[[], Undo]]
 """What is replaced, and how: a function that replaces it and returns what puts it back."""
 
 _lock = threading.RLock()
-_users = 0
 _applied: dict[Hashable, Undo] = {}
+_users: Counter[Hashable] = Counter()
+"""How many blocks want each of them."""
 originals: dict[str, Callable[..., Any]] = {}
 """What functions with another `body` did before."""
 _within: ContextVar[bool] = ContextVar("fxfuse_flex_capture", default=False)
@@ -29,15 +35,16 @@ def applied(patches: Callable[[], Iterable[Patch]], within: ContextVar[bool] = _
 
     Patches that are not for flex_attention have a variable of their own: what `here` asks for is flex_attention's.
     """
-    global _users
+    wanted: list[Hashable] = []
     with _lock:
-        _users += 1
         try:
             for name, apply in patches():
                 if name not in _applied:
                     _applied[name] = apply()
+                _users[name] += 1
+                wanted.append(name)
         except BaseException:
-            _release()
+            _release(wanted)
             raise
     token = within.set(True)
     try:
@@ -45,7 +52,7 @@ def applied(patches: Callable[[], Iterable[Patch]], within: ContextVar[bool] = _
     finally:
         within.reset(token)
         with _lock:
-            _release()
+            _release(wanted)
 
 
 def here() -> bool:
@@ -104,10 +111,9 @@ def body(function: Any, replacement: Callable[..., Any]) -> Patch:
     return ("body", id(function)), apply
 
 
-def _release() -> None:
-    global _users
-    _users -= 1
-    if _users == 0:
-        while _applied:
-            _, undo = _applied.popitem()
-            undo()
+def _release(names: list[Hashable]) -> None:
+    for name in reversed(names):
+        _users[name] -= 1
+        if not _users[name]:
+            del _users[name]
+            _applied.pop(name)()

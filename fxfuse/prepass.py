@@ -23,12 +23,12 @@ from torch.export import ExportedProgram
 
 from fxfuse.errors import FxfuseError
 from fxfuse.fusion import fuse
-from fxfuse.one_sizes import sizes_of_one
 from fxfuse.options import BUDGET, Options
 from fxfuse.patterns.flex_attention.capturing.capture import flex_capture
 from fxfuse.patterns.flex_attention.options import FlexCalls, Windows
 from fxfuse.recognise.answers import Pattern
 from fxfuse.recognise.questions import BlockMasks
+from fxfuse.torch_seams import sizes_of_one
 
 T = TypeVar("T", bound=Callable[..., Any])
 

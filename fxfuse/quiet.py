@@ -23,21 +23,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from importlib import import_module
 from typing import Any
 
-import torch.utils._pytree as pytree
-
 from fxfuse.patches import Patch, applied, attribute
+from fxfuse.torch_seams import IDLE_LOGGERS, export_trace, pytree
+from fxfuse.versions import TRANSFORMERS_EXPORTER
 
 _quiet: ContextVar[bool] = ContextVar("fxfuse_quiet", default=False)
 _copying: ContextVar[bool] = ContextVar("fxfuse_copying", default=False)
-_LOGGERS = (
-    "torch.onnx._internal.exporter._registration",
-    "torch.fx.experimental.symbolic_shapes",
-    "torch._export.non_strict_utils",
-)
-_NAMED_BY_FILE = "transformers.exporters.exporter_dynamo"
 _IDLE = ("torchvision is not installed", "Unable to find user code", "`dynamic=True` with no explicit")
 _UNREAD = "Failed to infer the signature for function"
 
@@ -51,8 +44,8 @@ def is_quiet() -> bool:
 def quiet(*expected: str) -> Iterator[None]:
     """Within the block, what stands above is left out, and what torch logs that begins with one of `expected`."""
     idle = _Idle(expected)
-    loggers = list(map(logging.getLogger, _LOGGERS))
-    if (module := sys.modules.get(_NAMED_BY_FILE)) is not None:
+    loggers = list(map(logging.getLogger, IDLE_LOGGERS))
+    if (module := sys.modules.get(TRANSFORMERS_EXPORTER)) is not None:
         loggers.append(vars(module)["logger"])
     for logger in loggers:
         logger.addFilter(idle)
@@ -82,7 +75,7 @@ def _leaves() -> Iterator[Patch]:
 
 def _prints() -> Iterator[Patch]:
     """`_log_export_wrapper` prints the graph of a failed capture, and stands around two functions, one in the other."""
-    yield attribute(import_module("torch.export._trace"), "print", _print)
+    yield attribute(export_trace(), "print", _print)
 
 
 def _print(*args: Any, **kwargs: Any) -> None:

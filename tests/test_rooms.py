@@ -8,7 +8,7 @@ import sys
 from tests.imports import circles, imported, imports
 
 FLOORS = (
-    {"errors", "files", "installed", "one_sizes", "patches", "quiet", "torch_seams", "versions"},
+    {"errors", "files", "installed", "patches", "quiet", "torch_seams", "versions"},
     {"ops", "kernels"},
     {"graph"},
     {"state"},

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from fxfuse.cli.checkpoint import load_checkpoint
 from fxfuse.cli.torchtune import build, sample
@@ -23,6 +22,7 @@ from fxfuse.pretrained import dtype_for_cpu, look, sample_of
 from fxfuse.pretrained import load as load_pretrained
 from fxfuse.pretrained.beside import left_out
 from fxfuse.pretrained.holds import is_pretrained
+from fxfuse.torch_seams import pytree
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -15,16 +15,21 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch.fx import Graph, Node
 
 from fxfuse.graph.equal import MERGED
 from fxfuse.graph.view import is_pure, mutated, op_name
+from fxfuse.torch_seams import (
+    ADD_BATCH_DIM,
+    REMOVE_BATCH_DIM,
+    VMAP_CLOSES,
+    VMAP_OPENS,
+    VMAP_PREPARES,
+    close_vmap,
+    vmap_level,
+)
 
-_OPENS, _CLOSES = "_vmap_increment_nesting", "_vmap_decrement_nesting"
-_PREPARES = "lazy_load_decompositions"
-"""What vmap calls before it opens a bracket."""
-_BATCHES = frozenset(["_add_batch_dim", "_remove_batch_dim"])
+_BATCHES = frozenset([ADD_BATCH_DIM, REMOVE_BATCH_DIM])
 
 
 @dataclass(frozen=True)
@@ -43,12 +48,12 @@ def brackets(graph: Graph) -> list[Bracket]:
     prepared: list[int] = []
     for position, node in enumerate(nodes):
         name = _function(node)
-        if name == _PREPARES:
+        if name == VMAP_PREPARES:
             prepared.append(position)
-        elif name == _OPENS:
+        elif name == VMAP_OPENS:
             opened.append([*prepared, position])
             prepared = []
-        elif name == _CLOSES and opened:
+        elif name == VMAP_CLOSES and opened:
             own = [*opened.pop(), position]
             found.append(Bracket(tuple(nodes[i] for i in own), frozenset(nodes[own[0] : position + 1])))
     return found
@@ -70,16 +75,12 @@ def with_brackets(nodes: Iterable[Node]) -> list[Node]:
 @contextmanager
 def vmaps_closed() -> Iterator[None]:
     """Close the vmaps that were opened in the block and not closed: what ran a bracket failed within it."""
-    before = _level()
+    before = vmap_level()
     try:
         yield
     finally:
-        while _level() > before:
-            torch._C._functorch._vmap_decrement_nesting()
-
-
-def _level() -> int:
-    return torch._C._functorch.maybe_current_level() or 0
+        while vmap_level() > before:
+            close_vmap()
 
 
 def remove_unread(graph: Graph, starts: Iterable[Node]) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from fxfuse.one_sizes import sizes_of_one
+from fxfuse.torch_seams import entered, sizes_of_one, unguarded
 
 KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "custom")
 """Where a node comes from."""
@@ -59,20 +57,5 @@ def value_of(node: Node, instead: Mapping[Node, Any] | None = None) -> Any:
     several = [t for v in given for t in (v if isinstance(v, (list, tuple)) else (v,))]
     mode = next((t.fake_mode for t in several if hasattr(t, "fake_mode")), None)
     args, kwargs = map_arg((node.args, node.kwargs), value)
-    env = None if mode is None else mode.shape_env
-    # torch before 2.13 has no such context.
-    unguarded = getattr(env, "error_on_new_guards", nullcontext)
-    cached = nullcontext() if mode is None else uncached(mode)
-    with mode or nullcontext(), torch.no_grad(), sizes_of_one(), unguarded(), cached:
+    with sizes_of_one(), entered(mode), torch.no_grad(), unguarded(mode):
         return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-@contextmanager
-def uncached(mode: FakeTensorMode) -> Iterator[None]:
-    """Its cache makes views by asking whether they fit their storage: a guard, where they slice a table."""
-    enabled = mode.cache_enabled
-    mode.cache_enabled = False
-    try:
-        yield
-    finally:
-        mode.cache_enabled = enabled

@@ -10,6 +10,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from fxfuse.errors import FxfuseError
 from fxfuse.quiet import shared_specs
+from fxfuse.torch_seams import drop_guards_code, guards_code, share_codegen
 
 
 def check_program(program: object) -> ExportedProgram:
@@ -84,7 +85,7 @@ def _copied(graph: Graph) -> Graph:
     seen[old_output] = result.output_node()
     for old, new in seen.items():
         new.name = old.name  # not `_rename`: it refuses names of Python builtins, and an input may be called `input`
-    result._codegen = copy.deepcopy(graph._codegen)
+    share_codegen(result, graph)
     return result
 
 
@@ -108,8 +109,8 @@ def without_guards(program: ExportedProgram) -> ExportedProgram:
     A decomposition runs these questions, and what it concludes stays: of `s == min(64, s)`, with Python's own `min`,
     that `s` is 64, where that is the sample's (`_convert_guards_code_to_fn` in torch/export/_unlift.py).
     """
-    if not getattr(program, "_guards_code", None):
+    if not guards_code(program):
         return program
     result = copy.copy(program)
-    result._guards_code = []
+    drop_guards_code(result)
     return result

@@ -20,6 +20,7 @@ from torch.fx.node import map_arg
 
 from fxfuse.graph.marks import FUNCTIONAL
 from fxfuse.graph.view import argument, op_name
+from fxfuse.torch_seams import schema_of
 
 _BACKENDS = frozenset(
     [
@@ -148,7 +149,7 @@ def _backend(node: Node) -> _Taken | None:
     call, place = node.args
     if not isinstance(call, Node) or op_name(call) not in _BACKENDS or place != 0:
         return None
-    names = [a.name for a in call.target._schema.arguments]  # type: ignore[union-attr]
+    names = [a.name for a in schema_of(call.target).arguments]
     mask = next((argument(call, n) for n in ("attn_mask", "attn_bias") if n in names), None)
     operands = tuple(argument(call, n) for n in ("query", "key", "value"))
     kwargs = {

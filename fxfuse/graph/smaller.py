@@ -21,6 +21,7 @@ from fxfuse.graph.emit import KEPT_META
 from fxfuse.graph.region import Region
 from fxfuse.graph.view import GraphView, argument, fake, is_size, op_name, size_text, tensor
 from fxfuse.ops.registry import differ
+from fxfuse.torch_seams import entered
 
 LARGE = 16
 """Rows from which on an axis is made smaller."""
@@ -93,7 +94,7 @@ def _copied(
     env = None if mode is None else mode.shape_env
     try:
         # What an operator asks of a symbol here is nothing that the program rests on.
-        with mode or nullcontext(), nullcontext() if env is None else env.suppress_guards():
+        with entered(mode), nullcontext() if env is None else env.suppress_guards():
             return _copy(region, narrow, fixed, fits, axis, size, rows)
     except Exception:  # whatever an operator raises at other sizes: this is no copy
         return None

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxfuse.graph.dead_vmap import remove_unread
-from fxfuse.graph.emit import KEPT_META, uncached
+from fxfuse.graph.emit import KEPT_META
 from fxfuse.graph.equal import MERGED
 from fxfuse.graph.marks import INSERTED, STANDS_FOR
 from fxfuse.graph.region import Region
 from fxfuse.graph.strides import laid_out_as
 from fxfuse.graph.undone_layouts import cancel_layouts
 from fxfuse.graph.view import ASSERTIONS, fake, is_pure, mutated, op_name, touches
+from fxfuse.torch_seams import make_fx, unguarded
 
 
 class Guarded(Exception):
@@ -42,10 +41,8 @@ def trace(form: Callable[..., Any], inputs: Iterable[Node]) -> Graph:
         with mode:
             return form(*tensors)
 
-    # torch before 2.13 has no such context; there a guard shows only afterwards.
-    unguarded = getattr(env, "error_on_new_guards", nullcontext)
     try:
-        with torch.no_grad(), unguarded(), uncached(mode):
+        with torch.no_grad(), unguarded(mode):  # in releases that cannot refuse a guard it shows only afterwards
             module = make_fx(in_mode, pre_dispatch=True, tracing_mode="real")(*(f.detach() for f in fakes))
     except Exception as error:  # a guard comes wrapped in whatever operator asked for the size
         raise Guarded(f"it cannot be traced with symbolic sizes: {str(error).splitlines()[0]}") from error

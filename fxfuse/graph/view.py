@@ -14,6 +14,7 @@ import torch
 from torch.fx import Graph, Node
 
 from fxfuse.graph.blocks.wrapped import Wrapped, block
+from fxfuse.torch_seams import schema_of
 
 LAYOUT = frozenset(
     [
@@ -153,7 +154,7 @@ def op_name(node: Node) -> str:
         if target is operator.getitem:
             name = "getitem"
         else:
-            schema = getattr(target, "_schema", None)
+            schema = schema_of(target)
             name = str(schema.name.split("::")[1]) if schema is not None else str(target)
         known = _names[id(target)] = (target, name)  # kept, so that no other target gets its id
     return known[1]
@@ -207,7 +208,7 @@ def is_pure(node: Node) -> bool:
         return False
     if node.target is operator.getitem or node.target is torch.ops.higher_order.flex_attention:
         return True
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     if schema is None or schema.is_mutable:
         return False
     return not is_random(node)
@@ -228,7 +229,7 @@ def is_random(node: Node) -> bool:
 
 def argument(node: Node, name: str) -> Any:
     """The value of a schema argument, given by position, by keyword or by default."""
-    for position, arg in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+    for position, arg in enumerate(schema_of(node.target).arguments):
         if arg.name == name:
             if name in node.kwargs:
                 return node.kwargs[name]
@@ -327,7 +328,7 @@ def bases(node: Node) -> list[Node]:
         return [out]
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
         return []
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     aliases = schema is not None and any(r.alias_info is not None for r in schema.returns)
     return [node.args[0]] if aliases or op_name(node) in ALIASES else []
 
@@ -336,7 +337,7 @@ def mutated(node: Node) -> set[Node]:
     """The storages that this node writes to in place."""
     if (inside := block(node)) is not None:
         return _mutated_inside(inside)
-    schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None
+    schema = schema_of(node.target) if node.op == "call_function" else None
     if schema is None or not schema.is_mutable:
         return set()
     found: set[Node] = set()

@@ -19,6 +19,7 @@ from torch import Tensor
 from fxfuse.kernels import interpreting, missing
 from fxfuse.ops.registry import OPS
 from fxfuse.ops.switch import decline, kernels_forced, kernels_wanted
+from fxfuse.torch_seams import FakeTensor, FunctionalTensor, FunctionalTensorMode, keeps_triton_operators
 
 Function = Callable[..., Any]
 Choice = Callable[..., "Function | str"]
@@ -48,20 +49,14 @@ def serve(name: str, choose: Choice, composite: Function) -> None:
 
 def register_traced(name: str, choose: Choice) -> None:
     """Makes torch.compile see through the operator, as torch.library.triton_op does for an operator of its own."""
-    from torch._subclasses.fake_tensor import FakeTensor
-    from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
-
     known = (torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 
     def traced(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        # Here, for it imports Triton, which `fxfuse.kernels.interpret` must come before.
-        from torch.export._trace import custom_triton_ops_decomposition_disabled
-
         kwargs = kwargs or {}
         if any(t not in known for t in types):
             return NotImplemented
         device = _device(args)
-        opaque = custom_triton_ops_decomposition_disabled() or interpreting()
+        opaque = keeps_triton_operators() or interpreting()
         if not opaque and device.type == "cuda" and kernels_wanted(device) and not missing(device):
             with mode:
                 function = choose(*args, **kwargs)

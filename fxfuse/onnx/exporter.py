@@ -44,6 +44,7 @@ from fxfuse.recognise.answers import Pattern
 from fxfuse.recognise.questions import BlockMasks
 from fxfuse.state.lift import Lifted, lift
 from fxfuse.state.mutations import mutations
+from fxfuse.torch_seams import one_at_a_time
 
 
 def export(
@@ -284,7 +285,7 @@ def translate(
         **(custom_translation_table or {}),
     }
     # Where the plugin is installed, it has nothing to add.
-    with within(None), quiet(), one_message():
+    with one_at_a_time(), within(None), quiet(), one_message():
         try:
             onnx_program = torch.onnx.export(
                 without_guards(program),

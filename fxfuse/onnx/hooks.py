@@ -42,6 +42,7 @@ from fxfuse.patterns.flex_attention.capturing.capture import flex_capture
 from fxfuse.prepass import options_of
 from fxfuse.quiet import is_quiet
 from fxfuse.state.lift import check_nothing_dropped
+from fxfuse.torch_seams import ONNX_PREPARE, one_at_a_time, onnx_core
 
 Function = Callable[..., Any]
 Prepare = Callable[..., ExportedProgram]
@@ -71,7 +72,7 @@ def export(original: Function) -> Function:
         try:
             if current() is None:
                 return original(model, *args, **kwargs)
-            with flex_capture():
+            with one_at_a_time(), flex_capture():
                 return original(_captured(model, *args, **kwargs), *args, **kwargs)
         except Exception as error:
             if isinstance(error.__cause__, FxfuseError):  # torch says that step 2 of 3 failed, and prints ours first
@@ -138,10 +139,8 @@ def translate(original: Function) -> Function:
             if ready.source is ready.program:
                 raise
             ready.active.warn("torch.onnx could not translate the fused program", error)
-            from torch.onnx._internal.exporter import _core
-
             with within(None):
-                plain = _core._prepare_exported_program_for_export(ready.source, registry=registry)
+                plain = getattr(onnx_core(), ONNX_PREPARE)(ready.source, registry=registry)
                 return original(plain, registry=registry, **rest)
         finish(onnx_program, ready.program)
         return onnx_program

@@ -25,13 +25,14 @@ from fxfuse.options import BUDGET, Options
 from fxfuse.patterns.flex_attention.options import FlexCalls, Windows
 from fxfuse.recognise.answers import Pattern
 from fxfuse.recognise.questions import BlockMasks
+from fxfuse.torch_seams import ONNX_CORE, ONNX_PREPARE, ONNX_TRANSLATE, onnx_core
 
 HOOKS: dict[str, Callable[[hooks.Function], hooks.Function]] = {
     "export": hooks.export,
-    "_prepare_exported_program_for_export": hooks.prepare,
-    "_exported_program_to_onnx_program": hooks.translate,
+    ONNX_PREPARE: hooks.prepare,
+    ONNX_TRANSLATE: hooks.translate,
 }
-"""Functions of torch.onnx._internal.exporter._core, and what they are wrapped in."""
+"""Functions of `onnx_core`, and what they are wrapped in."""
 
 _lock = threading.RLock()
 _users = 0
@@ -164,28 +165,26 @@ class Unfamiliar(Exception):
 
 def _wrap() -> None:
     """Wrap all of `HOOKS`, or none if one of them looks different; what is wrapped already stays so."""
-    from torch.onnx._internal.exporter import _core
-
-    found = {name: _checked(name, getattr(_core, name, None)) for name in HOOKS}
+    core = onnx_core()
+    found = {name: _checked(name, getattr(core, name, None)) for name in HOOKS}
     for name, function in found.items():
         if function not in _ours:
             wrapped = HOOKS[name](function)
             _ours[wrapped] = function
-            setattr(_core, name, wrapped)
+            setattr(core, name, wrapped)
 
 
 def _unwrap() -> None:
     """Put back what was there. What somebody else wrapped meanwhile stays theirs: ours does nothing beneath it."""
-    from torch.onnx._internal.exporter import _core
-
+    core = onnx_core()
     for name in HOOKS:
-        if (current := getattr(_core, name, None)) in _ours:
-            setattr(_core, name, _ours.pop(current))
+        if (current := getattr(core, name, None)) in _ours:
+            setattr(core, name, _ours.pop(current))
 
 
 def _checked(name: str, function: Any) -> hooks.Function:
     """The function, if it is called as it was: one program or model, `registry` by name, the rest optional."""
-    where = f"torch.onnx._internal.exporter._core.{name}"
+    where = f"{ONNX_CORE}.{name}"
     if not callable(function):
         raise Unfamiliar(f"this torch has no {where}")
     try:

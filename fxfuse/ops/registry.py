@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
-from torch._ops import OpOverload
 
 from fxfuse.errors import FxfuseError
 from fxfuse.ops.switch import kernels_wanted
+from fxfuse.torch_seams import OpOverload
 
 FIRST_OPSET = 23
 """The first ONNX opset with RMSNormalization, RotaryEmbedding and Attention."""
@@ -167,7 +167,7 @@ def exceeds(a: int, b: int) -> bool:
 
 
 def _known(condition: bool) -> bool:
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
+    from fxfuse.torch_seams import statically_known_true
 
     return statically_known_true(condition)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from fxfuse.ops.registry import OnnxOp
 from fxfuse.parity.matrix import Call
 from fxfuse.parity.ort import OnnxRuntime
+from fxfuse.torch_seams import schema_of
 
 OPSET = 24
 TYPES = {
@@ -89,7 +90,7 @@ def _attention_refusal(
 def model(op: OnnxOp, call: Call) -> onnx.ModelProto:
     """A model of the one node; inputs that are None are left out in the middle, too."""
     names = [f"i{n}" if arg is not None else "" for n, arg in enumerate(call.args)]
-    count = len(op.overload._schema.returns)
+    count = len(schema_of(op.overload).returns)
     outputs = [f"o{n}" for n in range(count)]
     attributes = dict(call.kwargs)
     if call.op.startswith("attention") and call.args[0].dim() == 4:  # type: ignore[union-attr]

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from fxfuse.errors import FxfuseError
 from fxfuse.parity.eager import eager_outputs, run_original
 from fxfuse.parity.shapes import ShapeCase, shape_cases
 from fxfuse.parity.wide import tensors_of
 from fxfuse.state.lift import Lifted, State
+from fxfuse.torch_seams import pytree
 
 
 def original_outputs(

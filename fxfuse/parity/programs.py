@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 import fxfuse
 from fxfuse import kernels
@@ -22,6 +21,7 @@ from fxfuse.parity.ort import check_onnx, open_session
 from fxfuse.parity.shapes import ShapeCase, shape_cases
 from fxfuse.parity.wide import tensors_of, wide_outputs, working_dtype
 from fxfuse.state.lift import lift
+from fxfuse.torch_seams import own_weights, pytree
 
 Outputs = list[torch.Tensor]
 
@@ -120,7 +120,7 @@ def module_on(program: ExportedProgram, device: torch.device) -> torch.nn.Module
 
     moved = copy_program(program)
     # The pass writes into these dicts and into the bodies of higher-order operators, which the copy shares.
-    moved._state_dict, moved._constants = dict(moved.state_dict), dict(moved.constants)
+    own_weights(moved)
     for name, body in moved.graph_module.named_children():
         if isinstance(body, torch.fx.GraphModule):
             setattr(moved.graph_module, name, copy.deepcopy(body))

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from fxfuse.errors import FxfuseError
+from fxfuse.torch_seams import pytree
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Interpreter, Node
-from torch.utils import _pytree as pytree
+
+from fxfuse.torch_seams import pytree
 
 
 def wide_outputs(

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from fxfuse.errors import FxfuseError
+from fxfuse.torch_seams import pytree
 
 BATCH, SEQ, CHOICES = 2, 16, 3
 """Sizes of the samples, where none are given."""

@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+
+from fxfuse.patches import Patch, Undo, applied
+
+_quiet: ContextVar[bool] = ContextVar("fxfuse_quiet_transformers", default=False)
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Within the block transformers logs errors only and draws no bars."""
+def quiet() -> AbstractContextManager[None]:
+    """Within the block transformers logs errors only and draws no bars: in all threads, for it asks nobody's context.
+
+    When the last of several blocks ends, it is as it was before the first.
+    """
+    return applied(_patches, _quiet)
+
+
+def _patches() -> Iterator[Patch]:
     from transformers.utils import logging
 
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if bars:
-            logging.enable_progress_bar()
+    def apply() -> Undo:
+        before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+        def undo() -> None:
+            logging.set_verbosity(before)
+            if bars:
+                logging.enable_progress_bar()
+
+        return undo
+
+    yield "transformers.utils.logging", apply

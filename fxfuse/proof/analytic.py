@@ -12,6 +12,7 @@ from typing import Any
 from torch.fx import Node
 
 from fxfuse.graph.view import LAYOUT, op_name
+from fxfuse.torch_seams import schema_of
 
 MOVED = (LAYOUT - {"index", "gather", "take_along_dim", "index_select"}) | frozenset(
     ["getitem", "expand_as", "flatten", "unflatten", "pad", "constant_pad_nd", "movedim", "view_as", "reshape_as"]
@@ -202,7 +203,7 @@ def is_analytic(node: Node) -> bool:
     """Does the call compute an analytic function of what flows through it?"""
     if str(node.target) == "flex_attention":  # its mods are read, step by step
         return True
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     return analytic_call(op_name(node), schema, node.args, node.kwargs)
 
 

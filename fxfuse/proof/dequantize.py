@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxfuse.graph.view import op_name
+from fxfuse.torch_seams import schema_of
 
 
 def dequantize_affine(
@@ -34,7 +35,7 @@ def exactly(node: Node) -> tuple[Callable[..., Any] | None, dict[str, Any]]:
     name = op_name(node)
     if not name.startswith("dequantize_"):
         return None, {}
-    schema = node.target._schema  # type: ignore[union-attr]
+    schema = schema_of(node.target)
     if schema.name == "torchao::dequantize_affine":
         return dequantize_affine, {}
     if schema.name.startswith("quantized_decomposed::") and any(a.name == "out_dtype" for a in schema.arguments):

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from sympy import Poly, Symbol, div, sympify
 from torch.fx import Node
-from torch.utils._sympy.functions import FloorDiv
 
 from fxfuse.graph.view import fake, op_name, size_text, tensor
+from fxfuse.torch_seams import FloorDiv
 
 _VIEWS = frozenset(["view", "reshape", "unflatten", "_unsafe_view"])
 

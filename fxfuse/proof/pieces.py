@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxfuse.graph.view import CAST, fake, tensor
+from fxfuse.torch_seams import schema_of
 
 Pieces = dict[str, Tensor]
 """By name, where the piece ran: boolean, of the shape of the result."""
@@ -29,7 +30,7 @@ class Call:
 
     def get(self, name: str, position: int | None = None) -> Any:
         """An argument by its name in the schema."""
-        schema = self.schema or getattr(getattr(self.node, "target", None), "_schema", None)
+        schema = self.schema or schema_of(getattr(self.node, "target", None))
         if name in self.kwargs:
             return self.kwargs[name]
         for place, declared in enumerate(schema.arguments if schema is not None else ()):

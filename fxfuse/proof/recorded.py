@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxfuse.proof.analytic import analytic_call
 from fxfuse.proof.breaks import Breaks
 from fxfuse.proof.pieces import Call
+from fxfuse.torch_seams import TorchDispatchMode, schema_of
 
 
 def recorded(function: Callable[..., Any], inputs: list[Tensor], breaks: Breaks) -> None:
@@ -29,8 +29,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         value = func(*args, **kwargs)
-        name = func._schema.name.split("::")[1]
+        name = schema_of(func).name.split("::")[1]
         self.count += 1
-        if not analytic_call(name, func._schema, args, kwargs):
-            self.breaks.note(("example", self.count), name, Call(None, args, kwargs, value, func._schema))
+        if not analytic_call(name, schema_of(func), args, kwargs):
+            self.breaks.note(("example", self.count), name, Call(None, args, kwargs, value, schema_of(func)))
         return value

@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from fxfuse.graph.view import fake, op_name
+from fxfuse.torch_seams import entered, fake_mode_of
 
 
 def count_from_first(program: ExportedProgram, placeholder: Node, initial: torch.Tensor, final: Node) -> None:
@@ -32,7 +33,7 @@ def count_from_first(program: ExportedProgram, placeholder: Node, initial: torch
         with graph.inserting_after(point):
             node: Node = graph.call_function(target, args, kwargs)
         operands = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with value.fake_mode, torch.no_grad():  # type: ignore[attr-defined]
+        with entered(fake_mode_of(value)), torch.no_grad():
             node.meta["val"] = target(*operands[0], **operands[1])
         return node
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from fxfuse.graph.view import ASSERTIONS, bases, fake, is_size, mutated, op_name, size_text, storage_roots, tensor
 from fxfuse.state.scatter import can_scatter
 from fxfuse.state.writes import shares_storage
+from fxfuse.torch_seams import OpOverload, overload_name, schema_of
 
 _SHAPES = frozenset(
     ["resize_", "resize_as_", "set_", "squeeze_", "unsqueeze_", "transpose_", "swapaxes_", "swapdims_", "t_"]
@@ -59,12 +59,12 @@ def functional_of(node: Node) -> OpOverload | None:
     target = node.target
     if node.op != "call_function" or not isinstance(target, OpOverload):
         return None
-    namespace, _, name = target._schema.name.partition("::")
+    namespace, _, name = schema_of(target).name.partition("::")
     random = torch.Tag.nondeterministic_seeded in target.tags
     if namespace != "aten" or not name.endswith("_") or name.endswith("__") or name in _SHAPES or random:
         return None
     packet = getattr(torch.ops.aten, name[:-1], None)
-    functional: OpOverload | None = getattr(packet, target._overloadname, None) if packet is not None else None
+    functional: OpOverload | None = getattr(packet, overload_name(target), None) if packet is not None else None
     value, own = node.meta.get("val"), node.args[0] if node.args else None
     if functional is None or not isinstance(own, Node) or value is None:
         return None
@@ -81,10 +81,10 @@ def _without_out(node: Node, out: Node) -> OpOverload | None:
         return None
     if tuple(map(size_text, value.shape)) != tuple(map(size_text, written.shape)):
         return None  # it was given another shape
-    wanted = [(a.name, str(a.type)) for a in target._schema.arguments if a.name != "out"]
+    wanted = [(a.name, str(a.type)) for a in schema_of(target).arguments if a.name != "out"]
     for name in target.overloadpacket.overloads():
         overload: OpOverload = getattr(target.overloadpacket, name)
-        if [(a.name, str(a.type)) for a in overload._schema.arguments] == wanted:
+        if [(a.name, str(a.type)) for a in schema_of(overload).arguments] == wanted:
             return overload
     return None
 
@@ -109,7 +109,7 @@ def _root(writer: Node) -> Node | None:
         node = of[0]
     if not isinstance(node, Node) or node.op != "call_function" or tensor(node) is None:
         return None  # what is written to an input or a buffer is seen outside
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     return None if schema is None or schema.is_mutable else node
 
 

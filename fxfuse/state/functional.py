@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from fxfuse.graph.marks import FUNCTIONAL
 from fxfuse.graph.view import ASSERTIONS, is_size, op_name, tensor
 from fxfuse.state.families import functional_of, private_families
 from fxfuse.state.scatter import scattered
+from fxfuse.torch_seams import OpOverload
 
 
 @dataclass

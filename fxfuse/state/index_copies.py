@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 
 from fxfuse.graph.view import argument, fake, op_name, size_text, tensor
+from fxfuse.torch_seams import entered
 
 
 def slices_as_index_copies(program: ExportedProgram) -> None:
@@ -70,7 +71,7 @@ def _adder(graph: Graph) -> Callable[..., Node]:
         node: Node = graph.call_function(target, args, kwargs)
         operands, options = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
         mode = next(v.fake_mode for n in node.graph.nodes if hasattr(v := n.meta.get("val"), "fake_mode"))
-        with mode, torch.no_grad():
+        with entered(mode), torch.no_grad():
             node.meta["val"] = target(*operands, **options)
         return node
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import (
@@ -26,7 +25,6 @@ from torch.export.graph_signature import (
     OutputSpec,
 )
 from torch.fx import Graph, Node
-from torch.utils import _pytree as pytree
 
 from fxfuse.errors import FxfuseError
 from fxfuse.graph.program import copy_program
@@ -36,6 +34,7 @@ from fxfuse.quiet import shared_specs
 from fxfuse.state.counters import count_from_first
 from fxfuse.state.index_copies import slices_as_index_copies
 from fxfuse.state.mutations import STATE, WRITES, Mutation, in_place, mutations
+from fxfuse.torch_seams import FakeTensor, one_at_a_time, plain_codegen, pytree
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ def _functionalised(program: ExportedProgram, found: list[Mutation]) -> Exported
             spec.kind, spec.persistent = InputKind.BUFFER, False
     try:
         # An empty table: nothing is decomposed, and linear, rms_norm and attention stay what they are.
-        with shared_specs():
+        with one_at_a_time(), shared_specs():
             functional: ExportedProgram = prepared.run_decompositions({})
         return functional
     except Exception as error:  # whatever functionalisation raises of this program
@@ -187,7 +186,7 @@ def _as_inputs(functional: ExportedProgram, lines: dict[str, str | None]) -> Lif
     outputs = [OutputSpec(OutputKind.USER_OUTPUT, s.arg, None) if s.kind in WRITES else s for s, _ in ordered]
     targets = {s.target for s in states if s.initial is not None}
     module = result.graph_module
-    graph._codegen = torch.fx.graph.CodeGen()
+    plain_codegen(graph)
     module.recompile()
     program = ExportedProgram(
         root=module,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Graph, GraphModule, Node
 
 from fxfuse.graph.source import source_line
 from fxfuse.graph.view import mutated, storage_roots
+from fxfuse.torch_seams import HigherOrderOperator
 
 # torch 2.11 has no kind for written parameters.
 _PARAMETER = [kind] if (kind := getattr(OutputKind, "PARAMETER_MUTATION", None)) is not None else []
@@ -60,7 +60,7 @@ def in_place(module: GraphModule, graph: Graph, node: Node) -> set[Node]:
     if node.op != "call_function":
         return set()
     found = mutated(node)
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
+    if isinstance(node.target, HigherOrderOperator):
         for sub in _subgraphs(module, node):
             if any(in_place(sub, sub.graph, n) for n in sub.graph.nodes):
                 for operand in node.all_input_nodes:

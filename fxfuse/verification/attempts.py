@@ -16,6 +16,7 @@ from torch.fx import Node
 from fxfuse.ops.registry import FIRST_OPSET, LAST_OPSET, OPS, PARTS
 from fxfuse.recognise.answers import Pattern
 from fxfuse.recognise.catalogue import catalogue
+from fxfuse.torch_seams import schema_of
 
 _SEVERAL = {"attention_with_present": ("Attention", "KVCache")}
 """Operators that come of more than one pattern."""
@@ -58,7 +59,7 @@ def _parts(every: list[Pattern], called: list[Node]) -> list[list[Pattern]]:
     for target in {n.target for n in called}:
         op = OPS.get(target) or PARTS.get(target)  # type: ignore[call-overload]
         if op is not None:
-            names.update(_SEVERAL.get(op.overload._schema.name.split("::")[1], (op.onnx_name,)))
+            names.update(_SEVERAL.get(schema_of(op.overload).name.split("::")[1], (op.onnx_name,)))
     own = {op.onnx_name for op in (OPS | PARTS).values()} | {"KVCache"}
     some = [p for p in every if p.operator in names or p.operator not in own]
     older = [p for p in every if p.since_opset <= FIRST_OPSET]

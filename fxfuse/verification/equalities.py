@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
@@ -16,6 +15,7 @@ from fxfuse.graph.view import op_name
 from fxfuse.ops.registry import OPS, PARTS
 from fxfuse.report.model import Entry, Report
 from fxfuse.state.functional import functionalise
+from fxfuse.torch_seams import overload_name
 from fxfuse.verification.classes import Classes, Head
 from fxfuse.verification.numbering import Numbering, number
 
@@ -131,4 +131,4 @@ def _same_call(own: Node, node: Node) -> bool:
 
 
 def _overload(node: Node) -> str:
-    return node.target._overloadname if isinstance(node.target, torch._ops.OpOverload) else ""
+    return overload_name(node.target)

@@ -12,6 +12,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.fx import Node
 
 from fxfuse.graph.view import tensor
+from fxfuse.torch_seams import guards_code
 from fxfuse.verification.spelling import bits, is_plain
 
 _HELD = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -76,7 +77,7 @@ def _calling(original: ExportedProgram, fused: ExportedProgram) -> Iterator[tupl
     elif one.in_spec != two.in_spec or one.out_spec != two.out_spec or one.forward_arg_names != two.forward_arg_names:
         yield "it is called otherwise than the original, or what it gives is put together otherwise", "signature"
     # torch 2.11 has no guards beside the ranges.
-    guards = [set(getattr(p, "_guards_code", None) or ()) for p in (original, fused)]
+    guards = [set(guards_code(p)) for p in (original, fused)]
     for guard in sorted(guards[0] ^ guards[1]):
         whose = "it does not demand" if guard in guards[0] else "it demands, unlike the original,"
         yield f"{whose} {guard}", "guards"

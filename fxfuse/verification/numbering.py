@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
 from fxfuse.graph.dead_vmap import brackets
 from fxfuse.graph.view import ALIASES, is_random, mutated, op_name, touches
+from fxfuse.torch_seams import HigherOrderOperator, OpOverload, schema_of
 from fxfuse.verification import spelling
 from fxfuse.verification.classes import Head
 
@@ -93,9 +93,9 @@ def has_effect(node: Node) -> bool:
     if node.op != "call_function":
         return False
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.is_mutable or is_random(node)
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, OpOverload):
+        return schema_of(target).is_mutable or is_random(node)
+    if isinstance(target, HigherOrderOperator):
         modules = spelling.subgraphs(node)
         return not modules or any(has_effect(n) for module in modules for n in module.graph.nodes)
     name = getattr(target, "__name__", "")
@@ -110,5 +110,5 @@ def _is_view(node: Node) -> bool:
     """Is it certain to be no storage of its own? `reshape` and `to` copy where they have to."""
     if op_name(node) in ALIASES:
         return op_name(node) == "getitem"
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     return schema is not None and any(r.alias_info is not None for r in schema.returns)

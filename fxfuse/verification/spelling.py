@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from fxfuse.torch_seams import HigherOrderOperator, OpOverload, overload_name, schema_of
+
 Spelled = tuple[Hashable, list[Node]]
 """What is literal, with a mark wherever a node is read; and these nodes in order."""
 _NODE = ("node",)
@@ -34,7 +36,7 @@ def structure(value: Any) -> Spelled:
 
 def arguments(node: Node) -> list[tuple[str, Any, str]]:
     """The arguments of a call: the name, the value and the type that the schema has for it."""
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     if schema is None:
         named = [(str(i), value, "") for i, value in enumerate(node.args)]
         return named + [(name, value, "") for name, value in sorted(node.kwargs.items())]
@@ -55,9 +57,9 @@ def arguments(node: Node) -> list[tuple[str, Any, str]]:
 
 def target_name(target: Any) -> str:
     """What is called, by a name that is the same in another process."""
-    if isinstance(target, torch._ops.OpOverload):
-        return f"{target._schema.name}.{target._overloadname}"
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, OpOverload):
+        return f"{schema_of(target).name}.{overload_name(target)}"
+    if isinstance(target, HigherOrderOperator):
         return f"higher_order.{target}"
     return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', repr(target))}"
 

@@ -22,6 +22,7 @@ from fxfuse.proof.evaluate import CannotEvaluate, Evaluator, _Mod
 from fxfuse.proof.sizes import Sizes
 from fxfuse.recognise.answers import NEAR, Reason
 from fxfuse.recognise.questions import Questions
+from fxfuse.torch_seams import pytree
 
 DRAWS = 3
 _WAYS_OUT = (
@@ -128,7 +129,7 @@ def _before(nodes: Iterable[Node]) -> set[Node]:
 
 def _numbers(nodes: Iterable[Node]) -> Iterator[int]:
     for node in nodes:
-        for arg in torch.utils._pytree.tree_leaves((node.args, dict(node.kwargs))):
+        for arg in pytree.tree_leaves((node.args, dict(node.kwargs))):
             if (
                 isinstance(arg, (int, float))
                 and not isinstance(arg, bool)

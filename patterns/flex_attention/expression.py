@@ -17,6 +17,7 @@ from torch.fx.node import map_arg
 
 from fxfuse.graph.view import is_random, op_name
 from fxfuse.patterns.flex_attention.counting import Counted, counted
+from fxfuse.torch_seams import MOD_INDEX, HigherOrderOperator, schema_of
 
 INDICES = ("b", "h", "q", "kv")
 _SAME = frozenset(
@@ -29,7 +30,6 @@ _ELEMENTWISE = frozenset(["to", "_to_copy", "where", "floor_divide", "type_as"])
 """Elementwise, but not tagged so."""
 _FILLED = {"new_ones": 1, "ones": 1, "ones_like": 1, "new_zeros": 0, "zeros": 0, "zeros_like": 0}
 LOGICAL = frozenset(["__and__", "bitwise_and", "__or__", "bitwise_or", "__xor__", "bitwise_xor", "bitwise_not"])
-_MOD_INDEX = "torch._dynamo._trace_wrapped_higher_order_op.ModIndex"
 """What `table[i]` became: the graph has the class, or its name."""
 OVER_DIMS = frozenset(["sum", "mean", "amax", "amin", "any", "all", "prod", "select", "softmax", "_softmax"])
 
@@ -88,7 +88,7 @@ class Expr:
         """The operator's name, ``"mul"``; ``""`` for leaves."""
         if self.target is None:
             return ""
-        schema = getattr(self.target, "_schema", None)
+        schema = schema_of(self.target)
         return str(schema.name.split("::")[1]) if schema is not None else getattr(self.target, "__name__", "")
 
     @property
@@ -164,7 +164,7 @@ def _read(node: Node, env: Mapping[Node, Any]) -> Any:
     full = str(node.target)
     if full == "flat_apply":
         called = [
-            i for i, arg in enumerate(node.args) if arg == _MOD_INDEX or getattr(arg, "__name__", "") == "ModIndex"
+            i for i, arg in enumerate(node.args) if arg == MOD_INDEX or getattr(arg, "__name__", "") == "ModIndex"
         ]
         if not called:
             raise Unreadable("it calls an autograd.Function")
@@ -175,7 +175,7 @@ def _read(node: Node, env: Mapping[Node, Any]) -> Any:
         return Expr(torch.ops.aten.index.Tensor, (table, tuple(indices)), dtype=dtype, rank=rank, shape=shape)
     if full.startswith("approx.tanh"):  # attention-gym's, which is tanh but for a faster instruction on GPUs
         return Expr(torch.ops.aten.tanh.default, args, dtype=dtype, rank=rank)
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
+    if isinstance(node.target, HigherOrderOperator):
         raise Unreadable(f"it calls {full}")
     if name in ("searchsorted", "bucketize"):
         return _found(name, args, kwargs, dtype)
@@ -195,7 +195,7 @@ def _read(node: Node, env: Mapping[Node, Any]) -> Any:
     free = all(x.free for x in operands) and not is_random(node)
     # Of what varies with positions neither a size nor a Python number is asked.
     known = free or (known and (dtype is not None or all(x.dtype is None for x in operands)))
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     if not known or (schema is not None and schema.is_mutable):
         raise Unreadable(f"it calls {full}")
     target: Any = node.target

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from fxfuse.patterns.flex_attention.expression import INDICES, OVER_DIMS, Expr, Unreadable
+from fxfuse.torch_seams import overload_name, without_modes
 
 _LOGICAL: dict[str, Callable[..., Any]] = {
     "__and__": torch.logical_and,
@@ -74,7 +74,7 @@ class Grid:
             if expr.name in _LOGICAL and tensors and all(t.dtype == torch.bool for t in tensors):
                 return _LOGICAL[expr.name](*args)
         target = expr.target
-        if getattr(target, "_overloadname", "") == "Scalar" and any(isinstance(a, torch.SymInt) for a in args):
+        if overload_name(target) == "Scalar" and any(isinstance(a, torch.SymInt) for a in args):
             # Operators of a number are translated to ONNX for numbers that are known.
             args = tuple(_as_tensor(a) if isinstance(a, torch.SymInt) else a for a in args)
             target = target.overloadpacket.Tensor  # type: ignore[attr-defined]
@@ -141,7 +141,7 @@ class Grid:
         value, device = expr.args[0], self.env["q"].device
         if value.numel() > _WRITTEN:
             raise Unreadable("it holds a table, which is to be captured")
-        with _disable_current_modes():  # read, and not traced
+        with without_modes():  # read, and not traced
             held = value.flatten().tolist()
         numbers = [torch.full((), v, dtype=value.dtype, device=device) for v in held]
         return numbers[0] if value.dim() == 0 else torch.stack(numbers).reshape(value.shape)

@@ -171,10 +171,10 @@ class Limited(nn.Module):
 def test_what_the_model_does_elsewhere_is_said(style: str) -> None:
     axes = dict(enumerate(STYLES[style]))
     with pytest.warns(FxfuseWarning, match=r"some sizes of x\.shape\[1\].*guard .* < 7, from test_capture\.py"):
-        fxfuse.onnx.capturing.capture(Two().eval(), (torch.randn(2, 5, 8),), dynamic_shapes=(axes,))
+        fxfuse.onnx.capture(Two().eval(), (torch.randn(2, 5, 8),), dynamic_shapes=(axes,))
     with warnings.catch_warnings():
         warnings.simplefilter("error", FxfuseWarning)
-        fxfuse.onnx.capturing.capture(Limited().eval(), (torch.randn(2, 5, 8),), dynamic_shapes=(axes,))
+        fxfuse.onnx.capture(Limited().eval(), (torch.randn(2, 5, 8),), dynamic_shapes=(axes,))
 
 
 @dataclasses.dataclass
@@ -239,7 +239,7 @@ REFUSED = {
 def test_what_cannot_be_an_input_is_refused_with_what_to_do(kind: str) -> None:
     value, hint = REFUSED[kind]
     with pytest.raises(FxfuseError, match=rf"(?s)does not take.*args\[0\].*{hint}"):
-        fxfuse.onnx.capturing.capture(Norm().eval(), (value,))
+        fxfuse.onnx.capture(Norm().eval(), (value,))
 
 
 def test_weights_without_values_are_refused() -> None:
@@ -273,7 +273,7 @@ def test_training_that_changes_nothing_is_a_warning() -> None:
     torch.testing.assert_close(OnnxRuntime(exported)(x)[0], model.eval()(x))
     model.train()
     model.weight.eval()
-    fxfuse.onnx.capturing.capture(model, (x,))
+    fxfuse.onnx.capture(model, (x,))
     assert [part.training for part in (model, model.weight, model.dropout)] == [True, False, True]
 
 

@@ -170,7 +170,7 @@ def exported(way: tuple[Any, ...]) -> tuple[Run, dict[str, int]]:
 
 def captured_first(way: tuple[Any, ...]) -> tuple[Run, dict[str, int]]:
     model, args, _, axes = build(*way)
-    program = fxfuse.onnx.export(fxfuse.onnx.capturing.capture(model, args, dynamic_shapes=axes))
+    program = fxfuse.onnx.export(fxfuse.onnx.capture(model, args, dynamic_shapes=axes))
     return _ran(OnnxRuntime(program)), fxfuse.report(program).counts
 
 

@@ -7,9 +7,8 @@ beforehand and autocast is off. Where the two are alike the casts can be written
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
@@ -17,9 +16,19 @@ from typing import Any
 import torch
 from torch.fx import Node
 from torch.fx.node import map_aggregate, map_arg
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxfuse.graph.view import LAYOUT, op_name, tensor
+from fxfuse.torch_seams import (
+    FAKE_LOGGERS,
+    OpOverload,
+    TorchDispatchMode,
+    entered,
+    has_autocast,
+    pytree,
+    refusing_guards,
+    schema_of,
+    silenced,
+)
 
 Casts = dict[int, torch.dtype]
 """For the tensors among a call's inputs, by `all_input_nodes`, the type that they are cast to."""
@@ -38,7 +47,7 @@ def casts_of(node: Node, modes: Mapping[str, torch.dtype], known: dict[Any, Cast
         return {}
     if node.target is torch.ops.aten.to.dtype or getattr(node.target, "__module__", "") == "_operator":
         return {}
-    if len(devices) > 1 or not isinstance(node.target, torch._ops.OpOverload):
+    if len(devices) > 1 or not isinstance(node.target, OpOverload):
         return None
     (device,) = devices
     dtype = modes[device]
@@ -52,7 +61,7 @@ def casts_of(node: Node, modes: Mapping[str, torch.dtype], known: dict[Any, Cast
 
 def _found(node: Node, device: str, dtype: torch.dtype) -> Casts | None:
     mode = torch.autocast(device, dtype, cache_enabled=False)
-    if not mode._enabled:  # no such device here: what it would cast cannot be asked
+    if not has_autocast(mode):  # no such device here: what it would cast cannot be asked
         return None
     seen = _arrives(node, {}, mode)
     if seen is None:
@@ -62,7 +71,7 @@ def _found(node: Node, device: str, dtype: torch.dtype) -> Casts | None:
     plain = _arrives(node, {}, nullcontext())
     if plain == seen:
         return {}
-    if node.target._schema.is_mutable:  # type: ignore[union-attr]
+    if schema_of(node.target).is_mutable:
         return None
     first = list(takewhile(lambda call: call.given is not None, seen))
     direct = {call.given: call.types[-1] for call in first if call.given is not None}
@@ -91,13 +100,12 @@ class _Call:
 def _arrives(node: Node, casts: Casts, mode: AbstractContextManager[Any]) -> list[_Call] | None:
     """The operators that run below this call; None where it cannot run on fake tensors."""
     fakes: dict[Node, Any] = {n: n.meta.get("val") for n in node.all_input_nodes}
-    mutable = node.target._schema.is_mutable  # type: ignore[union-attr]
+    mutable = schema_of(node.target).is_mutable
     fake_mode = next((f.fake_mode for f in fakes.values() if hasattr(f, "fake_mode")), None)
     if fake_mode is None or any(v is None for v in fakes.values()):
         return None
-    unguarded = getattr(fake_mode.shape_env, "error_on_new_guards", nullcontext)
     try:
-        with torch.no_grad(), unguarded(), fake_mode, _silent():
+        with entered(fake_mode), torch.no_grad(), refusing_guards(fake_mode.shape_env), silenced(*FAKE_LOGGERS):
             for place, n in enumerate(node.all_input_nodes):
                 if place in casts:
                     fakes[n] = fakes[n].to(casts[place])
@@ -112,22 +120,6 @@ def _arrives(node: Node, casts: Casts, mode: AbstractContextManager[Any]) -> lis
     return found
 
 
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Without the traceback that torch logs where a call cannot run, which is an answer here."""
-    loggers = [
-        logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "fx.experimental.symbolic_shapes")
-    ]
-    before = [logger.disabled for logger in loggers]
-    for logger in loggers:
-        logger.disabled = True
-    try:
-        yield
-    finally:
-        for logger, was in zip(loggers, before, strict=True):
-            logger.disabled = was
-
-
 class _Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes every operator that runs, with the types of its tensors."""
 
@@ -139,7 +131,7 @@ class _Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if _tensors(result):  # not a question for a device or a size
-            name = func._schema.name.partition("::")[2]
+            name = schema_of(func).name.partition("::")[2]
             given = next((i for i, v in enumerate(self.inputs) if name == "_to_copy" and v is args[0]), None)
             found = tuple(t.dtype for t in _tensors((args, kwargs or {}, result)))
             self.calls.append(_Call(name, found, given))
@@ -147,7 +139,7 @@ class _Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _tensors(values: Any) -> list[torch.Tensor]:
-    return [v for v in torch.utils._pytree.tree_leaves(values) if isinstance(v, torch.Tensor)]
+    return [v for v in pytree.tree_leaves(values) if isinstance(v, torch.Tensor)]
 
 
 def _computed(calls: Sequence[_Call]) -> list[_Call]:

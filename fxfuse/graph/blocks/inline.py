@@ -19,6 +19,7 @@ from fxfuse.graph.blocks.wrapped import Wrapped, block, flattened
 from fxfuse.graph.marks import STANDS_FOR
 from fxfuse.graph.program import name_outputs
 from fxfuse.graph.view import DETACHED, LAYOUT, LOWERED, fake, op_name, tensor
+from fxfuse.torch_seams import entered, fake_mode_of
 
 Modes = dict[str, torch.dtype]
 """The devices on which autocast is on, and what it casts to."""
@@ -210,7 +211,7 @@ def _cast(graph: Graph, node: Node, copied: Node, casts: Casts, env: dict[Node, 
             cast = graph.call_function(torch.ops.aten.to.dtype, (value, dtype))
         cast.meta = {k: v for k, v in node.meta.items() if k not in ("val", "tensor_meta")}
         before = fake(source)
-        with before.fake_mode, torch.no_grad():  # type: ignore[attr-defined]
+        with entered(fake_mode_of(before)), torch.no_grad():
             cast.meta["val"] = before.to(dtype)
         copied.replace_input_with(value, cast)
         added.append(cast)

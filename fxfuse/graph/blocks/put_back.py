@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 
 from fxfuse.graph.blocks.inline import Blocks, Inlined, Saved
 from fxfuse.graph.program import drop_unused_subgraphs, name_outputs
+from fxfuse.torch_seams import pytree
 
 
 def put_back(program: ExportedProgram, blocks: Blocks) -> None:
@@ -103,4 +103,4 @@ def _read_now(copied: Node, added: set[Node]) -> list[Any]:
 
 
 def _flat(arguments: Any) -> list[Any]:
-    return list(torch.utils._pytree.tree_leaves(arguments, is_leaf=lambda a: isinstance(a, Node)))
+    return list(pytree.tree_leaves(arguments, is_leaf=lambda a: isinstance(a, Node)))

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.fx import GraphModule, Node
+
+from fxfuse.torch_seams import HigherOrderOperator
 
 _LEADING = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
 """How many arguments stand before the submodule."""
@@ -45,7 +46,7 @@ class Wrapped:
 
 def block(node: Node) -> Wrapped | None:
     """The subgraph that this node runs under a mode of its own; None where it runs none."""
-    name = str(node.target) if isinstance(node.target, torch._ops.HigherOrderOperator) else ""
+    name = str(node.target) if isinstance(node.target, HigherOrderOperator) else ""
     if name not in _LEADING:
         return None
     leading = _LEADING[name]

@@ -18,6 +18,7 @@ from fxfuse.graph.complex.rules import FLAG, parts_of, real_result
 from fxfuse.graph.emit import Emitter
 from fxfuse.graph.program import copy_program
 from fxfuse.graph.view import ASSERTIONS, fake, is_pure, mutated, op_name, tensor, touches
+from fxfuse.torch_seams import is_erased
 
 
 class RealParts:
@@ -157,7 +158,7 @@ def without_complex(program: ExportedProgram) -> ExportedProgram:
                 node.replace_input_with(operand, made)
                 if node.op == "output":
                     names[operand.name] = made.name
-    _remove_unread([*parts.added, *(n for n in nodes if n.graph is graph and not n._erased)])
+    _remove_unread([*parts.added, *(n for n in nodes if n.graph is graph and not is_erased(n))])
     for spec in result.graph_signature.output_specs:
         spec.arg.name = names.get(spec.arg.name, spec.arg.name)
     graph.lint()

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import linecache
-import logging
 import os
 import sys
 import types
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import fxfuse
-from fxfuse.one_sizes import sizes_of_one
 from fxfuse.patches import Patch, applied, attribute
+from fxfuse.torch_seams import (
+    CAPTURE_LOGGERS,
+    GUARDS_LINE,
+    ShapeEnv,
+    one_at_a_time,
+    recurrent_loops,
+    silenced,
+    sizes_of_one,
+)
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(fxfuse.__file__) + os.sep
+_locating: ContextVar[bool] = ContextVar("fxfuse_locating", default=False)
 _TRACER = os.path.join("torch", "export", "_trace.py")
 
 
@@ -32,46 +40,20 @@ def as_torch_captures(*, oblivious: bool, dynamic: bool) -> Iterator[None]:
         oblivious: stays a dimension dynamic that is 1 in the sample?
         dynamic: is any dimension dynamic? Then an LSTM or GRU is a loop, of any length.
     """
-    with ExitStack() as stack:
+    with one_at_a_time(), ExitStack() as stack:
         if oblivious:
             stack.enter_context(sizes_of_one())
         if dynamic:
-            for loop in _loops():
+            for loop in recurrent_loops():
                 stack.enter_context(loop())
-        stack.enter_context(applied(_patches))
-        stack.enter_context(_quiet())
+        stack.enter_context(applied(_patches, _locating))
+        stack.enter_context(silenced(*CAPTURE_LOGGERS))  # what torch logs of a failure, the exception says too
         yield
-
-
-_LOGGERS = "torch.export._trace", "torch._export.non_strict_utils", "torch._guards", "torch._subclasses.fake_tensor"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """What torch logs of a capture that fails, the exception says too."""
-    talking = [logger for name in _LOGGERS if not (logger := logging.getLogger(name)).disabled]
-    try:
-        for logger in talking:
-            logger.disabled = True
-        yield
-    finally:
-        for logger in talking:
-            logger.disabled = False
 
 
 def _patches() -> Iterator[Patch]:
-    if hasattr(ShapeEnv, "_get_sloc"):
-        yield attribute(ShapeEnv, "_get_sloc", _with_line(ShapeEnv._get_sloc))
-
-
-def _loops() -> list[Callable[[], AbstractContextManager[None]]]:
-    """What torch.onnx enters for recurrent layers, in the releases that have it (`torch.export._patches`)."""
-    try:
-        from torch.export import _patches
-    except ImportError:
-        return []
-    names = "register_lstm_while_loop_decomposition", "register_gru_while_loop_decomposition"
-    return [getattr(_patches, name) for name in names if hasattr(_patches, name)]
+    if (original := getattr(ShapeEnv, GUARDS_LINE, None)) is not None:
+        yield attribute(ShapeEnv, GUARDS_LINE, _with_line(original))
 
 
 def _with_line(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -80,7 +62,8 @@ def _with_line(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def located(self: ShapeEnv, *args: Any, **kwargs: Any) -> Any:
         found = original(self, *args, **kwargs)
-        if getattr(found, "maybe_user_loc", "") is None and (line := _models_line()) is not None:
+        unknown = _locating.get() and getattr(found, "maybe_user_loc", "") is None
+        if unknown and (line := _models_line()) is not None:
             found = type(found)(found.framework_loc, line)
         return found
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch.export import Dim
 from torch.export import dynamic_shapes as torch_shapes
-from torch.utils import _pytree as pytree
+
+from fxfuse.torch_seams import pytree, user_error
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -178,9 +179,7 @@ def as_auto(dynamic_shapes: Any) -> Any:
 
 def refined(error: Exception, dynamic_shapes: Any) -> Any | None:
     """`dynamic_shapes` as torch suggests in this error; None where it suggests nothing, or other sizes alone."""
-    from torch._dynamo.exc import UserError
-
-    if not isinstance(error, UserError) or not isinstance(dynamic_shapes, (dict, tuple, list)):
+    if not isinstance(error, user_error()) or not isinstance(dynamic_shapes, (dict, tuple, list)):
         return None
     try:
         return torch_shapes.refine_dynamic_shapes_from_suggested_fixes(str(error), dynamic_shapes)

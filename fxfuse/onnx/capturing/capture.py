@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch.export import AdditionalInputs, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import ConstantArgument, InputKind
-from torch.utils import _pytree as pytree
 
 from fxfuse.errors import FxfuseError, FxfuseWarning, callers_level
 from fxfuse.onnx.capturing.as_torch_captures import as_torch_captures
@@ -21,6 +20,7 @@ from fxfuse.onnx.capturing.asked import Inputs, as_auto, asked, for_torch, refin
 from fxfuse.onnx.capturing.recapture import general
 from fxfuse.onnx.capturing.training import check_nothing_trains, evaluating, in_training
 from fxfuse.patterns.flex_attention.capturing.capture import flex_capture
+from fxfuse.torch_seams import one_at_a_time, pytree
 
 
 def capture(
@@ -58,7 +58,7 @@ def capture(
         dynamic_shapes = collected.dynamic_shapes(module, *inputs)
     check_devices(module, inputs)
     training = in_training(module)
-    with flex_capture(), evaluating(module):
+    with one_at_a_time(), flex_capture(), evaluating(module):
         program = _captured(module, inputs, dynamic_shapes, modes)
     if training:
         with flex_capture():

@@ -10,9 +10,9 @@ from typing import Any, Literal
 import sympy
 import torch
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from fxfuse.onnx.capturing.asked import Asked, Inputs, at
+from fxfuse.torch_seams import pytree
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _DYNAMO = os.path.join(_TORCH, "_dynamo")

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from fxfuse.onnx.capturing.asked import Asked, Inputs, at
 from fxfuse.onnx.capturing.dynamism import Lost, beyond, equal_by_chance, lost, size_of, sizes
 from fxfuse.state.mutations import mutations
+from fxfuse.torch_seams import buffers_of, drop_input_checks, pytree
 
 Capture = Callable[[tuple[Any, ...], dict[str, Any]], ExportedProgram]
 
@@ -218,7 +218,7 @@ def _same(program: ExportedProgram, module: torch.nn.Module, inputs: Inputs) -> 
 def _unguarded(program: ExportedProgram) -> torch.nn.Module:
     """The program as a module, as an ONNX file has it: at any sizes."""
     module: torch.nn.Module = program.module(check_guards=False)
-    module._forward_pre_hooks.clear()  # they ask whether sizes lie in the range of their symbol
+    drop_input_checks(module)
     return module
 
 
@@ -234,12 +234,12 @@ def _run(module: torch.nn.Module, inputs: Inputs) -> list[Any]:
 def _attributes_kept(module: torch.nn.Module) -> Iterator[None]:
     """What the module assigns to itself is undone."""
     parts = list(module.modules())
-    before = [(dict(vars(part)), dict(part._buffers)) for part in parts]
+    before = [(dict(vars(part)), dict(buffers_of(part))) for part in parts]
     try:
         yield
     finally:
         for part, (attributes, buffers) in zip(parts, before, strict=True):
             vars(part).clear()
             vars(part).update(attributes)
-            part._buffers.clear()
-            part._buffers.update(buffers)
+            buffers_of(part).clear()
+            buffers_of(part).update(buffers)

@@ -9,6 +9,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from fxfuse.quiet import shared_specs
+from fxfuse.torch_seams import entered, schema_of, set_graph_module
 
 
 @shared_specs()
@@ -27,15 +28,15 @@ def with_values(program: ExportedProgram) -> ExportedProgram:
             node.name = old_node.name  # the signature names nodes, and copying renames one that is called `input`
             if _unknown(node):
                 args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-                with mode, torch.no_grad():
+                with entered(mode), torch.no_grad():
                     node.meta["val"] = node.target(*args, **kwargs)
     result = copy.copy(program)
-    result._graph_module = module
+    set_graph_module(result, module)
     return result
 
 
 def _unknown(node: Node) -> bool:
-    returns = getattr(getattr(node.target, "_schema", None), "returns", (None,))
+    returns = getattr(schema_of(node.target), "returns", (None,))
     return node.op == "call_function" and "val" not in node.meta and len(returns) > 0
 
 

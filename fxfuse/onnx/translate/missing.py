@@ -13,6 +13,7 @@ import torch
 from torch.fx import Node
 
 from fxfuse.onnx.translate import sdpa, wide_numbers
+from fxfuse.torch_seams import schema_of
 
 _DOUBLE = 11
 """`onnx.TensorProto.DOUBLE`."""
@@ -146,7 +147,7 @@ def missing_translations(nodes: Iterable[Node]) -> dict[Any, Callable[..., Any]]
     if any(wide_numbers.makes_wide(node) for node in nodes):
         found[wide_numbers.FULL] = wide_numbers.full
     for node in nodes:
-        schema = getattr(node.target, "_schema", None)
+        schema = schema_of(node.target)
         if schema is not None and schema.name in _BY_NAME:
             found[node.target] = _BY_NAME[schema.name]
     return found

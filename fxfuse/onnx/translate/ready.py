@@ -18,12 +18,12 @@ from fxfuse.graph.program import copy_program
 from fxfuse.graph.source import source_line
 from fxfuse.graph.splice import trace
 from fxfuse.graph.view import tensor
-from fxfuse.one_sizes import sizes_of_one
 from fxfuse.onnx.translate.takes import untaken
 from fxfuse.onnx.translate.unpacked import without_words
 from fxfuse.onnx.translate.wide_numbers import without_wide_numbers
 from fxfuse.ops.registry import OPS, PARTS
 from fxfuse.report.model import Report
+from fxfuse.torch_seams import sizes_of_one
 
 _JOINED = torch.ops.aten.view_as_complex.default
 """What parts are put together by, which torch.onnx can write."""

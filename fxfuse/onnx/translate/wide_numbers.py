@@ -20,6 +20,7 @@ from fxfuse.graph.emit import Emitter
 from fxfuse.graph.program import copy_program
 from fxfuse.graph.source import source_line
 from fxfuse.graph.view import op_name, tensor
+from fxfuse.torch_seams import schema_of
 
 _LARGEST = torch.finfo(torch.float32).max
 FULL = torch.ops.aten.full.default
@@ -91,12 +92,12 @@ def _as_tensor(node: Node, place: int) -> None:
 
 def _taking_tensor(target: Any, place: int) -> Any:
     """The overload of the same operator that takes a tensor there, and all else alike."""
-    given = [str(a.type) for a in target._schema.arguments]
+    given = [str(a.type) for a in schema_of(target).arguments]
     if given[place] == "Tensor":
         return target
     wanted = [*given[:place], "Tensor", *given[place + 1 :]]
     for name in target.overloadpacket.overloads():
         overload = getattr(target.overloadpacket, name)
-        if [str(a.type) for a in overload._schema.arguments] == wanted:
+        if [str(a.type) for a in schema_of(overload).arguments] == wanted:
             return overload
     return None

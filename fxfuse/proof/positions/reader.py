@@ -25,6 +25,7 @@ from fxfuse.proof.positions.tables import table_element
 from fxfuse.proof.positions.terms import Term, Unreadable
 from fxfuse.proof.positions.views import is_one
 from fxfuse.proof.positions.written import Writes
+from fxfuse.torch_seams import ADD_BATCH_DIM, REMOVE_BATCH_DIM
 
 _SAME = frozenset(["detach", "alias", "clone", "contiguous", "lift_fresh_copy", "detach_", "lift_fresh", "positive"])
 _FILLED = {"zeros": 0, "zeros_like": 0, "new_zeros": 0, "ones": 1, "ones_like": 1, "new_ones": 1}
@@ -99,7 +100,7 @@ class Reader(Elements):
             raise Unreadable(node.op)
         name = op_name(node)
         function = getattr(node.target, "__name__", "")
-        if function in ("_add_batch_dim", "_remove_batch_dim"):
+        if function in (ADD_BATCH_DIM, REMOVE_BATCH_DIM):
             return self._batch_dim(function, node, index)
         if name == "getitem":
             return self._item(node, index)
@@ -189,7 +190,7 @@ class Reader(Elements):
     def _batch_dim(self, function: str, node: Node, index: Index) -> Term:
         """vmap hides an axis of its operands behind a level, and shows it again in the result."""
         source: Any = node.args[0]
-        if function == "_add_batch_dim":
+        if function == ADD_BATCH_DIM:
             axis, level = (int(a) for a in node.args[1:3])  # type: ignore[arg-type]
             if level not in self._levels:
                 raise Unreadable("a vmap that is not closed")

@@ -9,6 +9,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxfuse.proof.arithmetic import float_number
 from fxfuse.proof.positions.terms import Term, Terms
+from fxfuse.torch_seams import version_of
 
 _LARGEST = 1 << 26
 """Elements of a constant that are looked at."""
@@ -28,9 +29,9 @@ def table_element(terms: Terms, name: str, value: torch.Tensor, index: tuple[Ter
         return number(terms, same)
     if value.numel() <= _LARGEST:
         version, known = _known.get(value, (-1, None))
-        if known is None or version != value._version:
+        if known is None or version != version_of(value):
             known = _read(value.detach())
-            _known[value] = value._version, known
+            _known[value] = version_of(value), known
         kind, *said = known
         if kind == "one":
             return number(terms, said[0])

@@ -13,13 +13,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
 
 from fxfuse.patches import Patch, Undo
 from fxfuse.patterns.flex_attention.capturing.closures import with_tensors, without_tensors
 from fxfuse.patterns.flex_attention.capturing.lists import agrees
 from fxfuse.patterns.flex_attention.capturing.one_block import flatten, keyed, unflatten
+from fxfuse.torch_seams import deregister, pytree, without_modes
 
 # The type of mask_mod, which takes tensors, is written out in torch 2.11.
 _LISTS = [n for n, kind in BlockMask.__annotations__.items() if "Tensor" in str(kind) and n != "mask_mod"]
@@ -40,7 +39,7 @@ def block_masks_as_pytrees() -> Patch:
             flatten_with_keys_fn=keyed(_flatten),
             serialized_type_name="torch.nn.attention.flex_attention.BlockMask",
         )
-        return lambda: pytree._deregister_pytree_node(BlockMask)
+        return lambda: deregister(BlockMask)
 
     return (BlockMask, "pytree"), apply
 
@@ -73,6 +72,6 @@ def _says_nothing_more(mask: BlockMask) -> bool:
     if mask not in _agree:
         if type(mask.kv_num_blocks) is not torch.Tensor:
             return False
-        with _disable_current_modes():  # torch.export asks under its own, where no tensor has a value
+        with without_modes():  # torch.export asks under its own, where no tensor has a value
             _agree[mask] = agrees(mask)
     return _agree[mask]

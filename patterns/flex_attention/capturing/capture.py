@@ -10,22 +10,29 @@ replacement is for is said beside it; all of them end with the block.
 from __future__ import annotations
 
 import sys
-import types
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from importlib import import_module
 from typing import Any
 
 import torch
-from torch._C import DispatchKey
-from torch._guards import detect_fake_mode
 
 from fxfuse.patches import Patch, applied, attribute, body, here, item
 from fxfuse.patterns.flex_attention.capturing import arguments, libraries, one_block
+from fxfuse.torch_seams import (
+    FLEX_EMPTY_MASK,
+    FLEX_VALIDATE_DEVICE,
+    DispatchKey,
+    below_autograd,
+    detect_fake_mode,
+    flex_operator_module,
+    flex_wrapper,
+    forget_compiled,
+    forget_dispatch,
+    torch_flex,
+    uncached,
+)
 
 Function = Callable[..., Any]
-torch_flex: Any = import_module("torch.nn.attention.flex_attention")
-torch_operator: Any = import_module("torch._higher_order_ops.flex_attention")  # a function of this name hides it
 
 
 def flex_capture() -> AbstractContextManager[None]:
@@ -47,15 +54,17 @@ def flex_capture() -> AbstractContextManager[None]:
 def _patches() -> Iterator[Patch]:
     operator = torch.ops.higher_order.flex_attention
     yield body(torch_flex.create_block_mask, _create_block_mask)
-    yield _within("_create_empty_block_mask", one_block.create_empty_block_mask)
-    yield attribute(torch_flex, "_validate_device", _validate_device(torch_flex._validate_device))
+    yield _within(FLEX_EMPTY_MASK, one_block.create_empty_block_mask)
+    yield attribute(torch_flex, FLEX_VALIDATE_DEVICE, _validate_device(getattr(torch_flex, FLEX_VALIDATE_DEVICE)))
     yield attribute(torch_flex, "setup_compilation_env", _setup_compilation_env(torch_flex.setup_compilation_env))
-    yield attribute(torch_operator, "trace_flex_attention", _trace_flex_attention(torch_operator.trace_flex_attention))
+    yield attribute(
+        flex_operator_module, "trace_flex_attention", _trace_flex_attention(flex_operator_module.trace_flex_attention)
+    )
     yield item(
         operator.py_kernels,
         DispatchKey.Autograd,
         _forward_only(operator.py_kernels[DispatchKey.Autograd]),
-        lambda: operator._dispatch_cache.pop(DispatchKey.Autograd, None),
+        lambda: forget_dispatch(operator, DispatchKey.Autograd),
     )
     yield arguments.block_masks_as_pytrees()
     if "torchtune" in sys.modules:
@@ -89,25 +98,19 @@ def _setup_compilation_env(original: Function) -> Function:
     Dynamo keeps what it compiled, and asks an exported program's symbols whether they fit its guards, which
     specialises them; and an eager call may meet what a capture compiled, with its modes. Neither finds anything.
     """
-    from torch._dynamo.eval_frame import remove_from_cache  # here: importing torch._dynamo takes a second
-
-    wrapper = next(
-        code
-        for code in torch_flex.flex_attention.__code__.co_consts
-        if isinstance(code, types.CodeType) and code.co_name == "_flex_attention_hop_wrapper"
-    )
+    wrapper = flex_wrapper()
 
     @contextmanager
     def setup_compilation_env() -> Iterator[Any]:
         capturing = torch.compiler.is_exporting() and here()
         if capturing:
-            remove_from_cache(wrapper)
+            forget_compiled(wrapper)
         try:
             with original() as backend:
                 yield backend
         finally:
             if capturing:
-                remove_from_cache(wrapper)
+                forget_compiled(wrapper)
 
     return setup_compilation_env
 
@@ -124,11 +127,8 @@ def _trace_flex_attention(original: Function) -> Function:
         mode = detect_fake_mode(query)
         if mode is None or not here():
             return original(proxy_mode, query, *args, **kwargs)
-        cached, mode.cache_enabled = mode.cache_enabled, False
-        try:
+        with uncached(mode):
             return original(proxy_mode, query, *args, **kwargs)
-        finally:
-            mode.cache_enabled = cached
 
     return trace_flex_attention
 
@@ -139,7 +139,7 @@ def _forward_only(original: Function) -> Function:
     def forward_only(*args: Any, **kwargs: Any) -> Any:
         if not (torch.compiler.is_exporting() and here()):
             return original(*args, **kwargs)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return torch.ops.higher_order.flex_attention(*args, **kwargs)
 
     return forward_only

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
+
+from fxfuse.torch_seams import pytree
 
 Function = Callable[..., Any]
 

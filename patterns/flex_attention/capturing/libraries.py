@@ -14,6 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from fxfuse.patches import Patch, attribute, body, here
 from fxfuse.patterns.flex_attention.capturing.one_block import create_block_mask
+from fxfuse.versions import TUNE_CALL, TUNE_DOCUMENTS
 
 Function = Callable[..., Any]
 
@@ -27,7 +28,7 @@ def torchtune() -> Iterator[Patch]:
         yield body(utils.packed_block_causal_mask, _packed_block_causal_mask)
         # With a GPU it calls a compiled flex_attention that torch.export refuses ("Non-recursive
         # torch.compiler.disable is not supported with torch.export"); without one it takes no BlockMask at all.
-        yield attribute(attention.MultiHeadAttention, "_attention_call", _AttentionCall())
+        yield attribute(attention.MultiHeadAttention, TUNE_CALL, _AttentionCall())
 
 
 def transformers() -> Iterator[Patch]:
@@ -40,7 +41,7 @@ def transformers() -> Iterator[Patch]:
 def packed_block_causal_mask(seq_lens: list[torch.Tensor]) -> BlockMask:
     """TorchTune's mask of packed samples, `seq_lens` a list of lengths for each pack: causal, within a sample."""
     utils: Any = sys.modules["torchtune.modules.attention_utils"]
-    documents = utils._get_document_ids_from_seq_lens(seq_lens)
+    documents = getattr(utils, TUNE_DOCUMENTS)(seq_lens)
 
     def mask_mod(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
         return (q_idx >= kv_idx) & (documents[b, q_idx] == documents[b, kv_idx])
@@ -62,7 +63,7 @@ class _AttentionCall:
     def __get__(self, module: Any, owner: Any = None) -> Any:
         if module is None:
             return self
-        own = module.__dict__["_attention_call"]
+        own = module.__dict__[TUNE_CALL]
 
         def attention_call(q: Any, k: Any, v: Any, mask: Any, dropout_p: float, is_causal: bool) -> Any:
             if not (isinstance(mask, BlockMask) and here()):
@@ -74,7 +75,7 @@ class _AttentionCall:
         return attention_call
 
     def __set__(self, module: Any, value: Any) -> None:
-        module.__dict__["_attention_call"] = value
+        module.__dict__[TUNE_CALL] = value
 
 
 def _fast_all(original: Function) -> Function:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
+from fxfuse.torch_seams import at_every_position
+
 MAX_POSITIONS = 1 << 26
 """Of larger masks the function is not asked at every position."""
 
@@ -37,11 +39,8 @@ def dense(
 ) -> torch.Tensor:
     """What the function says at every position, [B, H, S, T] boolean."""
     b, h, q, k = (torch.arange(n, device=device) for n in (batch, heads, queries, keys))
-    from torch.nn.attention.flex_attention import _vmap_for_bhqkv
-
-    with torch.no_grad(), _indices():
-        kept: torch.Tensor = _vmap_for_bhqkv(mask_mod, prefix=())(b, h, q, k)
-    return kept
+    with torch.no_grad():
+        return at_every_position(mask_mod, b, h, q, k)
 
 
 def disagreement(
@@ -93,10 +92,3 @@ def _positions(blocks: torch.Tensor, block: tuple[int, int], kept: torch.Tensor)
     q = torch.arange(kept.shape[-2], device=kept.device) // block[0]
     k = torch.arange(kept.shape[-1], device=kept.device) // block[1]
     return blocks[:, :, q][..., k]
-
-
-def _indices() -> Any:
-    """`table[q]` with scalar indices, as flex_attention allows them."""
-    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
-
-    return TransformGetItemToIndex()

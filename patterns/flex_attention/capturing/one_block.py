@@ -11,11 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.attention.flex_attention as torch_flex
 from torch.nn.attention.flex_attention import BlockMask
-from torch.utils import _pytree as pytree
 
 from fxfuse.patterns.flex_attention.capturing.closures import with_tensors, without_tensors
+from fxfuse.torch_seams import is_mask_mod, pytree, sliced_mask_mod_error, torch_flex
 
 LARGE = 1 << 30
 """The block size that flex_attention itself gives to "no mask": it compares no lengths with such a mask's."""
@@ -32,7 +31,7 @@ class OneBlockMask(BlockMask):
 
     def __getitem__(self, index: Any) -> OneBlockMask:
         """As with any sliced mask, its function is to be set anew."""
-        return one_block(torch_flex._sliced_mask_mod_error, self.seq_lengths, self.kv_num_blocks.device)
+        return one_block(sliced_mask_mod_error, self.seq_lengths, self.kv_num_blocks.device)
 
     def _adjust(self, new_q_len: int, new_kv_len: int) -> OneBlockMask:
         return one_block(self.mask_mod, (new_q_len, new_kv_len), self.kv_num_blocks.device)
@@ -61,7 +60,7 @@ def create_block_mask(
     """Stands in for torch's `create_block_mask`: the same mask, and no lists."""
     if device is None:
         device = torch.accelerator.current_accelerator() or "cpu"
-    if torch_flex._get_mod_type(mask_mod) != torch_flex._ModificationType.MASK_MOD:
+    if not is_mask_mod(mask_mod):
         raise AssertionError(f"create-block_mask requires a mask_mod function! Got {mask_mod}")  # torch's own words
     return one_block(mask_mod, (Q_LEN, KV_LEN), device, 1 if B is None else B, 1 if H is None else H)
 
