@@ -39,6 +39,7 @@ from fxfuse.recognise.answers import NEAR, Form, Found, Input, Proposal, Reason
 from fxfuse.recognise.kept import SMALL, size_in_bytes
 from fxfuse.recognise.questions import Questions
 from fxfuse.recognise.widened import widened
+from fxfuse.torch_seams import schema_of
 
 DEQUANTIZES = frozenset(
     ["dequantize_affine", "dequantize_per_tensor", "dequantize_per_channel", "dequantize_per_channel_group"]
@@ -277,7 +278,7 @@ def _is_taken_off(node: Node) -> bool:
 
 def _zero_points(node: Node) -> list[Any]:
     """What a library's operator is given as zero points: torchao and TorchTune keep them in the type of the scales."""
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    names = [a.name for a in schema_of(node.target).arguments]  # type: ignore[union-attr]
     return [a for name, a in zip(names, node.args, strict=False) if name.startswith("zero_point")]
 
 
