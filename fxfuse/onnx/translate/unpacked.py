@@ -21,6 +21,7 @@ from fxfuse.graph.program import copy_program
 from fxfuse.graph.view import fake, is_pure, op_name
 from fxfuse.recognise.kept import INNER, Kept
 from fxfuse.state.mutations import mutations
+from fxfuse.torch_seams import is_erased
 
 _DEQUANTIZE = torch.ops.fxfuse.dequantize_linear.default
 _INTEGERS = (0, 2)
@@ -84,6 +85,6 @@ def _erase_unread(source: Node) -> None:
     pending = [source]
     while pending:
         node = pending.pop()
-        if node.op == "call_function" and is_pure(node) and not node.users and not node._erased:
+        if node.op == "call_function" and is_pure(node) and not node.users and not is_erased(node):
             pending.extend(node.all_input_nodes)
             node.graph.erase_node(node)
