@@ -42,6 +42,11 @@ READ = {
     "the smaller of a size and a number": lambda S: I(S) < torch.sym_min(S, 64),
     "slices": lambda S: [I(S)[-3:], I(S)[2:], I(S)[:-1], I(S)[::2], I(S)[-5:-2], I(S)[1::3]],
     "a slice beyond the end": lambda S: I(S)[-1000:],
+    "a grid": lambda S: [
+        *torch.meshgrid(I(S), I(4), indexing="ij"),
+        *torch.meshgrid(I(3), I(S), indexing="xy"),
+        *torch.meshgrid(I(2), I(S), I(3), indexing="xy"),
+    ],
     "what indices below 0 pick": lambda S: [I(S)[I(S) - 1], (I(S) * 10)[apart(S)]],
     "picked": lambda S: [I(S).index_select(0, I(S).flip(0)), I(S * 3).view(S, 3).gather(1, (I(S) % 3)[:, None])],
     "picked by a row and a column": lambda S: apart(S)[I(S)[:, None], I(S).flip(0)],

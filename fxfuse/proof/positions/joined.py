@@ -70,9 +70,20 @@ def _pieces(reader: Elements, node: Node, position: Any, index: Index) -> Term:
     return reader.read(source, (*index[:axis], t.add(begin, index[axis]), *index[axis + 1 :]))
 
 
+def _meshgrid(reader: Elements, node: Node, position: Any, index: Index) -> Term:
+    """Of the grid along one tensor an element depends on the place along that tensor's axis."""
+    tensors: Any = node.args[0]
+    axis = int(position) % len(tensors)
+    part = tensors[axis]
+    if argument(node, "indexing") == "xy" and axis < 2 and len(tensors) > 1:
+        axis = 1 - axis
+    return reader.read(part, (index[axis],) if rank_of(part) else ())
+
+
 _SPLITS = ("split", "split_with_sizes", "chunk", "unbind", "unsafe_split", "unsafe_chunk", "tensor_split")
 JOINED: dict[str, Any] = {
     **dict.fromkeys(("cat", "concat", "concatenate"), _join),
     "stack": _stack,
     **{f"{n}[]": _pieces for n in _SPLITS},
+    "meshgrid[]": _meshgrid,
 }

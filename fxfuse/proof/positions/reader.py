@@ -113,6 +113,9 @@ class Reader(Elements):
             return narrowed(self.terms, self.scalar(given), dtype_of(given), fake(node).dtype)
         if name == "arange":
             return self._counted(node, index)
+        if name == "linspace":
+            ends = tuple(self.scalar(a) for a in node.args[:3])
+            return self.terms.apply("linspace", (*ends, index[0], str(fake(node).dtype)), "real")
         move = MOVES.get(name)
         if move is not None:
             moved: Term = move(self, node, index)
@@ -211,7 +214,8 @@ class Reader(Elements):
             start = self.scalar(node.args[0])
             step = self.scalar(node.args[2]) if len(node.args) > 2 else step
         if "real" in (start.kind, step.kind):
-            raise Unreadable("arange of fractions")
+            # Rounded at every step: no number is claimed, but the same place of the same count is the same.
+            return self.terms.apply("arange", (start, step, index[0], str(fake(node).dtype)), "real")
         found = self.terms.add(start, self.terms.multiply(step, index[0]))
         return narrowed(self.terms, found, torch.int64, fake(node).dtype)
 

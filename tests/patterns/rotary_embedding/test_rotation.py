@@ -144,3 +144,41 @@ def test_layers_under_no_grad_are_fused_and_pass_no_gradient() -> None:
         grads.append({name: p.grad for name, p in run.named_parameters()})
     assert grads[0]["out.weight"] is None and grads[1]["out.weight"] is None
     torch.testing.assert_close(grads[1]["weight"], grads[0]["weight"])
+
+
+class ImageGrid(Rotary):
+    """DINOv3: the patches of an image lie on a grid of fractions, and half of the features tell rows, half columns.
+
+    https://github.com/facebookresearch/dinov3/blob/main/dinov3/layers/rope_position_encoding.py
+    """
+
+    def __init__(self, places: str) -> None:
+        super().__init__()
+        self.places = places
+        self.periods = nn.Buffer(1e2 ** -(torch.arange(0, SIZE, 4) / SIZE), persistent=False)
+
+    def along(self, length: int) -> Tensor:
+        if self.places == "arange":
+            return 2 * torch.arange(0.5, length, dtype=torch.float32) / length - 1
+        return torch.linspace(-1, 1, length)
+
+    def angles(self, x: Tensor) -> Tensor:
+        """``[1, 1, S, D]`` of an image of 4 × S/4 patches."""
+        grid = torch.meshgrid(self.along(4), self.along(3), indexing="ij")
+        angles = torch.stack(grid, -1).flatten(0, 1)[:, :, None] / self.periods  # [S, 2, D/4]
+        return angles.flatten(1, 2).tile(2)[None, None]
+
+    def rotate(self, x: Tensor, angles: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return x * angles.cos() + torch.cat([-second, first], -1) * angles.sin()
+
+
+@pytest.mark.parametrize("places", ["arange", "linspace"])
+def test_angles_on_the_grid_of_an_image(places: str) -> None:
+    torch.manual_seed(0)
+    module = ImageGrid(places).eval()
+    x = torch.randn(2, 12, HEADS * SIZE)
+    fused = fxfuse.fuse(torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},)))
+    assert fxfuse.report(fused).counts == {"RotaryEmbedding": 1}
+    x = torch.randn(3, 12, HEADS * SIZE)
+    torch.testing.assert_close(fused.module()(x), module(x), rtol=1e-5, atol=1e-5)
