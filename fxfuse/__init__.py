@@ -1,7 +1,11 @@
 """fxfuse: pattern fusion for PyTorch export graphs.
 
-Operators are recognised by what a region computes, every rewrite is proven, and each fused op becomes one ONNX node.
-Start with `fuse`; the story is in `fxfuse.fusion`, a pattern in `fxfuse.patterns.rms_norm`.
+Regions of a graph of `torch.export` are recognised by what they compute. Each is replaced by one operator, once it is
+proven that the operator computes the same, and each operator becomes one ONNX node.
+
+`fuse` is the door that all others lead to (`prepass`, `fxfuse.onnx.export`, the plugin `fxfuse.onnx.enabled`, the
+command `fxfuse`), and `fxfuse.fusion` is its story. `fxfuse.patterns.rms_norm` is a pattern to start with;
+`fxfuse.proof` says why a rewrite is right. README.md has a map of the rooms.
 """
 
 from fxfuse.installed import check_installed

@@ -1,8 +1,9 @@
-"""The examples of every README, run as they stand there: each block under a ``<!-- runs: name -->``."""
+"""Every README: its examples, each under a ``<!-- runs: name -->``, run as they stand there, and its links."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from fxfuse.recognise.catalogue import unregister
 from tests.patterns.flex_attention.models import MaskInside
 
 ROOT = Path(__file__).parent.parent
-READMES = (ROOT / "README.md", ROOT / "fxfuse" / "decoder" / "README.md")
+ROOMS = ("fxfuse", "patterns", "tests")
+READMES = [ROOT / "README.md", *(readme for room in ROOMS for readme in sorted((ROOT / room).rglob("*README.md")))]
 FOUND = [
     (readme, *block)
     for readme in READMES
@@ -33,8 +35,19 @@ Names = dict[str, Any]
 
 
 def fused(names: Names) -> None:
-    assert fxfuse.report(names["fused"]).counts == fxfuse.report(names["onnx"]).counts == ALL
-    assert Path("model.onnx").is_file()
+    assert fxfuse.report(names["fused"]).counts == ALL
+
+
+def exported(names: Names) -> None:
+    assert fxfuse.report(names["onnx"]).counts == ALL and Path("model.onnx").is_file()
+
+
+def by_table(names: Names) -> None:
+    assert ALL.items() <= Counter(node.op_type for node in names["onnx"].model.graph).items()
+
+
+def verified(names: Names) -> None:
+    assert names["verification"].operators == ALL
 
 
 def plugin(names: Names) -> None:
@@ -77,8 +90,9 @@ def flex(names: Names) -> None:
     assert entry.parameters["boolean mask"] == "[B, 1, S, T]"
 
 
-def generation(names: Names) -> None:
-    assert names["session"].manifest.cache.form == "static" and [len(row) for row in names["tokens"]] == [8, 8]
+def preview(names: Names) -> None:
+    (entry,) = fxfuse.report(names["onnx"]).fused()
+    assert entry.operator == "Attention" and names["onnx"].model.opset_imports[""] == 25
 
 
 def lifted(names: Names) -> None:
@@ -87,6 +101,7 @@ def lifted(names: Names) -> None:
 
 
 def decoder(names: Names) -> None:
+    assert names["session"].manifest.cache.form == "static"
     assert [len(row) for row in names["tokens"]] == [8, 8] and len(names["endless"]) == 100
     cache = names["stream"].manifest.cache
     assert (cache.form, cache.max_length) == ("streaming", 8)
@@ -94,21 +109,50 @@ def decoder(names: Names) -> None:
 
 CHECKS: dict[str, Callable[[Names], None]] = {
     "fuse": fused,
+    "export": exported,
+    "installed": plugin,
+    "table": by_table,
+    "verify": verified,
     "plugin": plugin,
     "prepass": prepass,
     "transformers": transformers,
     "onward": onward,
     "pattern": pattern,
-    "generation": generation,
     "lifted": lifted,
     "decoder": decoder,
     "flex": flex,
+    "preview": preview,
 }
 """What must be true after a block."""
 
 
 def test_every_block_is_checked() -> None:
     assert BLOCKS.keys() == CHECKS.keys() and len(BLOCKS) == len(FOUND)
+    assert sum(readme.read_text().count("```python") for readme in READMES) == len(FOUND)
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda readme: str(readme.relative_to(ROOT)))
+def test_links_lead_somewhere(readme: Path) -> None:
+    text = readme.read_text()
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    for link in links:
+        path, _, heading = link.partition("#")
+        target = readme.parent / path if path else readme
+        assert target.exists(), link
+        headings = re.findall(r"^#+ (.+)$", target.read_text(), flags=re.MULTILINE) if heading else []
+        assert not heading or heading in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings], link
+
+
+def test_the_picture_is_of_a_layer_as_it_is() -> None:
+    """The counts in the README's drawing, and the operators that it shows after fusing."""
+    model = llama3_2(vocab_size=1000, num_layers=2, num_heads=8, num_kv_heads=2, embed_dim=256, max_seq_len=512).eval()
+    shapes = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
+    program = torch.export.export(model, (torch.zeros(2, 5, dtype=torch.int64),), dynamic_shapes=shapes)
+    layer = fxfuse.report(fxfuse.fuse(program)).layer
+    assert layer is not None and layer.whole and layer.module == "layers.0"
+    assert f"{len(layer.before)} operations before, and {len(layer.after)} after" in READMES[0].read_text()
+    drawn = [call.label for call in layer.after if call.fused]
+    assert drawn == ["rms_norm", "rotary_embedding", "rotary_embedding", "attention", "rms_norm"]
 
 
 @pytest.fixture
@@ -140,7 +184,7 @@ def test_an_example_of_the_readme(block: str, tmp_path: Path, monkeypatch: pytes
         )
         LlamaForCausalLM(config).save_pretrained("llama")
     names: Names = {"model": model, "tokens": torch.arange(10).reshape(2, 5)}
-    if "flex_capture" in BLOCKS[block]:
+    if "document_ids" in BLOCKS[block]:
         names |= {"model": MaskInside(), "x": torch.randn(2, 40, 16), "document_ids": torch.arange(80).view(2, 40) // 9}
     exec(compile(BLOCKS[block], f"README: {block}", "exec"), names)
     CHECKS[block](names)
