@@ -1,4 +1,4 @@
-"""The story: propose, recognise, prove, rewrite, report.
+"""The story: prepare, propose, recognise, prove, rewrite, report.
 
 program = torch.export.export(model, args)
 fused = fxfuse.fuse(program)
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from torch.export import ExportedProgram
 from torch.fx import Graph
@@ -20,18 +20,13 @@ from fxfuse.graph.blocks.inline import inline
 from fxfuse.graph.blocks.put_back import put_back
 from fxfuse.graph.complex.real_parts import real_tables
 from fxfuse.graph.equal import computes_twice, merge_moves, part
-from fxfuse.graph.flex import separate_outputs
 from fxfuse.graph.marks import INSERTED
 from fxfuse.graph.program import check_program, copy_program, name_outputs
 from fxfuse.graph.recompose import recompose, take_apart
 from fxfuse.ops.registry import check_opset
-from fxfuse.options import BUDGET, check_accept, check_budget, check_frozen, check_patterns, check_strict
-from fxfuse.patterns.flex_attention.options import FlexCalls, Windows, check_flex_attention, check_windows
-from fxfuse.patterns.flex_attention.reconstruct import reconstruct
+from fxfuse.options import BUDGET, DEFAULT_OPSET, Options, check_frozen
 from fxfuse.quiet import shared_specs
 from fxfuse.recognise.answers import Pattern
-from fxfuse.recognise.catalogue import catalogue
-from fxfuse.recognise.questions import BlockMasks, check_block_masks
 from fxfuse.report.layer import calls, one_layer
 from fxfuse.report.left import left_alone
 from fxfuse.report.model import Entry, Report
@@ -48,16 +43,14 @@ REPORT = "fxfuse_report"
 def fuse(
     program: ExportedProgram,
     *,
-    opset: int = 24,
+    opset: int = DEFAULT_OPSET,
     patterns: Sequence[Pattern] | None = None,
-    verify: Literal["on", "off"] = "on",
-    block_mask: BlockMasks = "check",
-    flex_attention: FlexCalls = "standard",
-    windows: Windows = "mask",
+    prove: Literal["on", "off"] = "on",
     frozen: bool = False,
     accept: Sequence[str] = (),
     budget: float = BUDGET,
     strict: bool = False,
+    **of_patterns: Any,
 ) -> ExportedProgram:
     """Collapse every region that computes a known operator into one op that maps to one ONNX node.
 
@@ -65,15 +58,7 @@ def fuse(
         program: as `torch.export.export` captured it (the training IR, before any decomposition). Not changed.
         opset: ONNX opset the ops must exist in: 23, 24 or 25.
         patterns: which patterns to look for, in this order; the whole `catalogue()` by default.
-        verify: ``"on"`` proves every rewrite before the graph is touched. ``"off"`` trusts the recognisers.
-        block_mask: what of a `BlockMask` counts in flex_attention. ``"check"``: block lists have to follow from the
-            mask function, or the call is left, and reported. ``"reconstruct"``: where they do not, both count, as in
-            the compiled kernel. ``"assume_mask_mod"``: the function counts, as in the eager one.
-        flex_attention: what a call of flex_attention becomes. ``"standard"``: one Attention, or primitives where its
-            mods allow none. ``"preview"``: FlexAttention of ai.onnx.preview instead of the primitives, the mods in its
-            `score_mod`; ``"preview_only"``: instead of Attention too. No runtime has that operator yet.
-        windows: what ``q - kv <= n`` in a mod becomes. ``"mask"``: a part of the Attention's mask. ``"attributes"``:
-            `left_window_size` and `right_window_size`, which need opset 25 and a runtime that has it.
+        prove: ``"on"`` proves every rewrite before the graph is touched. ``"off"`` trusts the recognisers.
         frozen: do persistent buffers keep what they hold? Every export to ONNX says so, for the file holds their
             values. Otherwise `load_state_dict` may change them, and nothing is concluded from what they hold.
         accept: refusals to overrule, by the names that the report gives them (``"clamp@model.py:12"``): the break is
@@ -83,6 +68,8 @@ def fuse(
         budget: seconds after which the search for more ends; the report says so. What is fused by then stays.
         strict: is a norm left that keeps rows from 0 by a bound, ``F.normalize(x) * √D * g``? An operator only adds an
             epsilon. Where rows of 1e-6 and more come out the same it is fused, and the report says from where on.
+        **of_patterns: options of single patterns, by the keywords that these declare; ``fxfuse patterns`` lists them,
+            and each pattern's class says what its own mean. ``verify`` is an older name of `prove`.
 
     A pattern that fails does not take the others down: the report says which one failed, and how.
 
@@ -95,52 +82,48 @@ def fuse(
     Raises:
         FxfuseError: not an exported program, fused already, an opset outside 23–25, or an option that is none.
     """
-    program = check_program(program)
     check_opset(opset)
-    if verify not in ("on", "off"):
-        raise FxfuseError(f"unknown verify={verify!r}", where="verify", hint='"on" or "off"')
-    check_block_masks(block_mask)
-    check_flex_attention(flex_attention)
-    check_windows(windows, opset)
     check_frozen(frozen)
-    check_accept(accept)
-    check_budget(budget)
-    check_strict(strict)
-    if patterns is not None:
-        check_patterns(patterns)
-    chosen = [p for p in (catalogue() if patterns is None else patterns) if p.since_opset <= opset]
-    until = time.perf_counter() + budget
-    asking = Asking(block_mask, flex_attention, windows, frozen, frozenset(accept), until, strict)
+    options = Options(opset, patterns, prove, frozen, accept, budget, strict).but(**of_patterns)
+    return fuse_with(program, options)
+
+
+def fuse_with(program: ExportedProgram, options: Options) -> ExportedProgram:
+    """`fuse`, as the doors call it: with options that were put together, and checked, where they were given."""
+    program = check_program(program)
+    opset = options.opset or DEFAULT_OPSET
+    chosen = options.chosen(opset)
+    until = time.perf_counter() + options.budget
+    asking = Asking(bool(options.frozen), frozenset(options.accept), until, options.strict)
     broken: list[Entry] = []
     while True:
         try:
-            result = _fused(program, opset, chosen, verify == "on", asking)
+            result = _fused(program, opset, chosen, options.prove == "on", asking)
             break
-        except Broken as error:  # halfway through a rewrite: begin anew, without the pattern
+        except Broken as error:  # halfway through a change of the graph: begin anew, without the pattern
             chosen = [p for p in chosen if p is not error.pattern]
             broken.append(error.entry)
     found = result.graph_module.meta[REPORT]
     found.entries.extend(broken)
-    settle(found, accept, program.graph_module)
+    settle(found, options.accept, program.graph_module)
     return result
 
 
 def _fused(
-    program: ExportedProgram, opset: int, patterns: Sequence[Pattern], verified: bool, asking: Asking
+    program: ExportedProgram, opset: int, patterns: Sequence[Pattern], proving: bool, asking: Asking
 ) -> ExportedProgram:
     """The program with these patterns applied, and its report.
 
     Raises:
-        Broken: what a pattern puts in its place does not fit into the graph.
+        Broken: what a pattern puts in its place does not fit into the graph, or it failed while it prepared it.
     """
     started = time.perf_counter()
     result = copy_program(program)
     report = Report(opset, nodes_before=_calls(result.graph))
-    run = Run(result, report, verified, asking)
+    run = Run(result, report, proving, asking)
     blocks = inline(result)
-    separate_outputs(list(result.graph.nodes))
-    if asking.block_mask == "reconstruct":
-        reconstruct(result, asking.of(result))
+    for pattern in patterns:
+        run.prepare(pattern)
     before = calls(result.graph)
     recomposed = recompose(result.graph)
     writes = functionalise(result.graph)

@@ -15,19 +15,16 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar, overload
+from collections.abc import Callable
+from typing import Any, TypeVar, overload
 
 from torch import nn
 from torch.export import ExportedProgram
 
 from fxfuse.errors import FxfuseError
-from fxfuse.fusion import fuse
-from fxfuse.options import BUDGET, Options
+from fxfuse.fusion import fuse_with
+from fxfuse.options import Options
 from fxfuse.patterns.flex_attention.capturing.capture import flex_capture
-from fxfuse.patterns.flex_attention.options import FlexCalls, Windows
-from fxfuse.recognise.answers import Pattern
-from fxfuse.recognise.questions import BlockMasks
 from fxfuse.torch_seams import sizes_of_one
 
 T = TypeVar("T", bound=Callable[..., Any])
@@ -40,71 +37,18 @@ _functions: weakref.WeakKeyDictionary[Callable[..., Any], Callable[..., Any]] = 
 
 
 @overload
-def prepass(target: T, /) -> T: ...
+def prepass(target: None = None, /, **options: Any) -> Callable[[T], T]: ...
 @overload
-def prepass(
-    target: None = None,
-    /,
-    *,
-    opset: int | None = None,
-    patterns: Sequence[Pattern] | None = None,
-    verify: Literal["on", "off"] = "on",
-    block_mask: BlockMasks = "check",
-    flex_attention: FlexCalls = "standard",
-    windows: Windows = "mask",
-    frozen: bool | None = None,
-    accept: Sequence[str] = (),
-    budget: float = BUDGET,
-    strict: bool = False,
-) -> Callable[[T], T]: ...
-@overload
-def prepass(
-    target: T,
-    /,
-    *,
-    opset: int | None = None,
-    patterns: Sequence[Pattern] | None = None,
-    verify: Literal["on", "off"] = "on",
-    block_mask: BlockMasks = "check",
-    flex_attention: FlexCalls = "standard",
-    windows: Windows = "mask",
-    frozen: bool | None = None,
-    accept: Sequence[str] = (),
-    budget: float = BUDGET,
-    strict: bool = False,
-) -> T: ...
-def prepass(
-    target: Any = None,
-    /,
-    *,
-    opset: int | None = None,
-    patterns: Sequence[Pattern] | None = None,
-    verify: Literal["on", "off"] = "on",
-    block_mask: BlockMasks = "check",
-    flex_attention: FlexCalls = "standard",
-    windows: Windows = "mask",
-    frozen: bool | None = None,
-    accept: Sequence[str] = (),
-    budget: float = BUDGET,
-    strict: bool = False,
-) -> Any:
+def prepass(target: T, /, **options: Any) -> T: ...
+def prepass(target: Any = None, /, **options: Any) -> Any:
     """Fuse what `target` exports.
 
     Args:
         target: a function that returns an `ExportedProgram`, an `nn.Module` class or an `nn.Module`. Left out, a
             decorator for these is returned.
-        opset: ONNX opset the ops must exist in. None is 24 for a function, for a module the opset of its export;
-            a module that is exported at another opset is fused for the older of the two.
-        patterns: which patterns to look for, in this order; None is the whole catalogue.
-        verify: ``"off"`` applies matches that were recognised but not proven.
-        block_mask: what of a `BlockMask` counts in flex_attention; see `fxfuse.fuse`.
-        flex_attention: what a call of flex_attention becomes; see `fxfuse.fuse`.
-        windows: what windows in flex_attention become; see `fxfuse.fuse`.
-        frozen: do persistent buffers keep what they hold? None is no for a function, whose program can still be given
-            other buffers, and yes for a module on its way to ONNX.
-        accept: refusals to overrule by name; see `fxfuse.fuse`.
-        budget: seconds after which the search ends; see `fxfuse.fuse`.
-        strict: is nothing fused that differs on the smallest rows? See `fxfuse.fuse`.
+        **options: those of `fxfuse.fuse`: ``opset``, ``patterns``, ``prove``, ``frozen``, ``accept``, ``budget``,
+            ``strict`` and what single patterns have. Of a module, ``opset`` is by default that of its export, and
+            where both are said it is fused for the older of the two; ``frozen`` is then True by default.
 
     Returns:
         For a function another of the same name and signature, which returns the program fused, and raises FxfuseError
@@ -115,8 +59,8 @@ def prepass(
     Raises:
         FxfuseError: bad options, or a target that is none of these.
     """
-    options = Options(opset, patterns, verify, block_mask, flex_attention, windows, frozen, accept, budget, strict)
-    return functools.partial(_apply, options) if target is None else _apply(options, target)
+    given = Options.given(**options)
+    return functools.partial(_apply, given) if target is None else _apply(given, target)
 
 
 def options_of(module: object) -> Options | None:
@@ -161,7 +105,7 @@ def _fused(target: Callable[..., Any], options: Options) -> Callable[..., Export
                 where=getattr(function, "__qualname__", repr(function)),
                 hint="decorate the function that calls torch.export.export",
             )
-        return fuse(program, **options.arguments)
+        return fuse_with(program, options)
 
     _functions[exported] = function
     return exported

@@ -13,12 +13,11 @@ from torch.export import ExportedProgram
 
 from fxfuse.graph.region import Region
 from fxfuse.graph.view import op_name
-from fxfuse.patterns.flex_attention.options import FlexCalls, Windows
 from fxfuse.proof.accepted import BOUNDS, break_name
 from fxfuse.proof.evaluate import CannotEvaluate
 from fxfuse.proof.prove import Refused, prove
 from fxfuse.recognise.answers import Found, Pattern
-from fxfuse.recognise.questions import BlockMasks, OutOfTime, Questions, may_change, written_targets
+from fxfuse.recognise.questions import OutOfTime, Questions, may_change, written_targets
 
 REGIONS = 3
 """Of one anchor, how many are asked again."""
@@ -28,9 +27,6 @@ REGIONS = 3
 class Asking:
     """What the caller allows to be concluded, and until when."""
 
-    block_mask: BlockMasks
-    flex_attention: FlexCalls
-    windows: Windows
     frozen: bool
     accept: frozenset[str]
     until: float
@@ -43,9 +39,6 @@ class Asking:
             self.written[id(program)] = written_targets(program)
         return Questions(
             program,
-            self.block_mask,
-            self.flex_attention,
-            self.windows,
             frozen=self.frozen if frozen is None else frozen,
             strict=self.strict,
             accept=self.accept | frozenset(accept),

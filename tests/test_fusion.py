@@ -128,7 +128,7 @@ def test_only_the_patterns_asked_for(program: ExportedProgram) -> None:
 
 
 def test_verify_off_fuses_the_same(program: ExportedProgram) -> None:
-    assert fxfuse.report(fxfuse.fuse(program, verify="off")).counts == fxfuse.report(fxfuse.fuse(program)).counts
+    assert fxfuse.report(fxfuse.fuse(program, prove="off")).counts == fxfuse.report(fxfuse.fuse(program)).counts
 
 
 def test_unfuse_gives_back_aten(program: ExportedProgram) -> None:
@@ -218,7 +218,9 @@ def test_bad_input(program: ExportedProgram) -> None:
         fxfuse.fuse(Block())  # type: ignore[arg-type]
     with pytest.raises(fxfuse.FxfuseError, match="fused already"):
         fxfuse.fuse(fxfuse.fuse(program))
+    with pytest.raises(fxfuse.FxfuseError, match="prove"):
+        fxfuse.fuse(program, prove="maybe")  # type: ignore[arg-type]
     with pytest.raises(fxfuse.FxfuseError, match="verify"):
-        fxfuse.fuse(program, verify="maybe")  # type: ignore[arg-type]
+        fxfuse.fuse(program, verify="maybe")
     with pytest.raises(fxfuse.FxfuseError, match="no fusion report"):
         fxfuse.report(program)

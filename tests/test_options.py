@@ -1,10 +1,12 @@
-"""`frozen`, `accept` and `budget` at every door: what ends in ONNX takes buffers for constants."""
+"""Options at every door: `frozen`, `accept` and `budget`, and what single patterns declare."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,6 +18,13 @@ import fxfuse.onnx
 from fxfuse.cli import main
 from fxfuse.errors import FxfuseError
 from fxfuse.options import Options
+from fxfuse.patterns.flex_attention import PATTERN as FLEX_ATTENTION
+from fxfuse.patterns.flex_attention import FlexAttention
+from fxfuse.patterns.rms_norm import PATTERN as RMS_NORM
+from fxfuse.patterns.rotary_embedding import PATTERN as ROTARY_EMBEDDING
+from fxfuse.recognise.answers import Found
+from fxfuse.recognise.catalogue import register, unregister
+from fxfuse.recognise.declared import check_declared, option
 
 X = torch.randn(2, 5, 4, 16)
 ANGLES = torch.randn(5, 8)
@@ -148,6 +157,125 @@ def test_decoders_refuse_what_is_none_before_they_load() -> None:
 
 
 def test_what_a_door_hands_on() -> None:
-    assert Options().arguments["frozen"] is False and Options().for_export(24)["frozen"] is True
-    assert Options(frozen=False).for_export(24)["frozen"] is False and Options(frozen=True).arguments["frozen"] is True
-    assert Options(accept=["a@b.py:1"], budget=3).for_export(23)["accept"] == ("a@b.py:1",)
+    assert Options().frozen is None and Options().for_export(24).frozen is True
+    assert Options(frozen=False).for_export(24).frozen is False
+    assert Options(accept=["a@b.py:1"], budget=3).for_export(23) == Options(
+        23, frozen=True, accept=["a@b.py:1"], budget=3
+    )
+    assert Options(23).for_export(24).opset == 23 and Options(25).for_export(24).opset == 24
+
+
+def test_what_is_said_anew_and_what_stays() -> None:
+    marked = Options.given(opset=25, windows="attributes", budget=3.0)
+    options = marked.but(flex_attention="preview", budget=5.0, accept=None)
+    assert options.of_patterns == {"windows": "attributes", "flex_attention": "preview"}
+    assert options.budget == 5.0 and options.accept == () and options.opset == 25
+
+
+def test_options_become_the_patterns_own() -> None:
+    given = Options.given(windows="attributes", block_mask="reconstruct").chosen(25)
+    assert FlexAttention(windows="attributes", block_mask="reconstruct") in given and FLEX_ATTENTION not in given
+    mine = FlexAttention(calls="preview")
+    assert Options(patterns=[mine]).chosen(24) == [mine], "what the pattern says itself stays"
+    assert Options(patterns=[mine]).but(flex_attention="standard").chosen(24) == [FLEX_ATTENTION], "a keyword wins"
+    assert Options(patterns=[RMS_NORM]).but(windows="mask").chosen(24) == [RMS_NORM]
+    for wrong in ({"windows": "yes"}, {"windoes": "mask"}):
+        with pytest.raises(FxfuseError, match=f"where: {next(iter(wrong))}"):
+            Options.given(**wrong)
+    with pytest.raises(FxfuseError, match="from opset 25 on"):
+        Options(24, patterns=[FlexAttention(windows="attributes")])
+    with pytest.raises(FxfuseError, match="unknown flex_attention='some'"):
+        FlexAttention(calls="some")
+
+
+def test_prove_is_the_word_and_verify_its_older_name(program: ExportedProgram) -> None:
+    for options in ({"prove": "off"}, {"verify": "off"}):
+        (entry,) = fxfuse.report(fxfuse.fuse(program, frozen=True, **options)).fused("RotaryEmbedding")
+        assert entry.evidence is None
+        assert Options.given(**options).prove == "off"
+    (entry,) = fxfuse.report(fxfuse.fuse(program, frozen=True)).fused("RotaryEmbedding")
+    assert entry.evidence is not None
+    with pytest.raises(FxfuseError, match="differ"):
+        Options.given(prove="on", verify="off")
+
+
+@dataclass(frozen=True)
+class Norms:
+    """A pattern of somebody's own, with an option: norms that it takes before the shipped pattern does."""
+
+    name = "norms_on_request"
+    operator = "RMSNormalization"
+    since_opset = 23
+    my_norms: Literal["left", "taken"] = option(
+        Literal["left", "taken"], help="what becomes of norms: 100% of them are taken, or none"
+    )
+
+    def __post_init__(self) -> None:
+        check_declared(self)
+
+    def propose(self, view: Any, ask: Any) -> Iterator[Any]:
+        if self.my_norms == "taken":
+            yield from RMS_NORM.propose(view, ask)
+
+    def recognise(self, region: Any, ask: Any) -> Any:
+        answer = RMS_NORM.recognise(region, ask)
+        return replace(answer, parameters={"taken": "on request"}) if isinstance(answer, Found) else answer
+
+
+@pytest.fixture
+def norms() -> Iterator[None]:
+    register(Norms())
+    yield
+    unregister("norms_on_request")
+
+
+class Norm(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+
+
+def taken(fused: Any) -> bool:
+    (entry,) = fxfuse.report(fused).fused("RMSNormalization")
+    return entry.parameters == {"taken": "on request"}
+
+
+def test_an_option_of_a_pattern_of_ones_own_is_there_at_every_door(
+    norms: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, args, keyword = Norm().eval(), (X,), {"my_norms": "taken"}
+    program = torch.export.export(model, args)
+    assert not taken(fxfuse.fuse(program)) and taken(fxfuse.fuse(program, **keyword))
+    assert taken(fxfuse.prepass(torch.export.export, **keyword)(model, args))
+    assert taken(fxfuse.onnx.export(program, **keyword))
+    assert taken(fxfuse.onnx.export(fxfuse.prepass(Norm().eval(), **keyword), args))
+    with fxfuse.onnx.enabled(**keyword):
+        assert taken(torch.onnx.export(model, args, dynamo=True, opset_version=24, verbose=False))
+    fxfuse.onnx.install(**keyword)
+    try:
+        assert taken(torch.onnx.export(model, args, dynamo=True, opset_version=24, verbose=False))
+    finally:
+        fxfuse.onnx.uninstall()
+    fxfuse.verify(program, fxfuse.fuse(program, **keyword), **keyword)
+    torch.export.save(program, tmp_path / "m.pt2")
+    report = tmp_path / "r.json"
+    assert main(["inspect", str(tmp_path / "m.pt2"), "--my-norms", "taken", "--report", str(report)]) == 0
+    entries = json.loads(report.read_text())["report"]["entries"]
+    assert [e["parameters"] for e in entries if e["status"] == "fused"] == [{"taken": "on request"}]
+    with pytest.raises(SystemExit):
+        main(["export", "--help"])
+    assert "what becomes of norms: 100% of them are taken" in " ".join(capsys.readouterr().out.split())
+    for door in (fxfuse.prepass, fxfuse.onnx.install, lambda **wrong: fxfuse.fuse(program, **wrong)):
+        with pytest.raises(FxfuseError, match="where: my_norms"):
+            door(my_norms="some")
+
+
+def test_a_pattern_that_fails_while_it_makes_a_program_ready_is_left_out(program: ExportedProgram) -> None:
+    class Failing(Norms):
+        def prepare(self, program: ExportedProgram, ask: Any) -> None:
+            program.graph.erase_node(next(n for n in reversed(program.graph.nodes) if n.op == "output"))
+            raise ZeroDivisionError("halfway")
+
+    report = fxfuse.report(fxfuse.fuse(program, patterns=[Failing(), ROTARY_EMBEDDING], frozen=True))
+    assert report.counts == {"RotaryEmbedding": 1}
+    (entry,) = report.refused()
+    assert "failed while it made the program ready" in str(entry.reason) and "halfway" in str(entry.reason)

@@ -116,7 +116,7 @@ def test_the_report_says_how_it_failed(program: ExportedProgram, does: dict[str,
 
 @pytest.mark.parametrize("form", [boom, lambda x: 3, lambda x: None, lambda x: (x, x), lambda x: [x, 3]])
 def test_a_replacement_that_was_not_proven_does_not_break_the_graph(program: ExportedProgram, form: Any) -> None:
-    report = fused(program, Failing(form=form), verify="off")
+    report = fused(program, Failing(form=form), prove="off")
     assert report.counts == {"RMSNormalization": 1}
     (entry,) = [e for e in report if e.operator == "Failing"]
     assert entry.status == "refused" and entry.reason

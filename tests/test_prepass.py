@@ -58,7 +58,7 @@ def test_a_function_of_the_users() -> None:
         """Capture it."""
         return torch.export.export(module, (X[:batch],), dynamic_shapes=BY_NAME)
 
-    @fxfuse.prepass(opset=23, patterns=[ATTENTION], verify="off")
+    @fxfuse.prepass(opset=23, patterns=[ATTENTION], prove="off")
     def other(module: nn.Module) -> ExportedProgram:
         return torch.export.export(module, (X,))
 
@@ -182,7 +182,7 @@ def test_the_plugin_reads_the_mark() -> None:
 
 
 def test_arguments_go_before_the_mark() -> None:
-    module = fxfuse.prepass(Gated().eval(), opset=23, patterns=[RMS_NORM], verify="off")
+    module = fxfuse.prepass(Gated().eval(), opset=23, patterns=[RMS_NORM], prove="off")
     ours = fxfuse.onnx.export(module, (X,), opset_version=24, patterns=[ATTENTION], prove="on")
     assert counts(ours) == {"Attention": 1} and ours.model.opset_imports[""] == 24
 

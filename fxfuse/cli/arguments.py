@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from pathlib import Path
-from typing import get_args
+from typing import Any
 
 from fxfuse.cli import commands
 from fxfuse.cli.parity import parity
 from fxfuse.cli.two_programs import verify
 from fxfuse.options import BUDGET
-from fxfuse.patterns.flex_attention.options import FlexCalls, Windows
+from fxfuse.recognise.catalogue import catalogue
+from fxfuse.recognise.declared import keywords
 
 SOURCES = """\
 SOURCE is one of
@@ -120,19 +122,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _source(sub: argparse.ArgumentParser) -> None:
     _model(sub, None)
-    sub.add_argument(
-        "--flex-attention",
-        choices=get_args(FlexCalls),
-        default="standard",
-        help="what a call of flex_attention becomes: Attention or primitives (standard), FlexAttention of "
-        "ai.onnx.preview instead of primitives (preview) or of both (preview_only)",
-    )
-    sub.add_argument(
-        "--windows",
-        choices=get_args(Windows),
-        default="mask",
-        help="what windows in flex_attention become: part of the mask, or attributes of Attention (opset 25)",
-    )
+    _of_patterns(sub)
     sub.add_argument(
         "--accept",
         action="append",
@@ -149,6 +139,31 @@ def _source(sub: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="also write the report here: a page (.html) or data (.json); repeatable",
     )
+
+
+class _OfPattern(argparse.Action):
+    """Keeps the option of a pattern beside those of other patterns, apart from the command's own."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        namespace.of_patterns = {**namespace.of_patterns, self.dest: values}
+
+
+def _of_patterns(sub: argparse.ArgumentParser) -> None:
+    """The options that the patterns of the catalogue declare."""
+    sub.set_defaults(of_patterns={})
+    for one in keywords(catalogue()).values():
+        told = f"{one.help} (default {one.default})".replace("%", "%%")
+        with suppress(argparse.ArgumentError):  # the command has a flag of that name: in Python there is the keyword
+            sub.add_argument(
+                one.flag,
+                dest=one.keyword,
+                action=_OfPattern,
+                choices=one.values,
+                default=argparse.SUPPRESS,
+                help=told,
+            )
 
 
 def _budget(sub: argparse.ArgumentParser) -> None:

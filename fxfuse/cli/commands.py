@@ -6,7 +6,6 @@ import argparse
 import gc
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -20,14 +19,14 @@ from fxfuse.cli.reports import REPORT, report_files, run_record
 from fxfuse.cli.state import describe, record_of
 from fxfuse.errors import FxfuseError, ParityError
 from fxfuse.files import move_into, save, staging
+from fxfuse.fusion import fuse_with
 from fxfuse.onnx.exporter import lifted_program, names_of, translate
 from fxfuse.onnx.state_names import name_states
 from fxfuse.ops.registry import check_opset
-from fxfuse.options import BUDGET, check_accept, check_budget
+from fxfuse.options import Options
 from fxfuse.parity import working_dtype
 from fxfuse.parity.eager import Check, check_fused, check_model, expectations
 from fxfuse.parity.original import original_outputs
-from fxfuse.patterns.flex_attention.options import check_windows
 from fxfuse.pretrained import look, output_names
 from fxfuse.pretrained.dtypes import FOR_A_CPU, NO_BFLOAT16
 from fxfuse.pretrained.files import copy_configuration, copy_tokenizer
@@ -52,7 +51,7 @@ def export(arguments: argparse.Namespace, out: Console, err: Console) -> None:
     check_options(arguments, holds)
     if generates(arguments, holds):
         return export_generation(arguments, holds, out, err)
-    request = request_of(arguments)
+    options, request = fusing(arguments), request_of(arguments)
     target: Path = arguments.out
     if target.exists() and not target.is_dir():
         raise FxfuseError("the output folder is a file", where=str(target))
@@ -61,7 +60,7 @@ def export(arguments: argparse.Namespace, out: Console, err: Console) -> None:
         loaded, lifted = load_program(request, stages)
         program = lifted.program
         with stages.stage("fuse"):
-            fused = fxfuse.fuse(program, **fusing(arguments))
+            fused = fuse_with(program, options)
         report = fxfuse.report(fused)
 
         expected, checks = [], list[Check]()
@@ -123,12 +122,12 @@ def inspect(arguments: argparse.Namespace, out: Console, err: Console) -> None:
     Raises:
         FxfuseError: bad input.
     """
-    request = request_of(arguments)
+    options, request = fusing(arguments), request_of(arguments)
     stages = Stages(err)
     with report_files(arguments.report) as write_reports:
         _, lifted = load_program(request, stages)
         with stages.stage("fuse"):
-            report = fxfuse.report(fxfuse.fuse(lifted.program, **fusing(arguments)))
+            report = fxfuse.report(fuse_with(lifted.program, options))
         tables.show_report(out, report)
         out.print(
             f"{sum(stages.seconds.values()):.1f} s, of which fusing {stages.seconds['fuse']:.1f} s; "
@@ -158,25 +157,25 @@ def patterns(arguments: argparse.Namespace, out: Console, err: Console) -> None:
     tables.show_patterns(out, list(catalogue()))
 
 
-def fusing(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What `fxfuse.fuse` is asked for."""
-    return {
-        "opset": arguments.opset,
-        "flex_attention": arguments.flex_attention,
-        "windows": arguments.windows,
-        "frozen": True,  # what is written holds the values of the buffers
-        "accept": arguments.accept,
-        "budget": arguments.budget,
-        "strict": arguments.strict,
-    }
+def fusing(arguments: argparse.Namespace) -> Options:
+    """How it is to be fused; what is written holds the values of the buffers, which are frozen for that.
+
+    Raises:
+        FxfuseError: an option is not what it should be.
+    """
+    return Options.given(
+        opset=arguments.opset,
+        frozen=True,
+        accept=arguments.accept,
+        budget=arguments.budget,
+        strict=arguments.strict,
+        **arguments.of_patterns,
+    )
 
 
 def request_of(arguments: argparse.Namespace) -> source.Request:
-    """Everything that can be wrong with the arguments alone, before any of the long work."""
+    """Everything that can be wrong with the arguments for the source alone, before any of the long work."""
     check_opset(arguments.opset)
-    check_windows(getattr(arguments, "windows", "mask"), arguments.opset)
-    check_accept(getattr(arguments, "accept", ()))
-    check_budget(getattr(arguments, "budget", BUDGET))
     return source.Request(
         arguments.source,
         source.parse_dtype(arguments.dtype),

@@ -24,6 +24,8 @@ from fxfuse.package.genai import check_form
 from fxfuse.parity.eager import Check
 from fxfuse.pretrained import Holds, check_dtype, dtype_for_cpu, load
 from fxfuse.pretrained.dtypes import CPU_DTYPES, FOR_A_CPU, NO_BFLOAT16
+from fxfuse.recognise.catalogue import catalogue
+from fxfuse.recognise.declared import keywords
 from fxfuse.report.record import dumps
 
 
@@ -50,10 +52,9 @@ def check_options(arguments: argparse.Namespace, holds: Holds | None) -> None:
             if value:
                 raise FxfuseError(f"{option} does not apply to a checkpoint's folder", where=arguments.source)
     if generates(arguments, holds):
-        flex = {"--flex-attention": arguments.flex_attention, "--windows": arguments.windows}
-        for option, value in flex.items():
-            if value not in ("standard", "mask"):
-                raise FxfuseError(f"{option} does not apply to a graph with a cache", where=arguments.source)
+        for keyword, one in keywords(catalogue()).items():
+            if arguments.of_patterns.get(keyword, one.default) != one.default:
+                raise FxfuseError(f"{one.flag} does not apply to a graph with a cache", where=arguments.source)
         check_opset(arguments.opset)
         check_accept(arguments.accept)
         check_budget(arguments.budget)

@@ -9,6 +9,7 @@ from rich.table import Table
 from fxfuse.cli.progress import Stages, human, peak_memory
 from fxfuse.parity.eager import Check
 from fxfuse.recognise.answers import Pattern
+from fxfuse.recognise.declared import declared
 from fxfuse.repair import Repaired
 from fxfuse.report.model import Report
 from fxfuse.report.proven import lines as proofs
@@ -84,10 +85,12 @@ def show_repairs(console: Console, done: Repaired) -> None:
 
 def show_patterns(console: Console, patterns: list[Pattern]) -> None:
     """The catalogue."""
-    table = _table("Patterns", "name", (), "operator", "what it is")
+    table = _table("Patterns", "name", (), "operator", "what it is", "options")
     for pattern in patterns:
         summary = (pattern.__doc__ or "").strip().split("\n\n")[0]
-        table.add_row(escape(pattern.name), escape(pattern.operator), escape(" ".join(summary.split())))
+        options = "\n".join(f"{one.flag} {'|'.join(one.values)}" for one in declared(pattern))
+        what = " ".join(summary.split())
+        table.add_row(*map(escape, (pattern.name, pattern.operator, what, options)))
     console.print(table)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch.fx import Graph, Node
 
 from fxfuse.graph.blocks.wrapped import Wrapped, block
+from fxfuse.graph.higher_order import higher_order
 from fxfuse.torch_seams import schema_of
 
 LAYOUT = frozenset(
@@ -206,7 +207,7 @@ def is_pure(node: Node) -> bool:
     """Computes a value from its inputs and does nothing else."""
     if node.op != "call_function":
         return False
-    if node.target is operator.getitem or node.target is torch.ops.higher_order.flex_attention:
+    if node.target is operator.getitem or higher_order(node) is not None:
         return True
     schema = schema_of(node.target)
     if schema is None or schema.is_mutable:

@@ -14,15 +14,15 @@ fxfuse is not installed too. Needs transformers 5.23 or later (``pip install 'fx
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from fxfuse.errors import FxfuseError
 from fxfuse.installed import check_installed
-from fxfuse.onnx.plugin import activation, enabled
+from fxfuse.onnx.plugin import enabled
 from fxfuse.ops.registry import check_opset
-from fxfuse.options import BUDGET, DEFAULT_OPSET
+from fxfuse.options import BUDGET, DEFAULT_OPSET, Options
 from fxfuse.quiet import quiet
 from fxfuse.recognise.answers import Pattern
 
@@ -57,19 +57,32 @@ class FxfuseConfig(OnnxConfig):  # type: ignore[misc]
     budget: float = BUDGET
     strict_fusion: bool = False
     """`strict` of `fxfuse.onnx.export`; the field `strict` is torch.export's."""
+    of_patterns: Mapping[str, Any] = field(default_factory=dict)
+    """Options of single patterns, by keyword: ``{"windows": "attributes"}``."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.opset_version is None:
             self.opset_version = DEFAULT_OPSET
         check_opset(self.opset_version)
-        activation(self.patterns, self.prove, accept=self.accept, budget=self.budget, strict=self.strict_fusion)
+        Options.given(**self.fusing())
         if self.ort_fusions is not None:
             raise FxfuseError(
                 "ort_fusions writes operators of ONNX Runtime's own, fxfuse the standard ones",
                 where="ort_fusions",
                 hint='leave it out, or use export_format="onnx"',
             )
+
+    def fusing(self) -> dict[str, Any]:
+        """Keywords of `fxfuse.onnx.enabled`."""
+        return {
+            "patterns": self.patterns,
+            "prove": self.prove,
+            "accept": self.accept,
+            "budget": self.budget,
+            "strict": self.strict_fusion,
+            **self.of_patterns,
+        }
 
 
 class FxfuseExporter(OnnxExporter):  # type: ignore[misc]
@@ -83,14 +96,7 @@ class FxfuseExporter(OnnxExporter):  # type: ignore[misc]
     def export_program(
         self, model: Any, sample_inputs: MutableMapping[str, Any], config: FxfuseConfig
     ) -> tuple[Any, Any]:
-        fusing = enabled(
-            patterns=config.patterns,
-            prove=config.prove,
-            accept=config.accept,
-            budget=config.budget,
-            strict=config.strict_fusion,
-        )
-        with fusing, quiet():
+        with enabled(**config.fusing()), quiet():
             program: tuple[Any, Any] = super().export_program(model, sample_inputs, config)
         return program
 

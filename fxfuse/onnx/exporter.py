@@ -15,7 +15,8 @@ from torch.export.graph_signature import InputKind
 import fxfuse
 from fxfuse.errors import FxfuseError
 from fxfuse.files import save
-from fxfuse.fusion import REPORT
+from fxfuse.fusion import REPORT, fuse_with
+from fxfuse.graph.higher_order import higher_order
 from fxfuse.graph.program import without_guards
 from fxfuse.graph.source import source_line
 from fxfuse.onnx.active import within
@@ -37,11 +38,9 @@ from fxfuse.ops import holds_fused, translation_table
 from fxfuse.ops.registry import check_opset
 from fxfuse.options import Options
 from fxfuse.parity import require_onnxruntime
-from fxfuse.patterns.flex_attention.options import FlexCalls, Windows
 from fxfuse.prepass import options_of
 from fxfuse.quiet import quiet
 from fxfuse.recognise.answers import Pattern
-from fxfuse.recognise.questions import BlockMasks
 from fxfuse.state.lift import Lifted, lift
 from fxfuse.state.mutations import mutations
 from fxfuse.torch_seams import one_at_a_time
@@ -60,9 +59,6 @@ def export(
     external_data: bool = True,
     prove: Literal["on", "off"] | None = None,
     patterns: Sequence[Pattern] | None = None,
-    block_mask: BlockMasks | None = None,
-    flex_attention: FlexCalls | None = None,
-    windows: Windows | None = None,
     frozen: bool | None = None,
     accept: Sequence[str] | None = None,
     budget: float | None = None,
@@ -79,6 +75,7 @@ def export(
     dump_exported_program: bool = False,
     artifacts_dir: str | os.PathLike[str] = ".",
     dynamo: bool = True,
+    **of_patterns: Any,
 ) -> torch.onnx.ONNXProgram:
     """Exports `model` to ONNX with its RMSNorms, rotary embeddings and attentions as single standard operators.
 
@@ -100,13 +97,6 @@ def export(
         prove: "off" applies matches that were recognised but not proven; None means what the module was marked
             with, or else "on".
         patterns: the patterns to look for; None means what the module was marked with, or else all registered ones.
-        block_mask: what of a `BlockMask` counts in flex_attention, see `fxfuse.fuse`; None means what the module was
-            marked with, or else "check".
-        flex_attention: what a call of flex_attention becomes, see `fxfuse.fuse`; None means what the module was marked
-            with, or else "standard". No runtime has FlexAttention yet; onnx's reference evaluator runs it once
-            `onnx.inliner` has inlined its body.
-        windows: what windows in flex_attention become, see `fxfuse.fuse`; None means what the module was marked with,
-            or else "mask".
         frozen: do persistent buffers keep what they hold? None means what the module was marked with, or else yes: the
             file holds their values.
         accept: refusals to overrule, by the names that the report gives them, see `fxfuse.fuse`; None means those that
@@ -119,7 +109,10 @@ def export(
         strict: is nothing fused that differs on the smallest rows, see `fxfuse.fuse`; None means what the module was
             marked with, or else no.
         custom_translation_table: translations beside fxfuse's own; on the same operator these win.
-        verify: torch.onnx's own check of the written graph in ONNX Runtime (needs the `ort` extra).
+        verify: torch.onnx's own check of the written graph in ONNX Runtime (needs the `ort` extra). It has nothing to
+            do with `fxfuse.verify`.
+        **of_patterns: options of single patterns, see `fxfuse.fuse`; those that are not given are what the module was
+            marked with.
 
     What the model writes to in place becomes inputs and outputs, behind all others: `fxfuse.onnx.state_names` says how
     they are named.
@@ -139,17 +132,8 @@ def export(
             "f must be a path, not an open file", where="f", hint="or f=None, then .save() or .model_proto"
         )
     marked = options_of(model) or Options()
-    options = Options(
-        marked.opset,
-        marked.patterns if patterns is None else patterns,
-        marked.verify if prove is None else prove,
-        block_mask or marked.block_mask,
-        flex_attention or marked.flex_attention,
-        windows or marked.windows,
-        marked.frozen if frozen is None else frozen,
-        marked.accept if accept is None else accept,
-        marked.budget if budget is None else budget,
-        marked.strict if strict is None else strict,
+    options = marked.but(
+        prove=prove, patterns=patterns, frozen=frozen, accept=accept, budget=budget, strict=strict, **of_patterns
     )
     opset = as_opset(marked.opset if opset_version is None else opset_version)
     if check:
@@ -158,8 +142,8 @@ def export(
     lifted = lifted_program(model, args, kwargs, dynamic_shapes)
     program = lifted.program
     check_values(program)
-    fused = program if holds_fused(program) else fxfuse.fuse(program, **options.for_export(opset))
-    check_no_flex_attention(fused)
+    fused = program if holds_fused(program) else fuse_with(program, options.for_export(opset))
+    check_no_higher_order(fused)
     onnx_program = translate(
         fused,
         opset=opset,
@@ -318,21 +302,24 @@ def finish(onnx_program: torch.onnx.ONNXProgram, fused: ExportedProgram) -> None
         onnx_program.model.meta[REPORT] = fxfuse.report(fused)
 
 
-def check_no_flex_attention(fused: ExportedProgram) -> None:
-    """ONNX has no operator for a call of flex_attention that fusing left as it was.
+def check_no_higher_order(fused: ExportedProgram, translated: Callable[[Any], Any] | None = None) -> None:
+    """ONNX has no operator for a call of flex_attention, or another operator that takes functions, that fusing left.
+
+    Args:
+        translated: says of an operator whether somebody else has a translation for it.
 
     Raises:
         FxfuseError: there is one; the message is the report's reason.
     """
     for node in fused.graph.nodes:
-        if node.target is torch.ops.higher_order.flex_attention:
+        if higher_order(node) is not None and not (translated is not None and translated(node.target)):
             entries: list[Any] = []
             with suppress(FxfuseError):  # a program that was fused in another process has no report
                 entries = [e for e in fxfuse.report(fused) if e.reason is not None and node.name in e.nodes]
                 entries += [e for e in fxfuse.report(fused) if not e.nodes and e.reason is not None]  # why it ended
             why = entries[0].reason if entries else "no pattern looked at it"
             where = ", ".join(filter(None, (node.name, source_line(node))))
-            raise FxfuseError(f"flex_attention cannot be exported: {why}", where=where)
+            raise FxfuseError(f"{node.target} cannot be exported: {why}", where=where)
 
 
 def as_opset(opset: int | None) -> int:

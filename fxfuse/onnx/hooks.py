@@ -25,13 +25,13 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-import fxfuse
 from fxfuse.errors import FxfuseError
+from fxfuse.fusion import fuse_with
 from fxfuse.graph.program import without_guards
 from fxfuse.onnx.active import Active, current, within
 from fxfuse.onnx.capturing.capture import capture
 from fxfuse.onnx.capturing.training import in_training
-from fxfuse.onnx.exporter import check_no_flex_attention, finish
+from fxfuse.onnx.exporter import check_no_higher_order, finish
 from fxfuse.onnx.translate.filled_in import with_values
 from fxfuse.onnx.translate.missing import missing_translations
 from fxfuse.onnx.translate.ready import ready
@@ -112,8 +112,7 @@ def prepare(original: Prepare) -> Prepare:
         ready = None if active is None else _ready(exported_program, registry, active)
         if ready is None:
             return original(exported_program, registry=registry, **rest)
-        if not registry.get_decomps(torch.ops.higher_order.flex_attention):
-            check_no_flex_attention(ready.program)
+        check_no_higher_order(ready.program, registry.get_decomps)
         try:
             prepared = original(without_guards(ready.program), registry=registry, **rest)
         except Exception as error:
@@ -161,7 +160,7 @@ def _ready(program: ExportedProgram, registry: Any, active: Active) -> Ready | N
         fused = program
         if not holds_fused(program):
             options = _marked.get() or active.options
-            fused = fxfuse.fuse(with_values(program), **options.for_export(opset))
+            fused = fuse_with(with_values(program), options.for_export(opset))
         came_fused, fused = fused is program, ready(fused)
         table = {**missing_translations(fused.graph.nodes), **translation_table(opset)}
         for operator, translation in table.items():

@@ -14,17 +14,14 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import Any, cast
 
-from fxfuse.errors import FxfuseError, FxfuseWarning, callers_level
+from fxfuse.errors import FxfuseWarning, callers_level
 from fxfuse.onnx import hooks
 from fxfuse.onnx.active import Active, for_process, within
-from fxfuse.options import BUDGET, Options
-from fxfuse.patterns.flex_attention.options import FlexCalls, Windows
-from fxfuse.recognise.answers import Pattern
-from fxfuse.recognise.questions import BlockMasks
+from fxfuse.options import Options
 from fxfuse.torch_seams import ONNX_CORE, ONNX_PREPARE, ONNX_TRANSLATE, onnx_core
 
 HOOKS: dict[str, Callable[[hooks.Function], hooks.Function]] = {
@@ -41,33 +38,16 @@ _ours: dict[hooks.Function, hooks.Function] = {}
 """Functions that stand in torch.onnx now, and those they replaced."""
 
 
-def install(
-    *,
-    patterns: Sequence[Pattern] | None = None,
-    prove: Literal["on", "off"] = "on",
-    block_mask: BlockMasks = "check",
-    flex_attention: FlexCalls = "standard",
-    windows: Windows = "mask",
-    frozen: bool = True,
-    accept: Sequence[str] = (),
-    budget: float = BUDGET,
-    strict: bool = False,
-) -> None:
+def install(**options: Any) -> None:
     """From now on ``torch.onnx.export(..., dynamo=True)`` fuses, in every thread, until `uninstall`.
 
     Installing again only changes the options.
 
     Args:
-        patterns: the patterns to look for; None means all registered ones. A module that `fxfuse.prepass` marked is
-            fused as the mark says.
-        prove: "off" applies matches that were recognised but not proven.
-        block_mask: what of a `BlockMask` counts in flex_attention; see `fxfuse.fuse`.
-        flex_attention: what a call of flex_attention becomes; see `fxfuse.fuse`.
-        windows: what windows in flex_attention become; see `fxfuse.fuse`.
-        frozen: persistent buffers keep what they hold, as they do in a file.
-        accept: refusals to overrule by name; see `fxfuse.fuse`.
-        budget: seconds after which the search ends; see `fxfuse.fuse`.
-        strict: is nothing fused that differs on the smallest rows? See `fxfuse.fuse`.
+        **options: those of `fxfuse.fuse`: ``patterns``, ``prove``, ``accept``, ``budget``, ``strict`` and what single
+            patterns have. ``frozen`` is True by default, as it is in a file. ``opset`` is that of the export; where it
+            is said, what is fused is for the older of the two. A module that `fxfuse.prepass` marked is fused as the
+            mark says.
 
     An export at an opset outside 23 to 25 (torch's default is 20), or one that fails when it is fused, is done as if
     fxfuse were not installed; one `FxfuseWarning` says why.
@@ -76,7 +56,7 @@ def install(
         FxfuseError: an option is not what it should be.
     """
     global _installed
-    active = activation(patterns, prove, block_mask, flex_attention, windows, frozen, accept, budget, strict)
+    active = Active(Options.given(**options))
     with _lock:
         if not _installed:
             _acquire()
@@ -95,19 +75,8 @@ def uninstall() -> None:
 
 
 @contextmanager
-def enabled(
-    *,
-    patterns: Sequence[Pattern] | None = None,
-    prove: Literal["on", "off"] = "on",
-    block_mask: BlockMasks = "check",
-    flex_attention: FlexCalls = "standard",
-    windows: Windows = "mask",
-    frozen: bool = True,
-    accept: Sequence[str] = (),
-    budget: float = BUDGET,
-    strict: bool = False,
-) -> Iterator[None]:
-    """Within the block ``torch.onnx.export(..., dynamo=True)`` fuses; the arguments are those of `install`.
+def enabled(**options: Any) -> Iterator[None]:
+    """Within the block ``torch.onnx.export(..., dynamo=True)`` fuses; the options are those of `install`.
 
     Blocks nest: the innermost one's options hold, over those of `install` too. A thread that is started within the
     block is not within it.
@@ -115,7 +84,7 @@ def enabled(
     Raises:
         FxfuseError: an option is not what it should be.
     """
-    active = activation(patterns, prove, block_mask, flex_attention, windows, frozen, accept, budget, strict)
+    active = Active(Options.given(**options))
     with _lock:
         _acquire()
     try:
@@ -124,23 +93,6 @@ def enabled(
     finally:
         with _lock:
             _release()
-
-
-def activation(
-    patterns: Sequence[Pattern] | None,
-    prove: Literal["on", "off"],
-    block_mask: BlockMasks = "check",
-    flex_attention: FlexCalls = "standard",
-    windows: Windows = "mask",
-    frozen: bool = True,
-    accept: Sequence[str] = (),
-    budget: float = BUDGET,
-    strict: bool = False,
-) -> Active:
-    """The arguments of `install` and `enabled`, checked."""
-    if prove not in ("on", "off"):
-        raise FxfuseError(f"unknown prove={prove!r}", where="prove", hint='"on" or "off"')
-    return Active(Options(None, patterns, prove, block_mask, flex_attention, windows, frozen, accept, budget, strict))
 
 
 def _acquire() -> None:

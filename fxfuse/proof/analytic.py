@@ -11,6 +11,7 @@ from typing import Any
 
 from torch.fx import Node
 
+from fxfuse.graph.higher_order import higher_order
 from fxfuse.graph.view import LAYOUT, op_name
 from fxfuse.torch_seams import schema_of
 
@@ -201,8 +202,8 @@ _EXTREMES = frozenset(["amax", "amin"])
 
 def is_analytic(node: Node) -> bool:
     """Does the call compute an analytic function of what flows through it?"""
-    if str(node.target) == "flex_attention":  # its mods are read, step by step
-        return True
+    if (known := higher_order(node)) is not None:
+        return known.analytic
     schema = schema_of(node.target)
     return analytic_call(op_name(node), schema, node.args, node.kwargs)
 

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
 from fxfuse.graph.blocks.wrapped import Wrapped, wrapped
-from fxfuse.graph.flex import Flex, flex
+from fxfuse.graph.higher_order import higher_order
 from fxfuse.graph.region import Region
 from fxfuse.graph.source import place_of
 from fxfuse.graph.view import ASSERTIONS, CAST, UNSET, argument, fake, op_name
@@ -101,18 +101,18 @@ class Evaluator:
             return None
         if (inside := wrapped(node)) is not None:
             return self._run_inside(inside, map_arg(tuple(inside.operands), concrete))
-        if (attention := flex(node)) is not None:
-            return self._run_flex(attention, concrete)
+        if (known := higher_order(node)) is not None:
+            return known.evaluate(node, concrete, self)
         if node not in self._affordable:
             if math.prod(_shape(node, self.sizes)) > MAX_ELEMENTS:
                 raise CannotEvaluate(f"{node.name} is too large to evaluate: {list(_shape(node, self.sizes))}")
             self._affordable.add(node)
-        args = self._retype(map_arg(node.args, concrete))
-        kwargs = self._retype(map_arg(dict(node.kwargs), concrete))
+        args = self.retype(map_arg(node.args, concrete))
+        kwargs = self.retype(map_arg(dict(node.kwargs), concrete))
         if self._rounds is not None:
             args, kwargs = self._other_digits(args), self._other_digits(kwargs)
         if self._noise is not None and (name in ACCUMULATES or any(_is_complex(a) for a in args)):
-            args = tuple(self._put_off(a) for a in args)
+            args = tuple(self.put_off(a) for a in args)
         if self.exact and name in CAST and (rounded := _rounded_count(node, args)) is not None:
             return self._seen(node, name, args, kwargs, rounded)
         if self.exact and node.target is torch.ops.aten.rms_norm.default and argument(node, "eps") is None:
@@ -123,7 +123,7 @@ class Evaluator:
         if node.target is torch.ops.aten.view.default:
             return args[0].reshape(args[1])  # strides are the graph's concern, not the meaning's
         try:
-            value = self._upcast((target or node.target)(*args, **{**kwargs, **given}))  # type: ignore[operator]
+            value = self.upcast((target or node.target)(*args, **{**kwargs, **given}))  # type: ignore[operator]
             return self._seen(node, name, args, kwargs, _unset(value) if name in UNSET else value)
         except CannotEvaluate:
             raise
@@ -158,7 +158,7 @@ class Evaluator:
         if self.breaks is not None:
             self.breaks.record(node, args, kwargs, value)
         if self._noise is not None and name not in MOVED and name not in CAST:
-            value = self._put_off(value)
+            value = self.put_off(value)
         return value
 
     def _accepted(self, node: Node, name: str, args: Any) -> torch.Tensor | None:
@@ -170,13 +170,15 @@ class Evaluator:
         first: torch.Tensor = args[0]
         return first
 
-    def _put_off(self, value: Any) -> Any:
-        assert self._noise is not None
+    def put_off(self, value: Any) -> Any:
+        """The value off by a random part of what `noisy` was told; as it is where nothing was told."""
+        if self._noise is None:
+            return value
         size, gen = self._noise
         if isinstance(value, (list, tuple)):
-            return type(value)(self._put_off(v) for v in value)
+            return type(value)(self.put_off(v) for v in value)
         if isinstance(value, torch.Tensor) and value.is_complex():
-            return torch.view_as_complex(self._put_off(torch.view_as_real(value)))
+            return torch.view_as_complex(self.put_off(torch.view_as_real(value)))
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             return value
         return value * (1 + size * (2 * torch.rand(value.shape, dtype=torch.float64, generator=gen) - 1))
@@ -188,39 +190,13 @@ class Evaluator:
         values = self.run(nodes, dict(zip(placeholders, operands, strict=True)))
         return map_arg(output.args[0], values.__getitem__)
 
-    def _run_flex(self, attention: Flex, concrete: Callable[[Node], Any]) -> Any:
-        """PyTorch's own flex_attention, whose mods are written for scalars; of the block mask it reads the function."""
-        query, key, value = (concrete(n) for n in (attention.query, attention.key, attention.value))
-        if self._noise is not None:
-            query, key, value = (self._put_off(t) for t in (query, key, value))
-        if math.prod(query.shape[:3]) * key.shape[2] > MAX_ELEMENTS:
-            raise CannotEvaluate(f"the scores of {attention.node.name} are too large to evaluate")
+    def function(self, graph: GraphModule) -> Callable[..., Any]:
+        """What a subgraph computes, as a function that runs its nodes as this evaluator runs those of the graph."""
+        return _Subgraph(graph, self).run
 
-        def mod(graph: GraphModule) -> Callable[..., Any]:
-            return lambda *args: _Mod(graph, self).run(*args)
-
-        lists = (None,) * len(attention.block_mask)
-        score_buffers, mask_buffers = (
-            tuple(self._retype(map_arg(b, concrete))) for b in (attention.score_buffers, attention.mask_buffers)
-        )
-        try:
-            found = torch.ops.higher_order.flex_attention(
-                query,
-                key,
-                value,
-                mod(attention.score_mod),
-                (*lists, mod(attention.mask_mod)),
-                attention.scale,
-                {},
-                score_buffers,
-                mask_buffers,
-            )
-            return found if self._noise is None else self._put_off(found)
-        except Exception as error:
-            raise CannotEvaluate(f"{attention.node.name} cannot run at the probed sizes: {error}") from error
-
-    def _retype(self, arg: Any) -> Any:
-        """Floating dtypes among the arguments become float64, devices the CPU."""
+    def retype(self, arg: Any) -> Any:
+        """Arguments as calls are run with them: floating dtypes are float64 where that is exact, devices the CPU, sizes
+        numbers."""
         if isinstance(arg, torch.dtype):
             return self.dtype(arg)
         if isinstance(arg, torch.device):
@@ -228,29 +204,30 @@ class Evaluator:
         if isinstance(arg, torch.SymInt):
             return self.sizes(arg)
         if isinstance(arg, (list, tuple)):
-            return type(arg)([self._retype(a) for a in arg])
+            return type(arg)([self.retype(a) for a in arg])
         if isinstance(arg, dict):
-            return {k: self._retype(v) for k, v in arg.items()}
+            return {k: self.retype(v) for k, v in arg.items()}
         return arg
 
-    def _upcast(self, value: Any) -> Any:
+    def upcast(self, value: Any) -> Any:
+        """Values as they are handed on: in float64 where that is exact."""
         if isinstance(value, torch.Tensor) and value.dtype != self.dtype(value.dtype):
             return value.to(self.dtype(value.dtype))
         if isinstance(value, (list, tuple)):
-            return type(value)([self._upcast(v) for v in value])
+            return type(value)([self.upcast(v) for v in value])
         return value
 
 
-class _Mod(Interpreter):
-    """Runs a mod on scalars, as the evaluator runs the graph that it is called from."""
+class _Subgraph(Interpreter):
+    """Runs a subgraph as the evaluator runs the graph that it is called from."""
 
     def __init__(self, graph: GraphModule, evaluator: Evaluator) -> None:
         super().__init__(graph, garbage_collect_values=False)
         self.evaluator = evaluator
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        retyped = self.evaluator._retype(args), self.evaluator._retype(kwargs)
-        return self.evaluator._upcast(super().call_function(target, *retyped))
+        retyped = self.evaluator.retype(args), self.evaluator.retype(kwargs)
+        return self.evaluator.upcast(super().call_function(target, *retyped))
 
 
 def _default_epsilon(dtype: torch.dtype) -> float:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
+from torch.export import ExportedProgram
 from torch.fx import Node
 
 from fxfuse.graph.region import Region
@@ -52,7 +53,7 @@ class Found:
     """Which of `Region.others` hide keys, and with which factor they are added: they may hold what hides, -inf and the
     type's minimum, anywhere, whole rows included."""
     read: bool = False
-    """What it computes of positions was read step by step (the mods of flex_attention): no draw has to show it."""
+    """What it computes of positions was read step by step in functions that it is given: no draw has to show it."""
     floor: Floor | None = None
     """Rows of the source so small that the operator's epsilon differs from what the model has in its place."""
     claims: tuple[str, ...] = ()
@@ -100,7 +101,11 @@ class Proposal:
 
 @runtime_checkable
 class Pattern(Protocol):
-    """A meaning: where to look for it, and how to tell."""
+    """A meaning: where to look for it, and how to tell.
+
+    A pattern that is a frozen dataclass may have options of its own (`fxfuse.recognise.declared`). What else a pattern
+    may do, where it has to: `Prepares`, `Varies`.
+    """
 
     name: str
     operator: str
@@ -115,6 +120,25 @@ class Pattern(Protocol):
 
         Regions of equal `Region.key` get one answer, unless it was found with the values of this program's leaves.
         """
+        ...
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """A pattern that makes the program ready, before any pattern looks at it."""
+
+    def prepare(self, program: ExportedProgram, ask: Questions) -> None:
+        """Change the program in place, which is `fuse`'s copy, to another that computes the same."""
+        ...
+
+
+@runtime_checkable
+class Varies(Protocol):
+    """A pattern whose options show in what it puts into a program."""
+
+    def variants(self, calls: Sequence[Node]) -> Sequence[Pattern]:
+        """The pattern with each choice of options that these calls of a fused program may come from, the likeliest
+        first. `fxfuse.verify` fuses the original again with each."""
         ...
 
 

@@ -9,19 +9,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from operator import attrgetter
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
-from fxfuse.errors import FxfuseError
 from fxfuse.graph.blocks.wrapped import flattened
 from fxfuse.graph.dead_vmap import vmaps_closed, with_brackets
 from fxfuse.graph.region import Region
 from fxfuse.graph.view import fake, is_random, is_size, mutated, op_name, size_text, static, tensor
-from fxfuse.patterns.flex_attention.options import FlexCalls, Windows
 from fxfuse.proof.evaluate import CannotEvaluate, Evaluator, draw, generator
 from fxfuse.proof.multiples import multiples_of
 from fxfuse.proof.positions.claims import one_number
@@ -30,17 +28,6 @@ from fxfuse.proof.sizes import Sizes, places_of, ranges_of
 from fxfuse.recognise.kept import Kept
 from fxfuse.state.mutations import mutations
 from fxfuse.state.writes import Unclear, shares_storage, with_writes
-
-BlockMasks = Literal["check", "reconstruct", "assume_mask_mod"]
-"""See `fxfuse.fuse`."""
-
-
-def check_block_masks(block_mask: object) -> None:
-    """Raises FxfuseError if it is none of `BlockMasks`."""
-    if block_mask not in get_args(BlockMasks):
-        hint = " or ".join(map(repr, get_args(BlockMasks)))
-        raise FxfuseError(f"unknown block_mask={block_mask!r}", where="block_mask", hint=hint)
-
 
 _INDEXED = {"index": 0, "embedding": 0, "index_select": 0, "gather": 0, "take_along_dim": 0}
 _LIMIT = 400
@@ -72,9 +59,6 @@ class Questions:
     def __init__(
         self,
         program: ExportedProgram,
-        block_mask: BlockMasks = "check",
-        flex_attention: FlexCalls = "standard",
-        windows: Windows = "mask",
         *,
         frozen: bool = False,
         strict: bool = False,
@@ -84,14 +68,10 @@ class Questions:
     ) -> None:
         written = written_targets(program) if written is None else written
         self.ranges = ranges_of(program)
-        self.block_mask = block_mask
-        """How lists of blocks are taken, as `fuse` has it; so are these."""
-        self.flex_attention = flex_attention
-        self.windows = windows
         self.strict = strict
         self.accept = accept
         self.settled: dict[Any, Any] = {}
-        """What was found out about block masks, each once."""
+        """What patterns found out and keep for later, by keys of their own."""
         self._constants = _constants(program, frozen, written)
         self._unfrozen = {} if frozen else _persistent(program, written)
         self._all_constants: Callable[[], dict[str, torch.Tensor]] = partial(_constants, program, True, written)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 from torch.export import ExportedProgram
@@ -14,8 +16,9 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
 from fxfuse.ops.registry import FIRST_OPSET, LAST_OPSET, OPS, PARTS
-from fxfuse.recognise.answers import Pattern
-from fxfuse.recognise.catalogue import catalogue
+from fxfuse.options import DEFAULT_OPSET, Options
+from fxfuse.recognise.answers import Pattern, Varies
+from fxfuse.recognise.declared import opset_of
 from fxfuse.torch_seams import schema_of
 
 _SEVERAL = {"attention_with_present": ("Attention", "KVCache")}
@@ -25,28 +28,33 @@ _SEVERAL = {"attention_with_present": ("Attention", "KVCache")}
 def attempts(
     original: ExportedProgram,
     fused: ExportedProgram,
-    patterns: Sequence[Pattern] | None,
+    told: Options,
     done: Sequence[ExportedProgram],
-) -> Iterator[dict[str, Any]]:
-    """Arguments of `fxfuse.fuse`, the likeliest first.
+) -> Iterator[Options]:
+    """How the original may have been fused, the likeliest first.
 
     Args:
+        told: what is known of it.
         done: what came of those that were given so far. Parts of the patterns are tried where all of them fuse more.
     """
     called = [n for n in fused.graph.nodes if n.op == "call_function"]
-    every = catalogue() if patterns is None else list(patterns)
-    options = [
-        {"opset": LAST_OPSET if windows == "attributes" else 24, "windows": windows, "flex_attention": flex}
-        for windows in _windows(called)
-        for flex in _flex(called)
-    ]
+    sets = list(_variants(told.chosen(LAST_OPSET), called))
     persistent = any(s.kind is InputKind.BUFFER and s.persistent for s in original.graph_signature.input_specs)
     for frozen in (False, True) if persistent else (False,):
-        for option in options:
-            yield {**option, "patterns": every, "frozen": frozen}
+        for every in sets:
+            opset = max([DEFAULT_OPSET, *map(opset_of, every)])
+            option = replace(told, opset=opset, frozen=frozen, of_patterns={})
+            yield replace(option, patterns=every)
             if _operators(done[-1]) != _operators(fused):
                 for some in _parts(every, called):
-                    yield {**option, "patterns": some, "frozen": frozen}
+                    yield replace(option, patterns=some)
+
+
+def _variants(patterns: Sequence[Pattern], called: Sequence[Node]) -> Iterator[list[Pattern]]:
+    """The patterns with each choice of options of their own that the fused program may come from."""
+    choices = [p.variants(called) if isinstance(p, Varies) else [p] for p in patterns]
+    for chosen in product(*choices):
+        yield list(chosen)
 
 
 def _operators(program: ExportedProgram) -> Counter[Any]:
@@ -68,13 +76,3 @@ def _parts(every: list[Pattern], called: list[Node]) -> list[list[Pattern]]:
         if chosen != every and chosen not in found:
             found.append(chosen)
     return found
-
-
-def _windows(called: list[Node]) -> list[str]:
-    bounded = any(n.kwargs.get(side, -1) != -1 for n in called for side in ("left_window_size", "right_window_size"))
-    return ["attributes", "mask"] if bounded else ["mask"]
-
-
-def _flex(called: list[Node]) -> list[str]:
-    held = any(n.target in PARTS for n in called)
-    return ["preview", "preview_only", "standard"] if held else ["standard"]

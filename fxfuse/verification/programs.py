@@ -19,12 +19,12 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-import fxfuse.fusion
 from fxfuse.errors import FxfuseError, ParityError
+from fxfuse.fusion import fuse_with, report
 from fxfuse.graph.program import check_program
+from fxfuse.options import Options
 from fxfuse.proof.evidence import Evidence
 from fxfuse.recognise.answers import Pattern
-from fxfuse.recognise.questions import BlockMasks, check_block_masks
 from fxfuse.report.model import Entry
 from fxfuse.verification.attempts import attempts
 from fxfuse.verification.difference import Difference, difference
@@ -86,9 +86,9 @@ def verify(
     *,
     patterns: Sequence[Pattern] | None = None,
     accept: Sequence[str] = (),
-    block_mask: BlockMasks = "check",
     budget: float = 600.0,
     strict: bool = False,
+    **of_patterns: Any,
 ) -> Verification:
     """Prove a fused program against the original once more, region by region, trusting nothing but the two.
 
@@ -97,9 +97,10 @@ def verify(
         fused: what `fuse` made of it, perhaps saved and loaded since; or what is said to be that.
         patterns: which patterns to prove with; by default the catalogue, then those whose operators occur.
         accept: refusals that were overruled when it was fused. Beyond them the two differ, which `evidence` says.
-        block_mask: as `fuse` was told.
         budget: seconds that each fusion of the original may take.
         strict: is nothing taken for proven that differs on the smallest rows? See `fxfuse.fuse`.
+        **of_patterns: options of single patterns, as `fuse` was told. Those that show in the fused program are found
+            out by themselves.
 
     Returns:
         What was proven, and how.
@@ -110,7 +111,7 @@ def verify(
             original's source line, and what differs.
     """
     check_program(original)
-    check_block_masks(block_mask)
+    told = Options.given(patterns=patterns, accept=accept, budget=budget, strict=strict, **of_patterns)
     if not isinstance(fused, ExportedProgram):
         raise FxfuseError(f"expected a torch.export.ExportedProgram, got {type(fused).__name__}", where="fused")
     for what, where in interface_differences(original, fused):
@@ -122,13 +123,12 @@ def verify(
         raise ParityError(f"the fused program is no valid one: {type(error).__name__}: {error}") from error
     read = proven.read(copy)
     found = difference(proven, read)
-    tried: list[dict[str, Any]] = []
+    tried: list[Options] = []
     done: list[ExportedProgram] = []
     if found is not None:
-        for options in attempts(original, fused, patterns, done):
-            options |= {"accept": accept, "block_mask": block_mask, "budget": budget, "strict": strict}
-            again = fxfuse.fusion.fuse(proven.source, **options)
-            proven.add(again, fxfuse.fusion.report(again))
+        for options in attempts(original, fused, told, done):
+            again = fuse_with(proven.source, options)
+            proven.add(again, report(again))
             tried.append(options)
             done.append(again)
             read = proven.read(copy)
@@ -138,7 +138,7 @@ def verify(
     if found is not None:
         raise _refused(found)
     _check_metadata(proven, read)
-    return _verification(proven, read, [bool(options["frozen"]) for options in tried])
+    return _verification(proven, read, [bool(options.frozen) for options in tried])
 
 
 def _refused(found: Difference) -> ParityError:

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fxfuse.graph.flex import Flex
 from fxfuse.graph.view import fake
+from fxfuse.patterns.flex_attention.calls import Flex
 from fxfuse.patterns.flex_attention.capturing.lists import MAX_POSITIONS, dense, disagreement, membership
 from fxfuse.patterns.flex_attention.capturing.one_block import LARGE
-from fxfuse.proof.evaluate import CannotEvaluate, Evaluator, _Mod
+from fxfuse.patterns.flex_attention.options import BlockMasks
+from fxfuse.proof.evaluate import CannotEvaluate, Evaluator
 from fxfuse.proof.sizes import Sizes
 from fxfuse.recognise.answers import NEAR, Reason
 from fxfuse.recognise.questions import Questions
@@ -31,13 +32,13 @@ _WAYS_OUT = (
 )
 
 
-def check_block_mask(call: Flex, ask: Questions) -> Reason | None:
+def check_block_mask(call: Flex, ask: Questions, block_mask: BlockMasks) -> Reason | None:
     """None where the lists change nothing that the mask function says; else the reason not to fuse the call.
 
     Lists that name every block as partial say nothing. Others follow from the function at every size that is probed:
     beyond every number that either of them mentions, where a length is symbolic.
     """
-    if ask.block_mask == "assume_mask_mod":
+    if block_mask == "assume_mask_mod":
         return None
     key = (*call.block_mask.values(), call.mask_mod, call.mask_buffers, call.query.name, call.key.name)
     if key not in ask.settled:
@@ -100,7 +101,7 @@ def _kept(
 
     buffers = [value(b) for b in call.mask_buffers]
     try:
-        return dense(lambda *indices: _Mod(call.mask_mod, evaluator).run(*indices, *buffers), *shape).expand(shape)
+        return dense(lambda *indices: evaluator.function(call.mask_mod)(*indices, *buffers), *shape).expand(shape)
     except Exception as error:
         raise CannotEvaluate(f"the mask function cannot run: {error}") from error
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxfuse.graph.flex import Flex
 from fxfuse.graph.region import Region
 from fxfuse.graph.view import fake, tensor
 from fxfuse.patterns.attention.bias import with_sinks
+from fxfuse.patterns.flex_attention.calls import Flex
 from fxfuse.patterns.flex_attention.encoding import Encoding
 from fxfuse.patterns.flex_attention.expression import INDICES, Expr, Unreadable
 from fxfuse.patterns.flex_attention.grid import Grid

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fxfuse.graph.flex import OUTPUTS, Flex, flex
 from fxfuse.graph.region import Region
 from fxfuse.graph.view import GraphView, fake, op_name, static, tensor
+from fxfuse.patterns.flex_attention.calls import OUTPUTS, Flex, flex
 from fxfuse.patterns.flex_attention.counting import counted
 from fxfuse.patterns.flex_attention.encoding import encode
 from fxfuse.patterns.flex_attention.expression import INDICES, Expr, Unreadable, captured, expression, leaf

@@ -13,10 +13,10 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
 from fxfuse.graph.emit import KEPT_META
-from fxfuse.graph.flex import Flex, block_mask_names, flex
 from fxfuse.graph.splice import trace
 from fxfuse.graph.view import fake
 from fxfuse.patterns.flex_attention.block_lists import check_block_mask
+from fxfuse.patterns.flex_attention.calls import Flex, block_mask_names, flex
 from fxfuse.patterns.flex_attention.capturing.one_block import LARGE
 from fxfuse.recognise.questions import Questions
 
@@ -27,7 +27,7 @@ def reconstruct(program: ExportedProgram, ask: Questions) -> None:
     """Give every call whose lists say something else than its function a function that says both, in place."""
     for node in list(program.graph.nodes):
         call = flex(node)
-        if call is not None and check_block_mask(call, ask) is not None:
+        if call is not None and check_block_mask(call, ask, "reconstruct") is not None:
             _reconstruct(call, program.graph_module)
     program.graph_module.recompile()
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxfuse.graph.flex import OUTPUTS, Flex, flex
 from fxfuse.graph.region import Region, real_users
 from fxfuse.graph.view import ARITHMETIC, CAST, LAYOUT, NO_OP, GraphView, fake, is_pure, op_name, tensor
+from fxfuse.patterns.flex_attention.calls import OUTPUTS, Flex, flex
 from fxfuse.patterns.flex_attention.encoding import encode
 from fxfuse.patterns.flex_attention.forms import attention_form
 from fxfuse.patterns.flex_attention.reading import ULP, problem_of, region_of

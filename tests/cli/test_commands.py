@@ -14,6 +14,8 @@ from torch import nn
 
 import fxfuse
 from fxfuse.cli import commands, main
+from fxfuse.fusion import fuse_with
+from fxfuse.options import Options
 from fxfuse.parity import onnxruntime_outputs
 
 LLAMA = {
@@ -195,17 +197,14 @@ def test_patterns_lists_the_catalogue(capsys: pytest.CaptureFixture[str]) -> Non
     assert all(name in printed for name in ("rms_norm", "rotary_embedding", "attention", "RMSNormalization"))
 
 
-def wrong_fuse(program: torch.export.ExportedProgram, **options: Any) -> torch.export.ExportedProgram:
+def wrong_fuse(program: torch.export.ExportedProgram, options: Options) -> torch.export.ExportedProgram:
     """A fusion with a defect: every norm has the wrong epsilon."""
-    fused = REAL_FUSE(program, **options)
+    fused = fuse_with(program, options)
     for node in fused.graph.nodes:
         if "rms_norm" in str(node.target):
             node.kwargs = {**node.kwargs, "epsilon": 0.5}
     fused.graph_module.recompile()
     return fused
-
-
-REAL_FUSE = fxfuse.fuse
 
 
 @pytest.mark.parametrize("stale", [False, True], ids=["new folder", "older model there"])
@@ -216,7 +215,7 @@ def test_no_parity_leaves_no_model(
     if stale:
         assert main(["export", str(saved), "--out", str(out)]) == 0
         (out / "README").write_text("mine")
-    monkeypatch.setattr(commands.fxfuse, "fuse", wrong_fuse)
+    monkeypatch.setattr(commands, "fuse_with", wrong_fuse)
     report = tmp_path / "r.json"
     assert main(["export", str(saved), "--out", str(out), "--report", str(report)]) == 3
     error = capsys.readouterr().err

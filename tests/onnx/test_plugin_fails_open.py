@@ -15,7 +15,7 @@ from torch.onnx._internal.exporter import _core
 import fxfuse
 import fxfuse.onnx
 from fxfuse.errors import FxfuseError, FxfuseWarning
-from fxfuse.onnx import plugin
+from fxfuse.onnx import hooks, plugin
 from fxfuse.recognise.catalogue import unregister
 from tests.onnx import plain_export
 from tests.onnx.plain_export import export, functions, operators
@@ -39,7 +39,7 @@ def test_when_fusing_fails_it_exports_as_ever(
     def failing(*args: Any, **kwargs: Any) -> ExportedProgram:
         raise ZeroDivisionError("a mistake in fxfuse")
 
-    monkeypatch.setattr(fxfuse, "fuse", failing)
+    monkeypatch.setattr(hooks, "fuse_with", failing)
     with (
         pytest.warns(FxfuseWarning, match=r"fusing failed \(ZeroDivisionError: a mistake"),
         fxfuse.onnx.enabled(),

@@ -188,9 +188,9 @@ def test_tampering_is_refused_by_name(case: str) -> None:
 
 
 def test_an_unproven_fusion_is_refused() -> None:
-    """A pattern whose replacement is wrong, fused with `verify="off"`."""
+    """A pattern whose replacement is wrong, fused with `prove="off"`."""
     wrong, program = tanh_gelu("none")
-    done = fxfuse.fuse(program, patterns=[wrong], verify="off")
+    done = fxfuse.fuse(program, patterns=[wrong], prove="off")
     assert len(fxfuse.report(done).fused()) == 1
     with pytest.raises(fxfuse.ParityError, match="aten::gelu"):
         fxfuse.verify(program, done, patterns=[wrong])

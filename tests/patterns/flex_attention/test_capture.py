@@ -14,7 +14,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 import fxfuse
-from fxfuse.graph.flex import flex
+from fxfuse.patterns.flex_attention.calls import flex
 from fxfuse.patterns.flex_attention.capturing.one_block import LARGE, OneBlockMask
 from tests.patterns.flex_attention.models import INSIDE, MaskGiven, MaskInside, Plain, causal, documents, inputs
 

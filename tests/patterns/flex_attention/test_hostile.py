@@ -137,8 +137,8 @@ def fresh():
 def judged(define):
     """Fused with proof and without: the entries, and how wrong each is."""
     model, captured = program(define)
-    for verify in ("on", "off"):
-        fused = fxfuse.fuse(captured, verify=verify)
+    for prove in ("on", "off"):
+        fused = fxfuse.fuse(captured, prove=prove)
         (entry,) = [e for e in fxfuse.report(fused) if e.operator == "Attention"]
         yield entry, wrong(model, fused)
 

@@ -13,7 +13,7 @@ from torch.export import Dim
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import fxfuse
-from fxfuse.graph.flex import flex
+from fxfuse.patterns.flex_attention.calls import flex
 from fxfuse.report.record import dumps, record, schema
 
 INF = float("inf")
