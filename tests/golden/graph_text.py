@@ -18,9 +18,9 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, GraphModule, Node
 
-from fxfuse.graph.flex import flex
 from fxfuse.graph.spelled import cut_whole
 from fxfuse.graph.view import ASSERTIONS, is_size, mutated, op_name, tensor
+from fxfuse.patterns.flex_attention.calls import flex
 from fxfuse.verification.spelling import arguments, subgraphs, target_name
 
 _UNSAID = frozenset(["device", "layout", "pin_memory", "memory_format", "copy", "non_blocking", "implicit"])
