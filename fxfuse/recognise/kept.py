@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
-from fxfuse.graph.view import fake, is_pure, is_size, op_name, tensor
+from fxfuse.graph.view import fake, is_pure, is_size, mutated, op_name, tensor
 from fxfuse.proof.evaluate import CannotEvaluate, Evaluator
 from fxfuse.proof.sizes import Sizes
 
@@ -36,6 +36,7 @@ class Kept:
             if spec.kind in _KEPT and spec.target not in written and isinstance(spec.target, str):
                 value: Any = program.state_dict.get(spec.target)
                 self._values[spec.arg.name] = program.constants.get(spec.target) if value is None else value
+        self._changed = {root for node in program.graph.nodes for root in mutated(node)}
         self._frozen = frozen
         self._known: dict[Node, bool] = {}
 
@@ -46,6 +47,8 @@ class Kept:
             current = stack[-1]
             if current in self._known:
                 stack.pop()
+            elif current in self._changed:
+                self._known[current] = False  # what it is depends on when it is read
             elif current.op == "placeholder":
                 self._known[current] = current.name in self._values
             elif current.op != "call_function" or not is_pure(current):

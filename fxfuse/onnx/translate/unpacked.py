@@ -20,6 +20,7 @@ from torch.fx import Node
 from fxfuse.graph.program import copy_program
 from fxfuse.graph.view import fake, is_pure, op_name
 from fxfuse.recognise.kept import INNER, Kept
+from fxfuse.state.functional import functionalise, restore
 from fxfuse.state.mutations import mutations
 from fxfuse.torch_seams import is_erased
 
@@ -34,18 +35,21 @@ def without_words(program: ExportedProgram) -> ExportedProgram:
     Returns:
         A new program that shares the weights; `program` itself, where there are none.
     """
-    if not list(_computed(program)):
+    if not any(node.target is _DEQUANTIZE for node in program.graph.nodes):
         return program
     result = copy_program(program)
+    writes = functionalise(result.graph)
     kept: dict[Node, Node] = {}
-    computed = list(_computed(result))
-    for node, place, held in computed:
+    for node, place, held in list(_computed(result)):
         source = node.args[place]
         assert isinstance(source, Node), "it is computed"
         if source not in kept and (value := held.value(source)) is not None:
             kept[source] = _keep(result, source, value)
         if source in kept:
             node.update_arg(place, kept[source])
+    if not kept:
+        return program
+    restore(result.graph, writes)
     for source in kept:
         _erase_unread(source)
     result.graph.lint()

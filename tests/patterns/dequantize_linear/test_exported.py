@@ -82,6 +82,17 @@ def test_torchao_weight_only(tmp_path: Path) -> None:
     assert not [v for v in written.graph.initializers.values() if v.const_value.nbytes > 64 * 64]
 
 
+@pytest.mark.parametrize(("bits", "kind"), [("uint2", "UINT4"), ("uint4", "UINT4"), ("uint6", "UINT8")])
+def test_torchao_shards(tmp_path: Path, bits: str, kind: str) -> None:
+    """Six bits are kept as four and two, and written into zeros in place, a piece at a time."""
+    if not hasattr(torchao, "UIntXWeightOnlyConfig"):
+        pytest.skip("torchao has them no more")
+    model = mlp()
+    torchao.quantize_(model, torchao.UIntXWeightOnlyConfig(getattr(torch, bits), group_size=32))
+    written = exported(model, batches(), tmp_path / "m.onnx")
+    assert kinds(written, 64 * 128) == [kind, kind]
+
+
 def test_size_of_the_file(tmp_path: Path) -> None:
     """Half a byte for each of a million integers, a float32 scale for every 32, and the graph."""
     model = quantised(nn.Sequential(nn.Linear(1024, 1024, bias=False)).eval(), torch.int4, torchao.PerGroup(32))
