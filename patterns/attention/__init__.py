@@ -7,9 +7,13 @@ soft-cap: Gemma 2, https://arxiv.org/abs/2408.00118.
                 ├─ product ─ cap, mask ─ softmax ───────────────── product ─ layout ── y
     k ─ repeat ─┘             anchor ───────────┘
 
-Asked: element numbers sent from q, k and v to the products tell the layouts and which KV head serves which query head;
-raw scores sent from the first product to the softmax tell scale and soft-cap; scores of 0 tell the mask, and which
-tensor it is. A mask that is causal for every size the program admits is not built.
+What a region is asked, by running it:
+- The elements of q, k and v are numbered and sent to the two products. Where they arrive tells the layouts of the
+  tensors, and which KV head serves which query head.
+- Raw scores are sent from the first product to the softmax. What becomes of them tells scale and soft-cap.
+- Scores of 0 are sent. What the softmax makes of them tells the mask, and which tensor it is.
+
+A mask that is causal at every size that the program admits is not built: it becomes `is_causal`.
 """
 
 from __future__ import annotations
@@ -121,7 +125,7 @@ class Attention:
 
 
 def _apart(region: Region) -> Reason:
-    """Why q, k and v cannot be multiplied where each of their symbols has a size of its own."""
+    """The reason for a region that fails to run once every symbol of its inputs is given a size of its own."""
     sizes = [d for n in region.sources for d in fake(n).shape if isinstance(d, torch.SymInt)]
     symbols = ", ".join(sorted({str(s) for d in sizes for s in d.node.expr.free_symbols}))
     return Reason(

@@ -13,14 +13,14 @@ from fxfuse.patterns.attention.masks import Mask
 
 @dataclass(frozen=True)
 class Fill:
-    """How a fill is said by adding."""
+    """How a mask that fills scores with a number is written as a mask that is added to them."""
 
     part: float = 0.5
     """Which part of the type's minimum hides a key."""
     over: bool = False
-    """In the place of what other masks add, instead of on top of it."""
+    """Does the fill replace what other masks add to that key, instead of coming on top of it?"""
     bounded: bool = False
-    """What the masks add is never below the type's minimum: the model says so of its scores."""
+    """Is the sum of the masks kept at or above the type's minimum, because the model keeps its scores there?"""
 
 
 def bias(
@@ -46,12 +46,13 @@ def bias(
     for mask in masks:
         if not mask.finite:
             result = _combine(result, _read(mask, read(mask)))
-    filled: torch.Tensor | None = None  # what is filled twice is filled once
+    filled: torch.Tensor | None = None  # all fills together, so that a key that two masks fill is filled once
     for mask in masks:
         if mask.finite:
             filled = _combine(filled, _read(mask, read(mask)))
     if filled is not None:
-        # Rows with no key: the fill is lost against itself, and the row averages, as the model's does.
+        # In a row with no key the fill is the same for all and cancels: the row averages its values, as the model's
+        # does.
         number = torch.finfo(dtype).min * fill.part
         floating = result is not None and result.dtype != torch.bool
         under = result if fill.over and floating else torch.zeros_like(filled, dtype=dtype)
@@ -59,7 +60,7 @@ def bias(
         result = hidden if fill.over and floating else _combine(result, hidden)
     if result is not None and result.dtype not in (torch.bool, dtype):
         narrow = torch.finfo(result.dtype).bits > torch.finfo(dtype).bits or dtype == torch.float16
-        # A finite minimum of the wider type would become -inf, and a row masked whole would be nan.
+        # A finite minimum of the wider type would become -inf in the cast, and a row that is masked whole would be nan.
         result = result.clamp(min=torch.finfo(dtype).min).to(dtype) if narrow else result.to(dtype)
     if fill.bounded and result is not None and result.dtype != torch.bool:
         result = result.clamp(min=torch.finfo(dtype).min)
@@ -76,8 +77,8 @@ def bias(
 def with_sinks(mask: torch.Tensor | None, column: torch.Tensor, lengths: tuple[int, int]) -> torch.Tensor:
     """The mask with one more column, the sinks: ``[B or 1, H, Sq, T + 1]``.
 
-    Exact where that column's key and value are zeros: its score is the mask alone, and it adds nothing to the result
-    but its share.
+    This is exact if that column's key and value are zeros: its score is then the mask alone, and its value adds
+    nothing, so that it only takes its share of the softmax.
 
     Args:
         column: ``[B or 1, H, 1 or Sq, 1]``, of the query's dtype.
@@ -89,7 +90,7 @@ def with_sinks(mask: torch.Tensor | None, column: torch.Tensor, lengths: tuple[i
     batch, heads = column.shape[:2]
     while mask.dim() < 4:
         mask = mask.unsqueeze(0)
-    one = isinstance(mask.shape[0], int) and mask.shape[0] == 1  # a symbol is the batch: asking it would be a guard
+    one = isinstance(mask.shape[0], int) and mask.shape[0] == 1  # a symbol is the batch; comparing it would add a guard
     mask = mask.expand(batch if one else -1, heads, -1, -1)
     return torch.cat([mask, column.expand(mask.shape[0], heads, lengths[0], 1)], -1)
 
@@ -97,7 +98,8 @@ def with_sinks(mask: torch.Tensor | None, column: torch.Tensor, lengths: tuple[i
 def with_one_sink(
     mask: torch.Tensor | None, number: float, lengths: tuple[int, int], like: torch.Tensor
 ) -> torch.Tensor | None:
-    """The same with one number for every row; none is needed where that is 0, the score of a key of zeros."""
+    """The same with one number for every row. Without a mask none is needed for 0: a key of zeros scores that by
+    itself."""
     if mask is None and number == 0:
         return None
     if mask is None:

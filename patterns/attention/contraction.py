@@ -42,7 +42,7 @@ class Product:
 
 
 def product(node: Node) -> Product | None:
-    """The product that this node is, with its columns from the right operand; None if it is none."""
+    """This node as a product whose columns come from its right operand; None if it is no product."""
     return next(iter(products(node)), None)
 
 
@@ -82,7 +82,7 @@ def _sum(node: Node) -> Product | None:
     axis = axes[0] % rank - rank
     if axis not in (-1, -2) or any(fake(f).dim() != rank for f in factors):
         return None
-    spread = -2 if axis == -1 else -1  # the axis of the columns
+    spread = -2 if axis == -1 else -1  # the axis along which the result has its columns
     for left, right in (factors, factors[::-1]):
         if static(fake(left).shape[spread]) == 1 and static(fake(right).shape[-3]) == 1:
             columns = (lambda t: t.squeeze(-3)) if axis == -1 else (lambda t: t.squeeze(-3).transpose(-1, -2))
@@ -91,7 +91,8 @@ def _sum(node: Node) -> Product | None:
 
 
 def _einsum(node: Node, equation: str, left: Node, right: Node) -> Iterator[Product]:
-    """M is a letter of the left's own, N one of the right's; all others of the result are lead. The last come first."""
+    """An einsum as products: M is a letter that only the left operand has, N one that only the right has, all other
+    letters of the result are lead axes. Readings whose M and N stand last in the result come first."""
     inputs, _, out = equation.replace(" ", "").partition("->")
     a, _, b = inputs.partition(",")
     if "..." in a and "..." in b and "..." in out and fake(left).dim() - len(a) == fake(right).dim() - len(b):

@@ -17,7 +17,7 @@ from fxfuse.recognise.answers import Reason
 
 
 def not_expressible(region: Region, factors: Sequence[Factor], heads: Heads, evaluator: Evaluator) -> Reason | None:
-    """Why a factor belongs to neither q nor k."""
+    """Why one of the factors can be multiplied into neither q nor k; None if all can."""
     for factor in factors:
         node = region.others[factor.index]
         varies = _varies(evaluator.sizes.shape(node), heads.masks[factor.target])

@@ -24,7 +24,7 @@ class Factor:
     index: int
     """Which of `Region.others` it is."""
     target: int
-    """Which of the shapes that the scores take it broadcasts against."""
+    """Number of the shape, among those that the scores take on their way, that it broadcasts against."""
     divides: bool
 
 
@@ -33,8 +33,8 @@ def find_factors(
 ) -> tuple[Factor, ...] | Reason:
     """What makes the scores of some heads, queries or keys count more than those of others.
 
-    Each tensor is made half as large again: what multiplies the scores then multiplies them by that. Leaves in `f`
-    what they are multiplied with together.
+    Each tensor is made half as large again. If it multiplies the scores, log(weights) then moves half as much again.
+    `f` is left with the product of all factors, so that later questions can undo it.
     """
     change = _change(f, values, raw, soft)
     if not torch.allclose(_change(f, values, 2 * raw, soft), 2 * change, rtol=1e-3, atol=1e-9):

@@ -30,14 +30,14 @@ def attention_forms(
 ) -> tuple[Form, ...]:
     """One `fxfuse::attention`: 3-D where no tensor has its heads transposed already, else 4-D.
 
-    How keys that are filled with a number meet another mask shows only in rows that see no key: the proof takes the way
-    that says what the model says there.
+    There are several forms, because a mask that fills with a number can be written as one that is added in several
+    ways. They differ only in rows that see no key; the proof takes the first that gives what the model gives there.
     """
     ways = [Fill()]
     if any(m.finite for m in masks) and not all(m.finite for m in masks):
         ways = [Fill(), Fill(over=True), Fill(1.0), Fill(1.0, over=True)]
     if masks and any(op_name(n) in _BOUNDS for n in region.nodes):
-        # What rows without keys are in half precision no proof asks: they are as the model's code has them.
+        # The proof does not ask what rows without keys give in half precision: the mask is written as the model has it.
         half = torch.finfo(fake(region.output).dtype).bits < 32
         ways.insert(0 if half else len(ways), Fill(bounded=True))
     return tuple(_form(region, heads, scores, causal=causal, masks=masks, fill=fill) for fill in ways)
@@ -59,7 +59,8 @@ def _form(region: Region, heads: Heads, scores: Scores, *, causal: bool, masks: 
     out = fake(region.output).dtype
 
     def attention(*inputs: torch.Tensor) -> torch.Tensor:
-        # Where the scores are wider than v, all is: the operator has one type.
+        # The operator has one type for all its inputs: where the model's scores are wider than v, everything is cast to
+        # that.
         kind = torch.promote_types(torch.promote_types(inputs[0].dtype, inputs[1].dtype), inputs[2].dtype)
         q, k, v = (t if t.dtype == kind else t.to(kind) for t in inputs[:3])
         sizes = heads.lengths(q, k, v)
@@ -100,9 +101,9 @@ def _form(region: Region, heads: Heads, scores: Scores, *, causal: bool, masks: 
 
 
 def is_causal_here(region: Region, scores: Scores, heads: Heads, ask: Questions) -> tuple[bool, str]:
-    """Are the masks together the causal one for every size the program admits? Then they need not be built.
+    """Are the masks together the causal one at every size that the program admits, so that they need not be built?
 
-    Also: how that was decided, or what it is that makes them none.
+    The second value says how that was decided, or why they are not.
     """
     nodes = [region.others[m.index] for m in scores.masks]
     if not nodes or not statically_square(region, heads):

@@ -32,7 +32,8 @@ from fxfuse.recognise.questions import Questions
 
 @dataclass(frozen=True)
 class Heads:
-    """What the layouts are, in atoms: parts of the batch, of the heads, of positions and features."""
+    """The layouts of q, k, v and the result, each axis as the atoms it counts: parts of batch, heads, positions,
+    features."""
 
     q: Axes
     k: Axes
@@ -48,9 +49,9 @@ class Heads:
     queries: Atoms
     keys: Atoms
     features: tuple[Atoms, Atoms]
-    """Of q and k, and of v and the result."""
+    """The features of q and k, and those of v and the result."""
     numbers: dict[str, int]
-    """The size of each atom that is the same whatever the symbols are."""
+    """The size of each atom whose size does not depend on a symbol."""
     q_heads: int
     kv_heads: int
     head_size: int
@@ -90,7 +91,7 @@ class Heads:
 
 def _is_flat(axes: Axes, outer: Atoms, inner: Atoms) -> bool:
     if len(inner) == 1 and () in axes:
-        return False  # an axis of one head
+        return False  # an axis of size 1, for one head, stands between
     order = memory_order(axes)
     return order[-len(inner) :] == inner and order[: -len(inner)] == tuple(a for a in outer if a in order)
 
@@ -147,10 +148,10 @@ def measure_heads(
 def settle_heads(
     region: Region, operands: Operands, targets: Sequence[Target] = (), broadcast: Sequence[tuple[Node, int]] = ()
 ) -> Heads | Reason:
-    """What is batch, and what heads.
+    """Decide which atoms are batch and which are heads.
 
     Args:
-        targets: shapes of the scores, whose layouts are asked for too.
+        targets: shapes that the scores take on their way; their layouts are worked out too.
         broadcast: what broadcasts against them (masks), each with the number of its target.
     """
     masks = [Reading(t.places, t.shape, "s", "t") for t in targets]
@@ -200,7 +201,8 @@ def settle_heads(
 def _heads(found: Layouts, lead: Atoms, static: set[str], served: set[str]) -> set[str]:
     """The atoms of the matrices that are heads; the others are batch.
 
-    Heads lie beside the features on one axis, or share keys; where nothing tells, the innermost axis of q has them.
+    An atom is a head if it shares an axis with the features, or if several of it read one key. Where neither tells, the
+    innermost of the other axes of q holds the heads.
     """
     q = found.axes[0]
     beside = {a for axes in found.axes[:4] for a in sharing(axes, found.of("d") + found.of("e"))} & set(lead) & static
@@ -217,7 +219,7 @@ def _heads(found: Layouts, lead: Atoms, static: set[str], served: set[str]) -> s
 
 
 def _unreadable(operands: Operands) -> Reason:
-    """Which of the tensors it is."""
+    """The reason that names the tensor whose layout could not be read."""
     for what, reading in zip(("q", "k", "v"), operands.readings, strict=False):
         if read_layouts([reading]) is None:
             return Reason(f"attention, but the elements of {what} are not heads of a batch in order", 2)
@@ -235,7 +237,8 @@ def _together(*matrices: torch.Tensor) -> list[torch.Tensor]:
 def _arrivals(
     region: Region, source: Node, operand: Node, evaluator: Evaluator, ask: Questions
 ) -> tuple[torch.Tensor, float] | Reason:
-    """Element numbers of `source`, from 1, as they arrive in `operand`, and the constant they were multiplied with."""
+    """The elements of `source` are numbered from 1 and sent to `operand`: the numbers as they arrive there, and the
+    constant that they were multiplied with on the way."""
     shape = evaluator.sizes.shape(source)
     numbers = torch.arange(1, torch.Size(shape).numel() + 1, dtype=torch.float64).reshape(shape)
     if operand is source:
@@ -272,7 +275,8 @@ def _result(region: Region, parts: Parts, evaluator: Evaluator) -> torch.Tensor 
 
 
 def length_of(node: Node, axes: Axes, atoms: Atoms) -> Any:
-    """How many of these atoms a tensor has, a number or a symbol; None where an axis holds others too."""
+    """The size that these atoms have together in a tensor, a number or a symbol; None where they share an axis with
+    others."""
     count: Any = 1
     for axis, size in zip(axes, fake(node).shape, strict=True):
         if set(axis) & set(atoms):

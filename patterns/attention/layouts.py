@@ -1,8 +1,9 @@
 """How tensors hold the elements of one attention: which axis is the batch, the heads, the positions, the features.
 
-Element numbers that were sent through a region arrive at ``[N, rows, columns]``: N matrices of positions and features.
-Each axis of the tensor that they came from counts with a part of N, of the rows or of the columns. The parts are called
-atoms: N may be windows, batch and heads, or batch, KV heads and repeats.
+The elements of a tensor were numbered and sent through a region, and arrived at ``[N, rows, columns]``: N matrices of
+positions and features. From where the numbers stand follows what each axis of the tensor counts: some part of N, of the
+rows or of the columns. Such parts are called atoms. N, for one, may consist of windows, batch and heads, or of batch,
+KV heads and repeats.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 
 Atoms = tuple[str, ...]
 Axes = tuple[Atoms, ...]
-"""Of each axis of a tensor the atoms that it counts with, outermost first; none where its size is 1."""
+"""For each axis of a tensor the atoms that it counts, outermost first; no atom for an axis of size 1."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,12 @@ class Reading:
     """Where the elements of one tensor are found."""
 
     found: torch.Tensor
-    """``[N, rows, columns]``: their numbers, as they lie in memory."""
+    """``[N, rows, columns]``: at each place the number of the element, counted in the order of memory."""
     shape: tuple[int, ...]
-    """Of the tensor."""
+    """The tensor's shape."""
     rows: str
     columns: str
-    """Names of what the rows and the columns are: tensors that share a name share the atoms."""
+    """What the rows and the columns are called; tensors with the same name for them share the atoms."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,9 @@ class Layouts:
     """What the readings say together."""
 
     axes: tuple[Axes, ...]
-    """Of each reading."""
+    """The axes of each reading, in the order of the readings."""
     sizes: dict[str, int]
-    """Of each atom, where it was read."""
+    """For each atom the place at which it was found."""
 
     def of(self, kind: str) -> Atoms:
         """The atoms that N (``"n"``), or some rows or columns, consist of, outermost first."""
@@ -72,7 +73,7 @@ def read_layouts(readings: Sequence[Reading]) -> Layouts | None:
 
 
 def _digits(reading: Reading) -> list[torch.Tensor]:
-    """Where on each axis the elements are."""
+    """The index of each element along each axis of the tensor."""
     strides = [math.prod(reading.shape[k + 1 :]) for k in range(len(reading.shape))]
     return [reading.found // stride % size for stride, size in zip(strides, reading.shape, strict=True)]
 
@@ -88,7 +89,8 @@ def _lines(reading: Reading) -> list[tuple[str, int, list[list[int]]]]:
 
 
 def _bounds(line: list[int]) -> set[int] | None:
-    """Where a count goes on with another step: 0 1 2 8 9 10 does after 3. None where it is no such count."""
+    """The lengths at which a count goes on with another step: 0 1 2 8 9 10 does after 3. None if it is no such
+    count."""
     found = set()
     unit = 1
     while unit < len(line):
@@ -141,7 +143,7 @@ def memory_order(axes: Axes) -> Atoms:
 
 
 def static_atoms(axes: Axes, shape: Sequence[object]) -> set[str]:
-    """The atoms of the axes whose size is a number: theirs is one too."""
+    """The atoms of the axes whose size is a number, not a symbol: their sizes are numbers too."""
     return {a for axis, size in zip(axes, shape, strict=True) if isinstance(size, int) for a in axis}
 
 

@@ -22,24 +22,25 @@ class Mask:
     index: int
     """Which of `Region.others` it is."""
     target: int
-    """Which of the shapes that the scores take it broadcasts against: ``[B·H, Sq, T]``, ``[B, H, Sq, T]``, …"""
+    """Number of the shape that it broadcasts against, among those that the scores take on their way: ``[B·H, Sq, T]``,
+    ``[B, H, Sq, T]``, …"""
     keeps: bool = True
     """A boolean mask is True where a key is kept (False: where it is dropped)."""
     factor: float = 1.0
     """What a bias is multiplied with when it is added."""
     finite: bool = False
-    """A boolean mask fills with a large finite number: a row with no key at all averages, instead of being 0."""
+    """Does a boolean mask fill with a large finite number, so that a row with no key averages instead of being 0?"""
 
 
 @dataclass(frozen=True)
 class Explained:
-    """The bias is the sum of these masks."""
+    """A bias taken apart: it is the sum of these masks."""
 
     masks: tuple[Mask, ...]
     total: torch.Tensor
     """Their sum, -inf where a key is masked, in the shape of the scores."""
     idle: tuple[int, ...]
-    """Places of the tensors that shift no score against another: sinks, if anything."""
+    """Places of the tensors that shift no score against another: they may be sinks."""
 
 
 def explain(f: Weights, values: list[torch.Tensor], bias: torch.Tensor, soft: torch.Tensor) -> Explained | Reason:
@@ -115,7 +116,7 @@ def spread_out(value: torch.Tensor, f: Weights, target: int, *, rows: bool = Fal
 
 
 def _key_axis(shape: tuple[int, ...], places: torch.Tensor) -> int | None:
-    """The axis of this shape that counts the keys, and nothing else."""
+    """The axis of this shape that counts the keys and nothing else; None if there is none."""
     step = int(places[0, 0, -1] - places[0, 0, 0])
     for axis, size in enumerate(shape):
         unit = torch.Size(shape[axis + 1 :]).numel()
@@ -127,7 +128,7 @@ def _key_axis(shape: tuple[int, ...], places: torch.Tensor) -> int | None:
 def _added(
     f: Weights, values: Sequence[torch.Tensor], place: int, bias: torch.Tensor, soft: torch.Tensor
 ) -> Mask | Reason | None:
-    """The tensor at `place` as a multiple that is added to the scores; None where it changes none against another."""
+    """The tensor at `place` as a mask that is added, times a number; None where it shifts no score against another."""
     step = torch.randn(values[place].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(44)) * 0.1
     moved = [v + step if i == place else v for i, v in enumerate(values)]
     change = centred(f(torch.zeros(f.shape, dtype=torch.float64), moved) - bias, soft)

@@ -62,8 +62,8 @@ class Parts:
 def find_parts(anchor: Node) -> tuple[Parts, ...] | Reason:
     """The products before and after a softmax; or the operands of an SDPA call.
 
-    More than one reading where it does not show which side is q, or which axes are the queries and the keys: that is
-    seen when the scores are followed (`fxfuse.patterns.attention.score_paths`).
+    There is more than one reading where the graph alone does not show which side is q, or which axes are queries and
+    keys. Following the scores decides then (`fxfuse.patterns.attention.score_paths`).
     """
     if op_name(anchor) == SDPA:
         if is_random(anchor):
@@ -83,7 +83,7 @@ def find_parts(anchor: Node) -> tuple[Parts, ...] | Reason:
 
 
 def _axis(anchor: Node) -> int:
-    """The axis of a softmax, from the last; -1 for what is written out."""
+    """The axis of a softmax, counted from the last (-1); -1 for a softmax that is written out."""
     if op_name(anchor) not in SOFTMAX:
         return -1
     axis, rank = argument(anchor, "dim"), fake(anchor).dim()
@@ -91,7 +91,8 @@ def _axis(anchor: Node) -> int:
 
 
 def _scores(anchor: Node) -> tuple[Node, bool] | None:
-    """The nearest product behind the anchor's input, through whatever is elementwise; and is it transposed there?"""
+    """The nearest product that the anchor's input is computed from through elementwise calls, and whether it is
+    transposed on the way."""
     source = anchor.args[0]
     assert isinstance(source, Node)
     seen, level = {source}, [source]
@@ -161,9 +162,9 @@ def _weighted(anchor: Node) -> tuple[Product, ...] | Reason:
 
 
 def regions(view: GraphView, parts: Parts, ask: Questions) -> Iterator[Region]:
-    """From q, k and v before any repeat, cast or transpose to the result behind its transpose; then narrower ones.
+    """Regions to try, the widest first: from q, k and v before any repeat, cast or transpose to the transposed result.
 
-    The last take the operands with all their heads, however those were made.
+    The last ones take k and v with their heads as they enter the products, repeated or not.
     """
     sizes = ask.evaluator(0).sizes
     matrix = _matrices(parts, sizes)
@@ -206,7 +207,7 @@ def regions(view: GraphView, parts: Parts, ask: Questions) -> Iterator[Region]:
         near = tuple(map(nearest, operands))
         for output in (farthest((3, 4)), farthest((3,)), parts.output):
             yield *near, output
-        # Time first, heads in the batch, windows on an axis of their own: whatever is moved into place.
+        # Any other layout (time first, heads in the batch, windows on an axis of their own) is moved into place.
         usual = [deepest(operand, (3, 4)) for operand in operands]
         moved = [deepest(operand, _RANKS, False) for operand in operands]
         output = farthest(_RANKS)
@@ -218,7 +219,7 @@ def regions(view: GraphView, parts: Parts, ask: Questions) -> Iterator[Region]:
 
     given, shared = _beside(view, parts)
     tried: set[tuple[Node | None, ...]] = set()
-    for span in spans():  # the first is mostly the one: the rest is not looked for then
+    for span in spans():  # a generator, because the first is mostly right and the others then need not be looked for
         if None in span or span in tried:
             continue
         tried.add(span)
@@ -239,12 +240,12 @@ def _matrices(parts: Parts, sizes: Sizes) -> dict[Node, tuple[int, int]]:
 
 
 def _may_hold_heads(shape: tuple[int, ...], length: int, size: int) -> bool:
-    """So many positions and features, on whatever axes?"""
+    """May a tensor of this shape hold heads of so many positions and features, on whatever axes?"""
     return torch.Size(shape).numel() % (length * size) == 0 and any(n % size == 0 for n in shape)
 
 
 def _holds_heads(shape: tuple[int, ...], length: int, size: int) -> bool:
-    """``[B, S, H·D]``, ``[B, S, H, D]`` or ``[B, H, S, D]``?"""
+    """Does this shape read as ``[B, S, H·D]``, ``[B, S, H, D]`` or ``[B, H, S, D]``?"""
     if len(shape) == 3:
         return shape[1] == length and shape[2] % size == 0
     return shape[3] == size and length in shape[1:3]
@@ -270,7 +271,7 @@ def _beside(view: GraphView, parts: Parts) -> tuple[list[Node], list[Node]]:
         node: next((n for n in own if any(n in others for m, others in forms.items() if m is not node)), None)
         for node, own in forms.items()
     }
-    # ``~keep`` hides keys and ``keep`` clears weights: to draw the two apart would make a program that nobody wrote.
+    # ``~keep`` hides keys and ``keep`` clears weights. Drawn independently they would contradict each other.
     return [n for n, one in common.items() if one is None], [n for n in dict.fromkeys(common.values()) if n is not None]
 
 

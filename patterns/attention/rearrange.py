@@ -16,10 +16,10 @@ Lengths = Mapping[str, Any]
 
 
 def rearranged(t: torch.Tensor, have: Axes, want: Axes, lengths: Lengths, *, whole: bool = True) -> torch.Tensor:
-    """The tensor with the axes `want`; an atom that it does not have it repeats.
+    """The tensor with the axes `want`; along an atom that it does not have it is repeated.
 
     Args:
-        whole: every axis at its full length; else one of which `t` has nothing stays of size 1.
+        whole: give every axis its full length; otherwise an axis of which `t` has no atom stays of size 1.
     """
     if have == want or (not whole and _broadcasts(have, want)):
         return t
@@ -62,7 +62,9 @@ def rearranged(t: torch.Tensor, have: Axes, want: Axes, lengths: Lengths, *, who
 
 
 def _with_ones(have: Axes, want: Axes) -> tuple[Axes, Axes]:
-    """Axes of size 1 that both have are moved, like all others: a transpose of one token's heads stays one."""
+    """Give axes of size 1 that both layouts have a name, so that they are moved like all others.
+
+    Otherwise the transpose of the heads of one token would become a view."""
     shared = min(have.count(()), want.count(()))
 
     def named(axes: Axes) -> Axes:
@@ -73,12 +75,12 @@ def _with_ones(have: Axes, want: Axes) -> tuple[Axes, Axes]:
 
 
 def _first(atom: str, parts: list[Atoms]) -> Atoms:
-    """The block that begins with it, if one does."""
+    """The block that begins with this atom; empty if none does."""
     return next((block for block in parts if block[0] == atom), ())
 
 
 def _broadcasts(have: Axes, want: Axes) -> bool:
-    """Is it already what broadcasts against these axes?"""
+    """Does a tensor with the axes `have` broadcast against `want` as it is?"""
     own = want[len(want) - len(have) :]
     return len(have) <= len(want) and all(not a or a == b for a, b in zip(have, own, strict=True))
 
@@ -101,7 +103,7 @@ def _blocks(axis: Atoms, want: Axes) -> list[Atoms]:
 
 
 def _sizes(blocks: list[Atoms], lengths: Lengths) -> list[Any]:
-    """Of each block; -1 for one of those that are no plain number."""
+    """The size of each block; -1, for `view` to work out, for one of those whose size is no plain number."""
     sizes = [math.prod(lengths[a] for a in block) for block in blocks]
     for place, size in enumerate(sizes):
         if not isinstance(size, int):

@@ -1,4 +1,7 @@
-"""Where each score goes between the two products: followed by number through what moves it or changes it alone."""
+"""Where each score goes between the two products.
+
+The scores are numbered, and the numbers follow them through calls that move elements or change each by itself.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ ELEMENTWISE = frozenset(
 PADS = frozenset({"pad", "constant_pad_nd"})
 _EACH = ARITHMETIC | CAST | NO_OP | ELEMENTWISE | SOFTMAX | {"log_softmax", "nan_to_num", "where", "sub", "true_divide"}
 _NONE = 0.0
-"""The number of what is no score; scores are counted from 1."""
+"""The number given to elements that are no score; scores are counted from 1."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ class Followed:
 
 
 def follow(way: Region, scores: Product, weighted: Product, evaluator: Evaluator) -> Followed | Reason:
-    """From the first product to the weights; or where a score ends up that does not become one weight of its row."""
+    """Follow the scores from the first product to the weights. A reason if one does not become one weight of its
+    row."""
     raw = evaluator.sizes.shape(scores.node)
     count = math.prod(raw)
     arranged = scores.result(torch.arange(count).reshape(raw))

@@ -32,7 +32,7 @@ class Scores:
     sinks: Mask | float | None = None
     """A score for each row, or the same for all, that takes part in the softmax and has no key and no value."""
     from_leaves: bool = False
-    """It holds for the constants of this program."""
+    """Is this true only for the constants that this program holds?"""
     factors: tuple[Factor, ...] = ()
     """What the scores are multiplied with beside the scale."""
     targets: tuple[Target, ...] = ()
@@ -44,7 +44,7 @@ class Scores:
         return [*self.masks, *self.factors, *([self.sinks] if isinstance(self.sinks, Mask) else [])]
 
     def of_those_used(self) -> Scores:
-        """Without the shapes that none of them is read against."""
+        """The same without the targets that no mask, sink or factor broadcasts against."""
         sinks = self.sinks if isinstance(self.sinks, Mask) else None
         used = sorted({user.target for user in self.users})
         masks = tuple(replace(m, target=used.index(m.target)) for m in self.masks)
@@ -60,7 +60,7 @@ class Scores:
 def measure_scores(
     region: Region, parts: Parts, way: tuple[Region, Followed] | None, evaluator: Evaluator, ask: Questions
 ) -> Scores | Reason:
-    """Ask the way from the product to the weights; SDPA says it in its arguments."""
+    """Measure what lies between the first product and the weights. A call of SDPA has it in its arguments."""
     if way is None:
         return _of_sdpa(region, parts.softmax, evaluator)
     answer = _measure(region, parts, way, evaluator, ask)
@@ -198,7 +198,8 @@ def _curve(
 def _precisely(
     f: Weights, values: list[torch.Tensor], bias: torch.Tensor, soft: torch.Tensor, raw: torch.Tensor, softcap: float
 ) -> float:
-    """The scale, from scores of about 1: where there is a cap, what it did to them is undone."""
+    """The scale, measured again at scores of about 1 for its last digits; if there is a cap, its tanh is inverted
+    first."""
     row = int((soft.reshape(-1, soft.shape[-1]).sum(-1) > 1).nonzero()[0])
     first, second = soft.reshape(-1, soft.shape[-1])[row].nonzero().flatten()[:2].tolist()
     x = float(raw.abs().max())
@@ -267,7 +268,8 @@ def _sinks(
     bias: torch.Tensor,
     soft: torch.Tensor,
 ) -> Mask | float | None:
-    """Which idle tensor has, for each row, the score that takes the missing share? Or is it one number?
+    """The sink, if the weights sum to less than one: which of the tensors that shift no score holds it, or which
+    number?
 
     With scores of 0, log(weight) = mask - log(sum(exp(mask)) + exp(sink)), which is solved for the sink.
     """
@@ -286,7 +288,7 @@ def _sinks(
 
 
 def _idle_floats(f: Weights, values: list[torch.Tensor]) -> bool:
-    """Is there a tensor of one number? Whether it scales the scores does not show in how they differ."""
+    """Is one of the tensors a single number? Whether it scales the scores does not show in how they differ."""
     return any(v.is_floating_point() and v.numel() == 1 for v in values)
 
 

@@ -1,7 +1,7 @@
 """The attention weights as a function of the raw scores and of the tensors beside them.
 
-Weights are read as log(weights), which is the score up to one number a row: so softmax, its shifted and its written-out
-spellings all look the same from outside.
+The weights are read as log(weights). That is the score, but for one number that all keys of a row share; so softmax,
+its shifted and its written-out spellings look the same from outside.
 """
 
 from __future__ import annotations
@@ -47,11 +47,12 @@ class Weights:
         numbers = torch.arange(torch.Size(self._raw).numel()).reshape(self._raw)
         self._places = parts.scores.result(numbers).reshape(-1)
         self.shape = followed.shape
-        """Of the scores, and of what is returned."""
+        """``[N, S, T]``: of the scores that are given, and of what is returned."""
         self.targets = sorted(followed.targets, key=lambda target: len(target.shape))
         """The shapes that the scores take on the way: what a mask broadcasts against."""
         self.multiplied: torch.Tensor | None = None
-        """What the scores are multiplied with on the way, undone before they are sent."""
+        """The product of all factors of the scores. Scores are divided by it before they are sent, so that it
+        cancels."""
         self.total = torch.zeros((), dtype=torch.float64)
         """What the weights of each row summed to in the last call."""
         self._added: tuple[Node, ...] = (
@@ -62,7 +63,8 @@ class Weights:
         self.held = held
         self.nodes = tuple(n for n in read if n in region.others and n not in held)
         self.indices = tuple(region.others.index(n) for n in self.nodes)
-        # Read for their dtype alone (`type_as(q)`); were their values used, the answers would not fit.
+        # q, k and v may be read for their dtype (`type_as(q)`), so they are given any value; used values would not fit
+        # later.
         beside = [n for n in read if n not in region.others and n not in held]
         self._beside = {**held, **dict(zip(beside, ask.draws(beside, evaluator, 43), strict=True))}
 
@@ -92,15 +94,15 @@ def follow_scores(region: Region, parts: Parts, evaluator: Evaluator) -> tuple[R
 
 
 def centred(t: torch.Tensor, soft: torch.Tensor) -> torch.Tensor:
-    """Less its mean over the kept keys of each row, which softmax does not see; 0 where nothing is kept."""
+    """`t` less its mean over the kept keys of each row, which softmax does not see; 0 in rows that keep nothing."""
     kept = torch.where(soft, t, 0.0)
     return torch.where(soft, kept - kept.sum(-1, keepdim=True) / soft.sum(-1, keepdim=True).clamp(min=1), 0.0)
 
 
 def _held(node: Node, evaluator: Evaluator, ask: Questions, hold: bool) -> torch.Tensor | None:
-    """The node's value in this program, if it is to be held."""
+    """The node's value in this program if it is to be held, else None."""
     if op_name(node) == "" and not hold and fake(node).dim() > 0:
-        return None  # a buffer: what it holds is looked at where nothing else explains the bias
+        return None  # a buffer: its content is looked at only if nothing else explains the bias
     if not hold:
         return ask.one_number(node, evaluator) if fake(node).dtype != torch.bool else None
     if ask.depends_on_input(node):

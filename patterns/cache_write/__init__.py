@@ -6,10 +6,11 @@ Source: https://onnx.ai/onnx/operators/onnx__TensorScatter.html
     new ───────────────────────┼─ index_copy, index_put, slice_scatter ── buffer after the write
     start ─ + arange ─ index ──┘
 
-Asked by the proof: is slot `start + i` of the result the new entry i, and every other slot the buffer's, wherever
-`start` is? So the region begins at the one number that the slots are counted from. Slots that are given one by one,
-by an input, may be any; they stay what they are. In-place writes are found once the program is lifted
-(`fxfuse.state.lift`); `fxfuse.onnx.export` does that.
+The proof asks whether slot `start + i` of the result is the new entry i, and every other slot the buffer's, whatever
+`start` is. That is why the region begins at the one number that the slots are counted from. Slots that an input gives
+one by one may be any slots, so such a write stays as it is.
+
+Writes in place are found only after the program was lifted (`fxfuse.state.lift`), which `fxfuse.onnx.export` does.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from fxfuse.recognise.answers import Form, Found, Proposal, Reason
 from fxfuse.recognise.questions import Questions
 
 _COUNTED = frozenset(["add", "arange", "alias", "clone"]) | CAST
-"""What slots are counted with."""
+"""Calls that count slots up from one number."""
 
 
 class CacheWrite:
-    """New entries of a buffer, at slots that follow one another."""
+    """New entries written into a buffer, at slots that follow one another."""
 
     name = "cache_write"
     operator = "TensorScatter"
@@ -71,7 +72,7 @@ class CacheWrite:
 
 
 def _starts(past: Node, new: Node, sizes: Sizes) -> int:
-    """How many slots there are to begin at, for what is written to fit."""
+    """How many slots a write may begin at so that all new entries still fit into the buffer."""
     rank = fake(past).dim()
     held, written = sizes.shape(past), sizes.shape(new)
     written = (*held[: rank - len(written)], *written)
@@ -79,7 +80,8 @@ def _starts(past: Node, new: Node, sizes: Sizes) -> int:
 
 
 def _form(axis: int, first: Any) -> Form:
-    """`first` is the first slot where that is a number; a third input otherwise."""
+    """The TensorScatter. `first` is the first slot if the program has a number for it; otherwise it is a third
+    input."""
 
     def scatter(past: torch.Tensor, new: torch.Tensor, *start: torch.Tensor) -> torch.Tensor:
         if start:
@@ -96,7 +98,7 @@ def _form(axis: int, first: Any) -> Form:
 
 
 def _write(node: Node) -> tuple[Node, Node, Any, int] | None:
-    """The buffer, what is written, the slots (an index, or the first as a number) and the axis."""
+    """A write taken apart: the buffer, what is written, the slots (an index, or the first as a number) and the axis."""
     name = op_name(node)
     if name not in ("index_copy", "index_put", "slice_scatter") or tensor(node) is None:
         return None
@@ -123,14 +125,14 @@ def _write(node: Node) -> tuple[Node, Node, Any, int] | None:
 
 
 def _is_state(past: Any) -> bool:
-    """Something kept: an input or a buffer, perhaps moved about."""
+    """Is it an input or a buffer, perhaps viewed otherwise?"""
     while isinstance(past, Node) and op_name(past) in LAYOUT and past.args:
         past = past.args[0]
     return isinstance(past, Node) and past.op == "placeholder"
 
 
 def _start(slots: Node) -> Node | None:
-    """The one number that the slots are counted from; None where they do not come from one."""
+    """The node of the one number that the slots are counted from; None where they do not come from one number."""
     ends = [slots]
     while ends:
         node = ends.pop()

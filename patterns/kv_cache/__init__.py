@@ -8,10 +8,13 @@ Source: `past_key`, `past_value` and `present_key`, `present_value` of https://o
     new v ──┬─ cat ─┴─ present v
     past v ─┘
 
-It comes after the pattern that finds the attention. The caches are [B, H, P, D], as ONNX has them; the new keys may be
-[B, S, H·D], before their heads were split and transposed. Always with all three outputs: ONNX Runtime has no kernel for
-a past without a present, and optimizers take away outputs that nobody reads. So keys that are joined for this attention
-alone, to learned ones, say, are no cache: they stay joined.
+This pattern runs after the one that finds the attention. P is the number of past keys, S that of new ones. The caches
+are [B, H, P, D], as ONNX has them; the new keys may also be [B, S, H·D], as they are before their heads are split and
+transposed.
+
+The node always has all three outputs, because ONNX Runtime has no kernel for a past without a present, and optimizers
+remove outputs that nobody reads. Keys that are joined for this attention alone (to learned keys, say) are therefore no
+cache: nobody reads their present, and they stay joined.
 """
 
 from __future__ import annotations
@@ -30,9 +33,9 @@ from fxfuse.recognise.walk import backward, chain_back
 
 JOINS = frozenset(["cat", "concat", "concatenate"])
 CHANGES = frozenset(["rotary_embedding", "rms_norm", "mul", "add", "to", "type_as"])
-"""What models do to cached keys before they attend to them."""
+"""What models compute on cached keys before they attend to them; with it the cached keys are not those attended to."""
 CASTS = frozenset(["to", "type_as"])
-"""To the type that the keys have already, more often than not."""
+"""Casts; mostly to the type that the keys have already."""
 _ATTENTION = torch.ops.fxfuse.attention.default
 
 
@@ -50,7 +53,7 @@ class KVCache:
                 continue
             joins = _joins(view, node)
             if joins is None or (isinstance(joins, tuple) and claimed & set(joins)):
-                continue  # what was claimed is the present of an earlier attention: this one reads it from there
+                continue  # these keys are the present of an earlier attention, and this one reads them from there
             if isinstance(joins, Reason):
                 yield Proposal(node, (), missed=joins)
                 continue
@@ -81,7 +84,7 @@ class KVCache:
 
 
 def _number(size: Any) -> int | None:
-    """The size if it is known: transformers' caches come with symbols that turned out to be numbers."""
+    """The size if it is known, else None. Sizes of transformers' caches may be symbols that stand for one number."""
     if isinstance(size, torch.SymInt):
         return int(size.node.expr) if size.node.expr.is_number else None
     return int(size)
@@ -133,14 +136,15 @@ def _joins(view: GraphView, node: Node) -> tuple[Node, Node] | Reason | None:
 
 
 def _present(join: Node) -> Node:
-    """What is read of all the keys: the concatenation, or a cast of it to the type that it has."""
+    """The node through which all keys are read: the concatenation, or a cast of it to the type that it has already."""
     users = real_users(join)
     cast = users[0] if len(users) == 1 and op_name(users[0]) in CASTS else join
     return cast if fake(cast).dtype == fake(join).dtype else join
 
 
 def _is_cache(join: Node) -> bool:
-    """Of two tensors, the first of which nothing was computed for: an input, or a buffer, perhaps moved about."""
+    """Does it join two tensors, the first of which is an input or a buffer, perhaps viewed otherwise, but not
+    computed?"""
     operands = join.args[0]
     if not isinstance(operands, (list, tuple)) or len(operands) != 2:
         return False
@@ -151,7 +155,7 @@ def _is_cache(join: Node) -> bool:
 
 
 def _changed(view: GraphView, operand: Node) -> Node | None:
-    """What last computes on cached keys on their way to the attention, if anything does."""
+    """The last call that computes on cached keys on their way to the attention; None if none does."""
     behind = backward(view, operand, lambda name: name in (LAYOUT | CHANGES) - JOINS)
     if not any(op_name(n) in JOINS and _is_cache(n) for n in behind):
         return None
@@ -159,12 +163,13 @@ def _changed(view: GraphView, operand: Node) -> Node | None:
 
 
 def _leads(user: Node, node: Node) -> bool:
-    """Is `user` only on the way to `node`?"""
+    """Do all ways from `user` lead to `node`, through nothing but views?"""
     return user is node or (bool(user.users) and op_name(user) in LAYOUT and all(_leads(u, node) for u in user.users))
 
 
 def _regions(view: GraphView, node: Node, joins: tuple[Node, Node]) -> Iterator[Region]:
-    """With q, k and v as they were before their heads were transposed; then as they meet the past."""
+    """The regions to try: from q, k and v before their heads were transposed, then from q, k and v as they meet the
+    past."""
     operands: list[Any] = [node.args[0], *(join.args[0][1] for join in joins)]  # type: ignore[index,union-attr]
     past: list[Any] = [join.args[0][0] for join in joins]  # type: ignore[index,union-attr]
     mask = argument(node, "attn_mask")
@@ -180,7 +185,7 @@ def _regions(view: GraphView, node: Node, joins: tuple[Node, Node]) -> Iterator[
 
 
 def _flat(view: GraphView, operand: Node) -> Node | None:
-    """The operand as [B, S, H·D], if that is what it was made of."""
+    """The tensor [B, S, H·D] that the operand is a view of; None if there is none."""
     way = chain_back(view, operand, lambda name: name in LAYOUT)
     return next((n for n in way if tensor(n) is not None and fake(n).dim() == 3), None)
 

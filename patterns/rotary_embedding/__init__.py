@@ -5,9 +5,10 @@ Source: https://onnx.ai/onnx/operators/onnx__RotaryEmbedding.html; Su et al., ht
     y_a = cos·x_a − sin·x_b        halves:      (a, b) = (i, i + r/2)
     y_b = sin·x_a + cos·x_b        interleaved: (a, b) = (2i, 2i + 1)       for i < r/2; features from r on pass
 
-Asked of a region from x to y of the same shape: is it linear, f(0) = 0, and does a feature reach only its own position?
-Then f(one-hot) gives a matrix per position: its pattern is the pairing, its entries are cos and sin, and with unique
-values in every other input they tell which element of which tensor each of them is.
+A region f from x to y of the same shape is run, and asked whether it is linear, whether f(0) = 0, and whether each
+feature reaches only its own position. Then a one-hot x gives, for each position, a matrix: which entries are not 0
+tells which features are paired, and the entries are cos and sin. All other inputs hold values that occur once, so that
+an entry also tells which element of which tensor it is.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class RotaryEmbedding:
                 yield Proposal(node, self._around(view, node, outputs), best_rank=int(wider))
 
     def _around(self, view: GraphView, anchor: Node, outputs: list[Node]) -> Iterator[Region]:
-        """Outputs after the sum of products, nearest first, each with the inputs of its shape before it."""
+        """Regions around a sum of products: each output behind it, nearest first, with each input of its shape before
+        it."""
         sources = backward(view, anchor, _walked, depth=10, limit=40)
         for output in outputs:
             if not is_float(output) or fake(output).dim() < 2:
@@ -72,7 +74,7 @@ class RotaryEmbedding:
                     continue
                 region = between(view, output, [source], _walked, limit=48)
                 if region is not None and anchor in region.nodes and _multiplies(region):
-                    tried += op_name(source) not in SCATTERS  # halfway through what is written into place
+                    tried += op_name(source) not in SCATTERS  # a scatter holds but a part of the result
                     yield region
                 if tried == 4:
                     break
@@ -105,12 +107,13 @@ class RotaryEmbedding:
 
 
 def _rank(region: Region, rotation: Rotation) -> int:
-    """A whole head over the rotated part of it: then the slice and the concatenation go too."""
+    """Prefer the region of the whole head to that of its rotated part: the slice and the concatenation go with it."""
     return 1 if rotation.rotary_dim < rotation.dim else 0
 
 
 def _mixes(view: GraphView, node: Node) -> bool:
-    """A sum of products, a complex product, or a product with 2 by 2 matrices."""
+    """May this node mix pairs of features: is it a sum of products, a complex product, a product with 2 by 2
+    matrices?"""
     if op_name(node) in _MATRIX:
         shapes = (tuple(fake(i).shape[-2:]) for i in node.all_input_nodes if is_float(i))
         return any(all(static(d) == 2 for d in shape) and len(shape) == 2 for shape in shapes)

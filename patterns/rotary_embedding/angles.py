@@ -1,4 +1,4 @@
-"""Do both rows of each pair use one angle? Their elements are followed to where they are computed."""
+"""Do both rows of each pair use one angle? The elements that they use are followed back to where they are computed."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ _PAIR = "pair"
 def while_loaded(
     region: Region, others: list[torch.Tensor], rows: tuple[torch.Tensor, ...], ask: Questions
 ) -> str | None:
-    """What to say where both rows use one angle as long as nothing is loaded into a persistent buffer; else None.
+    """A note for the report if both rows use one angle only until other values are loaded into a buffer; else None.
 
-    x is rotated by the angle of each row then, and of either result half is kept: right whatever is loaded.
+    x is then rotated twice, by the angle of each row, and half of either result is kept. That is right whatever is
+    loaded.
     """
     ask.read_leaves = True
     buffers = ask.loaded(region.others)
@@ -34,7 +35,7 @@ def while_loaded(
 def one_angle(
     region: Region, others: list[torch.Tensor], rows: tuple[torch.Tensor, ...], reader: Reader
 ) -> str | Reason:
-    """How it was decided that they do, at every position; or why they may not.
+    """How it was decided that both rows use one angle at every position; or the reason why they may not.
 
     Args:
         others: the unique values that the rows were measured with.
@@ -67,7 +68,7 @@ def one_angle(
 
 
 def _unlike(reader: Reader, one: Term, two: Term) -> str:
-    """What the elements are read from, where that decides it."""
+    """Why two elements may differ, in words: by what they are read from, if that decides it."""
     both = dict.fromkeys(str(t.args[0]) for t in one.walk() if t.op == "given")
     others = {str(t.args[0]) for t in two.walk() if t.op == "given"}
     names = [name for name in both if name in others and " of graph " not in name]
@@ -83,7 +84,7 @@ def _unlike(reader: Reader, one: Term, two: Term) -> str:
 
 
 def _called(placeholder: str) -> str:
-    """A buffer or parameter by the name that the model has for it."""
+    """The name that the model has for a buffer or parameter, in quotes."""
     kind, _, name = placeholder.partition("_")
     if kind == "c":
         return "a constant"

@@ -24,7 +24,8 @@ class Layout:
     sequence: int
     rank: int
     swapped: bool
-    """x is ``[B, H, S, D]`` by a transpose that can be undone, so that the 3-D form needs none."""
+    """Is x ``[B, H, S, D]`` because the model transposed it just before? The operator's 3-D form then reads what was
+    transposed, and needs no transpose."""
 
     @property
     def heads_last(self) -> bool:
@@ -32,10 +33,10 @@ class Layout:
 
 
 def rotary_forms(region: Region, rotation: Rotation, rows: tuple[Caches, ...]) -> tuple[Form, ...]:
-    """In the dtype the products have in the model, then in float32; both cast back to the region's dtype.
+    """Two forms for the proof to choose from: in the dtype of the model's products, and in float32. Both are cast back.
 
     Args:
-        rows: cos and sin; or those of the first row of each pair, and those of the second.
+        rows: cos and sin once if both rows of a pair use one angle; else those of the first rows and of the second.
     """
     (x,) = region.sources
     layouts = [_layout(x, caches) for caches in rows]
@@ -104,7 +105,7 @@ def _rotate(
 
 
 def _layout(x: Node, caches: Caches) -> Layout:
-    """Positions are where cos and sin differ; heads are the axes beside them where they do not."""
+    """Axes along which cos and sin differ are positions (or batch); those along which they do not are heads."""
     value = fake(x)
     rank = value.dim()
     axes = caches.cos.axes | caches.sin.axes
@@ -124,7 +125,7 @@ def _layout(x: Node, caches: Caches) -> Layout:
 
 
 def _is_swap(x: Node) -> bool:
-    """Does the model transpose heads and sequence just before?"""
+    """Is x made by a transpose of heads and sequence?"""
     if op_name(x) in ("transpose", "swapaxes", "swapdims", "movedim"):
         return {a % 4 for a in x.args[1:3] if isinstance(a, int)} == {1, 2}
     return op_name(x) == "permute" and list(x.args[1]) == [0, 2, 1, 3]  # type: ignore[arg-type]

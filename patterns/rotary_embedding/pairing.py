@@ -19,7 +19,7 @@ class Pairing:
     taken: Places
     """Where the two features of a pair are in x."""
     left: Places
-    """Where they are in y. DeepSeek takes neighbours and leaves halves."""
+    """Where they are in y. It may be elsewhere: DeepSeek's code takes neighbours and leaves halves."""
     pairs: int
 
     @property
@@ -44,14 +44,16 @@ class Pairing:
         return _members(self.left, self.pairs)[1]
 
     def arrange(self, y: torch.Tensor) -> torch.Tensor:
-        """A rotated ``[..., 2 * pairs]`` whose pairs are where x had them, its pairs where the region leaves them."""
+        """Put the features of a rotated ``[..., 2 * pairs]``, which stand where x has them, where the region leaves
+        them."""
         if self.taken == self.left:
             return y
         inner = (self.pairs, 2) if self.taken == "neighbours" else (2, self.pairs)
         return torch.unflatten(y, -1, inner).transpose(-1, -2).flatten(-2)
 
     def joined(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """Of each pair the one feature of `first` and the other of `second`, both as the region leaves them."""
+        """Take the first feature of each pair from `first` and the second from `second`; both stand as the region
+        leaves them."""
         count = 2 * self.pairs
         if self.left == "halves":
             parts = [first[..., : self.pairs], second[..., self.pairs : count]]

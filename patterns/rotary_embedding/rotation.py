@@ -1,4 +1,4 @@
-"""Is a region a rotation of feature pairs? Which pairs, and by which cos and sin?"""
+"""Is a region a rotation of pairs of features? If so, of which pairs, and by which cos and sin?"""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Rotation:
 
     evaluator: Evaluator
     inputs: list[torch.Tensor]
-    """The values of `Region.others` it was measured with: every element unique."""
+    """The values of `Region.others` during the measurement; every element occurs once."""
     dim: int
     """Features of a position, the last axis of x."""
     pairing: Pairing
@@ -34,7 +34,7 @@ class Rotation:
     sin: torch.Tensor
     """``[*positions, rotary_dim / 2]``"""
     from_leaves: bool
-    """The two rows of a pair use one angle in this program, though they read different elements."""
+    """Do the two rows of a pair use one angle in this program, though they read different elements?"""
     claim: str = ""
     """How that was decided."""
     second: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -97,10 +97,11 @@ def measure_rotation(region: Region, ask: Questions) -> Rotation | Reason:
 
 
 def _signs(region: Region, dim: int, evaluator: Evaluator, ask: Questions) -> dict[int, torch.Tensor]:
-    """Constants of 0, 1 and -1 that cross the features, x @ P, or turn them, x · sign: no tables of cos or sin."""
+    """Constants of 0, 1 and -1 that permute features (x @ P) or change their signs (x · sign): these are no tables of
+    cos or sin, so they keep their values while everything else is drawn."""
     found = {}
     for index, node in enumerate(region.others):
-        shape = tuple(static(s) for s in fake(node).shape)  # a symbol compared with a size would be guarded on
+        shape = tuple(static(s) for s in fake(node).shape)  # comparing a symbol would add a guard
         if shape[-1:] != (dim,) or any(s not in (1, dim) for s in shape[:-1]) or ask.depends_on_input(node):
             continue
         if not (ask.is_fixed(node) or same_at_every_size(ask.reader, node)):
@@ -112,7 +113,7 @@ def _signs(region: Region, dim: int, evaluator: Evaluator, ask: Questions) -> di
 
 
 def _reaches(region: Region, evaluator: Evaluator, others: list[torch.Tensor]) -> torch.Tensor:
-    """``[D out, D in]``: which feature reaches which. Every position is asked about another one."""
+    """``[D out, D in]``: which feature reaches which. One evaluation asks each position about another feature."""
     shape = evaluator.sizes.shape(region.sources[0])
     dim = shape[-1]
     positions = torch.Size(shape[:-1]).numel()
@@ -129,7 +130,7 @@ def _reaches(region: Region, evaluator: Evaluator, others: list[torch.Tensor]) -
 def _rows_of(
     region: Region, evaluator: Evaluator, others: list[torch.Tensor], pairing: Pairing
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """cos, sin, -sin and cos of every pair, from two evaluations: pairs do not reach one another."""
+    """cos, sin, -sin and cos of every pair. Two evaluations suffice, because pairs do not reach one another."""
     shape = evaluator.sizes.shape(region.sources[0])
     read: list[torch.Tensor] = []
     for ones in (pairing.first, pairing.second):
@@ -141,7 +142,7 @@ def _rows_of(
 
 
 def _unique(values: torch.Tensor, index: int) -> torch.Tensor:
-    """Away from 0, so that a product with it shows."""
+    """Values that occur once, and are far from 0, so that a product with them is seen."""
     if not (values.dtype.is_floating_point or values.dtype.is_complex):
         return values
     if values.dtype.is_complex:

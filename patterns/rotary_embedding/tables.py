@@ -1,4 +1,7 @@
-"""Which element of which tensor is each measured cos and sin? Read off unique values, whatever led there."""
+"""Which element of which tensor is each measured cos and sin?
+
+Every element of the region's other inputs had a value that occurs once, so a measured value tells where it comes from.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,11 @@ Part = Literal["whole", "real", "imag"]
 
 @dataclass(frozen=True)
 class Step:
-    """What one axis of the source tensor is to the cache."""
+    """What one axis of the tensor that cos or sin is read from stands for."""
 
     kind: Literal["drop", "select", "pair", "axis", "tile"]
-    """Size 1; one index; the pairs; an axis of x; an axis of x that repeats this one."""
+    """Whether it has size 1, is read at one index, counts the pairs, is an axis of x, or is repeated along an axis of
+    x."""
     start: int = 0
     """The index selected, or where the pairs start."""
     step: int = 1
@@ -30,7 +34,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Cache:
-    """cos or sin as a view of `Region.others[index]`."""
+    """The table of cos or sin, as a view of `Region.others[index]`."""
 
     index: int
     part: Part
@@ -73,7 +77,7 @@ class Cache:
             if sorted(order.values()) != list(order.values())
             else source
         )
-        for position in range(len(axes) + 1):  # of a single pair there is no axis to read either
+        for position in range(len(axes) + 1):  # with a single pair there is no axis of pairs
             if position not in order:
                 source = source.unsqueeze(position)
         return -source if self.negative else source
@@ -106,7 +110,7 @@ def read_caches(
 
 
 def find_cache(values: torch.Tensor, inputs: list[torch.Tensor], what: str) -> Cache | Reason:
-    """Which elements of which input these values are; cos and sin are one tensor each."""
+    """Find the one input that all these values are elements of, and how its axes are read."""
     for index, source in enumerate(inputs):
         parts: list[tuple[Part, torch.Tensor]] = [("whole", source)]
         if source.is_complex():
@@ -140,7 +144,7 @@ def _places(values: torch.Tensor, source: torch.Tensor) -> torch.Tensor | None:
 
 
 def _steps(places: torch.Tensor, source: tuple[int, ...], shape: torch.Size, what: str) -> tuple[Step, ...] | Reason:
-    """The role of every axis of the source: what its coordinate is a function of."""
+    """What each axis of the source stands for: the axis of x, if any, that its coordinate is a function of."""
     steps = []
     stride = 1
     for size in reversed(source):
