@@ -15,10 +15,12 @@ from fxfuse.graph.higher_order import higher_order
 from fxfuse.graph.region import Region
 from fxfuse.graph.source import place_of
 from fxfuse.graph.view import ASSERTIONS, CAST, UNSET, argument, fake, op_name
+from fxfuse.proof.accepted import BOUNDS
 from fxfuse.proof.analytic import ACCUMULATES, MOVED
 from fxfuse.proof.breaks import Breaks
 from fxfuse.proof.dequantize import exactly
 from fxfuse.proof.sizes import Sizes
+from fxfuse.proof.special import default_epsilon, is_complex, rounded_count, unset
 
 MAX_ELEMENTS = 1 << 25
 """Largest tensor that a question may allocate (256 MiB in float64)."""
@@ -111,20 +113,20 @@ class Evaluator:
         kwargs = self.retype(map_arg(dict(node.kwargs), concrete))
         if self._rounds is not None:
             args, kwargs = self._other_digits(args), self._other_digits(kwargs)
-        if self._noise is not None and (name in ACCUMULATES or any(_is_complex(a) for a in args)):
+        if self._noise is not None and (name in ACCUMULATES or any(is_complex(a) for a in args)):
             args = tuple(self.put_off(a) for a in args)
-        if self.exact and name in CAST and (rounded := _rounded_count(node, args)) is not None:
+        if self.exact and name in CAST and (rounded := rounded_count(node, args)) is not None:
             return self._seen(node, name, args, kwargs, rounded)
         if self.exact and node.target is torch.ops.aten.rms_norm.default and argument(node, "eps") is None:
             source = node.args[0]
             assert isinstance(source, Node)
-            args = (*args[:3], *([None] * (3 - len(args))), _default_epsilon(fake(source).dtype))
+            args = (*args[:3], *([None] * (3 - len(args))), default_epsilon(fake(source).dtype))
         target, given = exactly(node) if self.exact else (None, {})
         if node.target is torch.ops.aten.view.default:
             return args[0].reshape(args[1])  # strides are the graph's concern, not the meaning's
         try:
             value = self.upcast((target or node.target)(*args, **{**kwargs, **given}))  # type: ignore[operator]
-            return self._seen(node, name, args, kwargs, _unset(value) if name in UNSET else value)
+            return self._seen(node, name, args, kwargs, unset(value) if name in UNSET else value)
         except CannotEvaluate:
             raise
         except Exception as error:  # any failure of a torch operator at these sizes is an answer, not a crash
@@ -163,8 +165,6 @@ class Evaluator:
 
     def _accepted(self, node: Node, name: str, args: Any) -> torch.Tensor | None:
         """What an accepted break lets through: its operand, as if it had no bounds."""
-        from fxfuse.proof.accepted import BOUNDS
-
         if name not in BOUNDS or f"{name}@{place_of(node)}" not in self.accept:
             return None
         first: torch.Tensor = args[0]
@@ -228,36 +228,6 @@ class _Subgraph(Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         retyped = self.evaluator.retype(args), self.evaluator.retype(kwargs)
         return self.evaluator.upcast(super().call_function(target, *retyped))
-
-
-def _default_epsilon(dtype: torch.dtype) -> float:
-    """What `rms_norm` adds without an eps: half precision is computed in float32, and takes float32's.
-
-    Source: `rms_norm_composite` in aten/src/ATen/native/layer_norm.cpp of PyTorch.
-    """
-    return torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-
-
-def _unset(value: torch.Tensor) -> torch.Tensor:
-    """What nothing was written to yet: whoever reads it shows."""
-    if value.dtype.is_floating_point or value.dtype.is_complex:
-        return value.fill_(math.nan)
-    return value.fill_(True if value.dtype == torch.bool else torch.iinfo(value.dtype).min)
-
-
-def _is_complex(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_complex()
-
-
-def _rounded_count(node: Node, args: Any) -> torch.Tensor | None:
-    """Whole numbers that a cast to half precision rounds: that is part of what is computed, in float64 too."""
-    source, kind = node.args[0], fake(node).dtype
-    if kind not in (torch.float16, torch.bfloat16) or not isinstance(source, Node):
-        return None
-    before = fake(source).dtype
-    if before.is_floating_point or before.is_complex or before == torch.bool or not isinstance(args[0], torch.Tensor):
-        return None
-    return args[0].to(kind).to(torch.float64)
 
 
 def draw(
