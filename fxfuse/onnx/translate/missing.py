@@ -134,6 +134,7 @@ _BY_NAME: dict[str, Callable[..., Any]] = {
     "aten::_int_mm": _quantised("int_mm"),
     "quantized_decomposed::quantize_per_tensor": _quantised("quantize_per_tensor"),
     "quantized_decomposed::dequantize_per_tensor": _quantised("dequantize_per_tensor"),
+    "torchao::dequantize_affine_float8": _quantised("dequantize_affine_float8"),
     "quantized_decomposed::choose_qparams": _quantised("choose_qparams"),
 }
 

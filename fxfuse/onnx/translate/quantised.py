@@ -12,6 +12,8 @@ from typing import Any
 
 from onnxscript import onnx_opset
 
+from fxfuse.errors import FxfuseError
+
 op: Any = onnx_opset.opset23
 
 INT8, INT32, INT64, UINT8, FLOAT, DOUBLE = 3, 6, 7, 2, 1, 11
@@ -85,3 +87,28 @@ def _of_one(value: Any, kind: int) -> Any:
     if isinstance(value, (int, float)):
         return _number(value, kind)
     return op.Cast(op.Squeeze(value), to=kind)
+
+
+def dequantize_affine_float8(tensor: Any, scale: Any, output_dtype: int = FLOAT) -> Any:
+    """`tensor` in float8 times its scales, which have its rank and one entry for each block, or are one number.
+
+    As torchao/quantization/quant_primitives.py has it. Superfluous once torchlib has this operator.
+
+    Raises:
+        FxfuseError: blocks along several axes, which DequantizeLinear does not have.
+    """
+    sizes, blocks = list(tensor.shape), list(scale.shape)
+    if all(b == 1 for b in blocks):
+        y = op.DequantizeLinear(tensor, op.Squeeze(scale))
+    else:
+        cut = [axis for axis, (size, count) in enumerate(zip(sizes, blocks, strict=True)) if size != count]
+        if len(cut) > 1:
+            raise FxfuseError(
+                f"the scales {blocks} of {tensor.name}, in float8, lie in blocks along several axes of {sizes}, and "
+                "DequantizeLinear has blocks along one",
+                where="torchao.dequantize_affine_float8",
+                hint="quantise it by rows (PerRow) or with one scale (PerTensor)",
+            )
+        axis = cut[0] if cut else len(sizes) - 1
+        y = op.DequantizeLinear(tensor, scale, axis=axis, block_size=sizes[axis] // blocks[axis])
+    return y if output_dtype in (None, -1, FLOAT) else op.Cast(y, to=output_dtype)

@@ -87,3 +87,51 @@ def test_torchtunes_quantizer(tmp_path: Path) -> None:
     model = tune.Int8DynActInt4WeightQuantizer(groupsize=32).quantize(mlp())
     written = exported(model, batches(), tmp_path / "m.onnx")
     assert kinds(written, 64 * 128) == ["INT4", "INT4"]
+
+
+class Decomposed(nn.Module):
+    """What PT2E leaves: operators of `quantized_decomposed` around a product, static or measured as the input comes."""
+
+    def __init__(self, ends: tuple[int, int], kind: torch.dtype, *, measured: bool) -> None:
+        super().__init__()
+        self.ends, self.kind, self.measured = ends, kind, measured
+        generator = torch.Generator().manual_seed(1)
+        self.register_buffer("w", torch.randint(-127, 128, (32, 64), generator=generator, dtype=torch.int8))
+        self.register_buffer("s", torch.rand(32, generator=generator) * 0.02)
+        self.register_buffer("z", torch.zeros(32, dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        ops, rest = torch.ops.quantized_decomposed, (*self.ends, self.kind)
+        weight = ops.dequantize_per_channel(self.w, self.s, self.z, 0, -127, 127, torch.int8)
+        if self.measured:
+            scale, zero = ops.choose_qparams.tensor(x, *self.ends, 2.0**-12, self.kind)
+            read = ops.dequantize_per_tensor.tensor(
+                ops.quantize_per_tensor.tensor(x, scale, zero, *rest), scale, zero, *rest
+            )
+        else:
+            read = ops.dequantize_per_tensor(ops.quantize_per_tensor(x, 0.01, 3, *rest), 0.01, 3, *rest)
+        return read, read @ weight.t()
+
+
+@pytest.mark.parametrize("measured", [False, True], ids=["static", "measured"])
+@pytest.mark.parametrize(
+    ("ends", "kind"),
+    [((0, 255), torch.uint8), ((0, 127), torch.uint8), ((-128, 127), torch.int8), ((-127, 127), torch.int8)],
+    ids=str,
+)
+def test_pt2e(tmp_path: Path, ends: tuple[int, int], kind: torch.dtype, measured: bool) -> None:
+    """The ends of the range count, whether or not they are the type's: inputs go beyond."""
+    pytest.importorskip("torch.ao.quantization.fx._decomposed")
+    model = Decomposed(ends, kind, measured=measured).eval()
+    inputs = [x * 3 for x in batches()]
+    written = exported(model, inputs, tmp_path / "m.onnx")
+    assert [n.op_type for n in written.graph].count("QuantizeLinear") == 1
+    assert kinds(written, 32 * 64) == ["INT8"]
+    assert model(inputs[0])[0].unique().numel() <= ends[1] - ends[0] + 1
+
+
+def test_float8_weights(tmp_path: Path) -> None:
+    model = mlp(bias=True)
+    torchao.quantize_(model, torchao.Float8WeightOnlyConfig())
+    written = exported(model, batches(), tmp_path / "m.onnx")
+    assert kinds(written, 64 * 128) == ["FLOAT8E4M3FN", "FLOAT8E4M3FN"]
