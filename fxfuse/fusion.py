@@ -27,6 +27,7 @@ from fxfuse.ops.registry import check_opset
 from fxfuse.options import BUDGET, DEFAULT_OPSET, Options, check_frozen
 from fxfuse.quiet import shared_specs
 from fxfuse.recognise.answers import Pattern
+from fxfuse.report.entries import NOTED
 from fxfuse.report.layer import calls, one_layer
 from fxfuse.report.left import left_alone
 from fxfuse.report.model import Entry, Report
@@ -104,6 +105,7 @@ def fuse_with(program: ExportedProgram, options: Options) -> ExportedProgram:
             chosen = [p for p in chosen if p is not error.pattern]
             broken.append(error.entry)
     found = result.graph_module.meta[REPORT]
+    found.entries.extend(program.graph_module.meta.get(NOTED, ()))
     found.entries.extend(broken)
     settle(found, options.accept, program.graph_module)
     return result

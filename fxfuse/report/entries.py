@@ -14,6 +14,8 @@ from fxfuse.proof.evidence import Evidence
 from fxfuse.report.layer import Layer
 
 Status = Literal["fused", "decomposed", "refused", "near miss"]
+NOTED = "fxfuse_noted"
+"""The key of a graph module's `meta` under which whoever captured a program leaves entries for its report."""
 
 
 @dataclass(frozen=True)

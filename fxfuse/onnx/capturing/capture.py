@@ -17,9 +17,11 @@ from torch.export.graph_signature import ConstantArgument, InputKind
 from fxfuse.errors import FxfuseError, FxfuseWarning, callers_level
 from fxfuse.onnx.capturing.as_torch_captures import as_torch_captures
 from fxfuse.onnx.capturing.asked import Inputs, as_auto, asked, for_torch, refined
+from fxfuse.onnx.capturing.dynamism import Lost
 from fxfuse.onnx.capturing.recapture import general
 from fxfuse.onnx.capturing.training import check_nothing_trains, evaluating, in_training
 from fxfuse.patterns.flex_attention.capturing.capture import flex_capture
+from fxfuse.report.entries import NOTED, Entry
 from fxfuse.torch_seams import one_at_a_time, pytree
 
 
@@ -106,6 +108,7 @@ def _captured(
             found, missing = min((found, missing), other, key=lambda one: len(one[1]))
     if quiet:
         return found
+    found.graph_module.meta[NOTED] = [_entry(one) for one in missing]
     fixed = [one for one in missing if one.how == "fixed" and one.asked.strict]
     if fixed:
         raise FxfuseError(
@@ -116,11 +119,31 @@ def _captured(
         )
     if missing:
         warnings.warn(
-            f"{type(module).__qualname__} is not as dynamic as dynamic_shapes asks: " + "; ".join(map(str, missing)),
+            f"{type(module).__qualname__} is not as dynamic as dynamic_shapes asks: "
+            + "; ".join(map(str, missing))
+            + f". What to do: {_WHAT_TO_DO}",
             FxfuseWarning,
             stacklevel=callers_level(),
         )
     return found
+
+
+_WHAT_TO_DO = (
+    "change that line so that it asks no sizes, give sample inputs of the sizes that the file is for, or leave the "
+    "dimension out of dynamic_shapes"
+)
+
+
+def _entry(lost: Lost) -> Entry:
+    """The report's entry about a dimension that is not as dynamic as it was asked to be."""
+    return Entry(
+        "torch.export",
+        "near miss",
+        (),
+        parameters={"dimension": lost.asked.where},
+        reason=f"{lost}; {_WHAT_TO_DO}",
+        source=lost.guard.line if lost.guard is not None else None,
+    )
 
 
 class CaptureFailed(FxfuseError):

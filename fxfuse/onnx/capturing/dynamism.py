@@ -18,8 +18,8 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 _DYNAMO = os.path.join(_TORCH, "_dynamo")
 
 
-How = Literal["fixed", "some", "bound", "equal"]
-_HOW: tuple[How, ...] = "fixed", "some", "bound", "equal"
+How = Literal["fixed", "some", "bound", "equal", "tied"]
+_HOW: tuple[How, ...] = "fixed", "some", "bound", "equal", "tied"
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,9 @@ class Lost:
 
     asked: Asked
     how: How
-    """It has one size; the capture holds for some sizes; up to or from a size that the model asks about; or where it is
-    the size of another one."""
+    """fixed: it has one size. some: the capture holds for some of its sizes. bound: the capture holds on this side of a
+    size that the model asks about, or at all sizes but that. equal: the capture holds where two dimensions are of one
+    size. tied: it holds where the dimension is computed from others as it happens to be in the sample (4 · batch)."""
     guard: Guard | None
     other: Asked | None = None
 
@@ -50,6 +51,8 @@ class Lost:
             text = f"{a.where} is {a.size} in the graph, whatever comes in"
         elif self.how == "equal" and self.other is not None:
             text = f"{a.where} and {self.other.where} are one size in the graph, as they are in the sample"
+        elif self.how == "tied":
+            text = f"{a.where} is computed from other sizes in the graph, as it happens to be in the sample"
         else:
             text = f"the graph holds for some sizes of {a.where} alone"
         if self.guard is not None:
@@ -97,7 +100,8 @@ def size_of(value: Any, asked: Asked) -> Any:
 def lost(program: ExportedProgram, asked: Sequence[Asked], inputs: Inputs) -> list[Lost]:
     """Dimensions that the capture fixed, or holds for some sizes of only.
 
-    A bound that an operator has (the rows of a table) is no loss; one that the model asks about may be.
+    A bound that an operator has (the rows of a table) is no loss, nor is a size that operators compute from others (the
+    mask's length, of past and new tokens); a bound, an exception or an equality that the model asks about may be.
     """
     values = sizes(program, inputs)
     if values is None:
@@ -115,7 +119,17 @@ def lost(program: ExportedProgram, asked: Sequence[Asked], inputs: Inputs) -> li
             refusing = _refusing(expr, one.size, conditions, known)
             if refusing is not None:
                 found.append(Lost(one, refusing[0], refusing[1]))
+        elif not expr.is_Symbol and expr not in done:
+            done.add(expr)
+            tying = next((g for g in conditions if g.asked and _ties(g.expr, expr)), None)
+            if tying is not None:
+                found.append(Lost(one, "tied", tying))
     return found
+
+
+def _ties(condition: Any, size: Any) -> bool:
+    """Is it by this condition that the capture computes a dimension as `size`, and has no symbol for it any more?"""
+    return isinstance(condition, sympy.Eq) and size in condition.args and size.free_symbols < condition.free_symbols
 
 
 def _that_fixed(asked: Asked, conditions: Sequence[Guard], known: dict[Any, int]) -> Guard | None:
@@ -134,7 +148,7 @@ def _refusing(symbol: Any, size: int, conditions: Sequence[Guard], known: dict[A
     found: dict[How, Guard] = {}
     tried = [n for n in (size - 1, size + 1, size + 2, size + 3, 2 * size, 2 * size + 1) if n >= 2 and n != size]
     for guard in conditions:
-        if symbol not in guard.expr.free_symbols or _is_exception(guard.expr):
+        if symbol not in guard.expr.free_symbols or _is_exception(guard):
             continue
         refused = [n for n in tried if refuses(guard, symbol, n, known)]
         if len(refused) == len(tried):
@@ -154,6 +168,7 @@ def refuses(guard: Guard, symbol: Any, size: int, known: dict[Any, int]) -> bool
 def beyond(guard: Guard, symbol: Any, size: int, known: dict[Any, int]) -> int | None:
     """The nearest size that was found which the guard rules out."""
     numbers = {int(n) + more for n in guard.expr.atoms(sympy.Integer) for more in (-1, 0, 1, 2)}
+    numbers |= {n for other, n in known.items() if other in guard.expr.free_symbols}
     near = sorted(numbers | {size + 1, size - 1, 2 * size + 1}, key=lambda n: abs(n - size))
     return next((n for n in near if 2 <= n <= _LARGEST and refuses(guard, symbol, n, known)), None)
 
@@ -161,9 +176,13 @@ def beyond(guard: Guard, symbol: Any, size: int, known: dict[Any, int]) -> int |
 _LARGEST = 1 << 16
 
 
-def _is_exception(expr: Any) -> bool:
-    """Sizes that are treated apart, and were not met: torch does so where a slice is the whole."""
-    return isinstance(expr, sympy.Ne) and (any(a.is_number for a in expr.args) or all(a.is_Symbol for a in expr.args))
+def _is_exception(guard: Guard) -> bool:
+    """Is it a size that an operator treats apart, and that was not met? torch does so where a slice is the whole.
+
+    A size that the model itself treats apart is none: there it may compute something else.
+    """
+    plain = any(a.is_number for a in guard.expr.args) or all(a.is_Symbol for a in guard.expr.args)
+    return not guard.asked and isinstance(guard.expr, sympy.Ne) and plain
 
 
 def equal_by_chance(

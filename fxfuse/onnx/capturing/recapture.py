@@ -8,11 +8,12 @@ cannot hold: the graph is then wrong at other sizes. Captured elsewhere it may h
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch.export import ExportedProgram
 
@@ -41,7 +42,7 @@ def general(
         other = found.better(program, missing, untied=chance is not None)
         if other is not None:
             return other
-        if found.differs and chance is not None and not missing:
+        if found.unlike and chance is not None and not missing:
             missing = [Lost(chance[0], "equal", chance[2], chance[1])]
     return program, missing
 
@@ -54,16 +55,19 @@ class Elsewhere:
     inputs: Inputs
     asked: Sequence[Asked]
     capture: Capture
-    differs: bool = False
-    """Was there a capture that does not compute what the module does on the sample inputs?"""
+    unlike: bool = False
+    """Does the module go another way at other sizes? A capture there does not compute what the module does on the
+    sample inputs; or it runs there, and cannot be captured, or writes to more."""
 
     def better(
         self, program: ExportedProgram, missing: Sequence[Lost], *, untied: bool
     ) -> tuple[ExportedProgram, list[Lost]] | None:
         """A capture at other sizes that misses less and computes the same on the sample inputs, and what it misses."""
-        for sample in _samples(program, self.asked, self.inputs, untied=untied):
+        tied = {one.asked for one in missing if one.how == "tied"}
+        for sample in _samples(program, self.asked, self.inputs, untied=untied, tied=tied):
             other = _captured(self.capture, sample)
             if other is None or len(mutations(other)) > len(mutations(program)):
+                self.unlike |= _elements(sample) <= _FEW and _runs(self.module, sample)
                 continue
             if untied and equal_by_chance(other, self.asked, sample) is not None:
                 continue
@@ -71,7 +75,7 @@ class Elsewhere:
             if left and not untied and len(left) > len(missing):
                 continue
             if not _same(other, self.module, self.inputs):
-                self.differs = True
+                self.unlike = True
                 continue
             left = self.matters(other, sample, left)
             if not left or len(left) < len(missing) or (untied and len(left) == len(missing)):
@@ -80,19 +84,21 @@ class Elsewhere:
         return None
 
     def matters(self, program: ExportedProgram, sample: Inputs, missing: Sequence[Lost]) -> list[Lost]:
-        """Those of which the guard says what is computed.
+        """Those whose guard decides what is computed: where it does not hold the module runs, and gives something else.
 
-        Others are the model's own limits, beyond which it cannot be called; or the program is right beyond them too,
-        and nothing was concluded from them: no symbol has its range from them.
+        The others are the model's own limits, beyond which it cannot be called; or the program is right beyond them
+        too, and nothing was concluded from them: no symbol has its range from them. Where the inputs are too large to
+        run the module, what can be captured beyond a bound is taken for something else; an exception (`!= 224`) is not.
         """
         found = []
         for one in missing:
-            if one.how in ("some", "bound"):
+            if one.how in ("some", "bound", "tied"):
                 other, in_range = _beyond(program, self.asked, sample, one)
                 if other is None:
                     continue
                 if _elements(other) > _FEW:
-                    if _captured(self.capture, other) is None:
+                    exception = one.guard is not None and isinstance(one.guard.expr, sympy.Ne)
+                    if exception or _captured(self.capture, other) is None:
                         continue
                 elif not _runs(self.module, other) or (in_range and _same(program, self.module, other)):
                     continue
@@ -119,13 +125,19 @@ def _captured(capture: Capture, sample: Inputs) -> ExportedProgram | None:
 def _beyond(
     program: ExportedProgram, asked: Sequence[Asked], inputs: Inputs, missing: Lost
 ) -> tuple[Inputs | None, bool]:
-    """The inputs at a size that the guard rules out, if one was found; and does its symbol's range have that size?"""
+    """The inputs at a size that the guard rules out, if one was found; and does its symbol's range have that size?
+
+    A dimension that is tied to others has no symbol: it is made larger by one, the others stay.
+    """
     values = sizes(program, inputs)
     if values is None or missing.guard is None:
         return None, False
     exprs = {a: size_of(values[a.leaf], a) for a in at(asked, inputs) if values[a.leaf] is not None}
     known = {e: a.size for a, e in exprs.items() if getattr(e, "is_Symbol", False)}
     symbol = exprs[missing.asked]
+    if missing.how == "tied":
+        apart = {a: a.size + 1 if e == symbol else a.size for a, e in exprs.items()}
+        return next(_resized(inputs, dict(apart)), None), True
     size = beyond(missing.guard, symbol, known[symbol], known)
     if size is None:
         return None, False
@@ -141,14 +153,22 @@ def _value(expr: Any, known: dict[Any, int]) -> int | None:
     return int(value) if isinstance(value, int) or value.is_number else None
 
 
-def _samples(program: ExportedProgram, asked: Sequence[Asked], inputs: Inputs, *, untied: bool) -> Iterator[Inputs]:
-    """The sample inputs at other sizes: one shorter each; all unequal; and what is of one symbol unequal too."""
+def _samples(
+    program: ExportedProgram, asked: Sequence[Asked], inputs: Inputs, *, untied: bool, tied: Collection[Asked] = ()
+) -> Iterator[Inputs]:
+    """The sample inputs at other sizes: one shorter each; all unequal; and what is of one symbol unequal too.
+
+    Args:
+        untied: whether dimensions of one symbol are equal by chance, so that only unequal ones are of use.
+        tied: dimensions that are computed from others by chance: they get sizes of their own, too.
+    """
     values = sizes(program, inputs)
     if values is None:
         return
     exprs = {a: size_of(values[a.leaf], a) for a in asked if values[a.leaf] is not None}
     symbols = {a: e if getattr(e, "is_Symbol", False) else a.group for a, e in exprs.items()}
-    compound = {a: e for a, e in exprs.items() if not isinstance(e, int) and not e.is_Symbol}
+    loose = {exprs[a] for a in tied if a in exprs}
+    compound = {a: e for a, e in exprs.items() if not isinstance(e, int) and not e.is_Symbol and e not in loose}
     groups: dict[Any, int] = {symbols[a]: a.size for a in exprs if a not in compound}
 
     def _of(a: Asked, chosen: dict[Any, int]) -> int | None:
@@ -160,7 +180,7 @@ def _samples(program: ExportedProgram, asked: Sequence[Asked], inputs: Inputs, *
     unequal = dict(zip(groups, _unequal(shorter.values()), strict=True))
     if unequal != shorter and not untied:
         yield from _resized(inputs, {a: _of(a, unequal) for a in exprs})
-    if untied and not compound:
+    if (untied or loose) and not compound:
         apart: dict[Any, int] = {}
         for a in exprs:
             apart.setdefault(a.group, a.size - 1 if a.size > 2 else 2)
