@@ -19,6 +19,8 @@ import math
 import numpy as np
 import onnx_ir as ir
 
+from fxfuse.onnx.pieces import initializer
+
 
 def scale_queries(model: ir.Model) -> int:
     """Rewrites every Attention of the graph in float32 whose scale is known and not 1, in place.
@@ -55,11 +57,7 @@ def scale_of(node: ir.Node) -> float | None:
 def _product(graph: ir.Graph, node: ir.Node, query: ir.Value, scale: float) -> ir.Value:
     """`query` times `scale`, before `node`."""
     factor = np.float32(scale)
-    name = f"fxfuse.scale_{factor}"
-    if name not in graph.initializers:
-        tensor = ir.tensor(factor, name=name)
-        graph.register_initializer(ir.val(name, ir.DataType.FLOAT, [], const_value=tensor))
-    product = ir.node("Mul", [query, graph.initializers[name]])
+    product = ir.node("Mul", [query, initializer(graph, f"fxfuse.scale_{factor}", ir.tensor(factor))])
     product.outputs[0].type, product.outputs[0].shape = query.type, query.shape
     graph.insert_before(node, product)
     return product.outputs[0]

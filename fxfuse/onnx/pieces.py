@@ -1,12 +1,32 @@
-"""Pieces that every rewrite of a cache puts into a graph: constants, and heads taken apart."""
+"""What rewrites of an ONNX graph put into it again and again: constants, typed nodes, heads taken apart."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+
+
+class TypedTape(ir.tape.Tape):
+    """Records nodes that go into a graph at one place (``graph.insert_before(node, tape.nodes)``), with their types.
+
+    A tape of onnx_ir leaves types and shapes open, and what reads the graph afterwards goes by them.
+    """
+
+    def add(
+        self,
+        op: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: Mapping[str, Any] | None = None,
+        *,
+        dtype: ir.DataType | None = ir.DataType.INT64,
+        shape: ir.Shape | None = None,
+    ) -> ir.Value:
+        """The output of one more node."""
+        value = ir.Value(shape=shape, type=None if dtype is None else ir.TensorType(dtype))
+        return self.op(op, inputs, attributes, output=value)
 
 
 def initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:

@@ -19,7 +19,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from fxfuse.decoder.forms.static import make_static
 from fxfuse.decoder.masks.decided import Masks
 from fxfuse.errors import FxfuseError
-from fxfuse.onnx.pieces import constant
+from fxfuse.onnx.pieces import TypedTape, constant
 from fxfuse.proof.positions.terms import Unreadable
 
 
@@ -114,15 +114,12 @@ def _lengths(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
     for name in ("input_ids", "position_ids"):
         if name not in inputs:
             raise _refused(f"the graph has no {name}, which says where each row stands")
-    slice_of = [constant(graph, [number]) for number in (0, 1, 1)]
-    first = ir.node("Slice", [inputs["position_ids"], *slice_of])
-    start = ir.node("Reshape", [first.outputs[0], constant(graph, [-1])])
-    new = ir.node("Shape", [inputs["input_ids"]], {"start": 1, "end": 2})
-    filled = ir.node("Add", [start.outputs[0], new.outputs[0]])
-    for node in (first, start, new, filled):
-        node.outputs[0].dtype = ir.DataType.INT64
-    graph.insert_before(next(iter(graph)), [first, start, new, filled])
-    return start.outputs[0], filled.outputs[0]
+    tape, zero, one = TypedTape(), constant(graph, [0]), constant(graph, [1])
+    first = tape.add("Slice", [inputs["position_ids"], zero, one, one])
+    start = tape.add("Reshape", [first, constant(graph, [-1])])
+    filled = tape.add("Add", [start, tape.add("Shape", [inputs["input_ids"]], {"start": 1, "end": 2})])
+    graph.insert_before(next(iter(graph)), tape.nodes)
+    return start, filled
 
 
 def has_past(node: ir.Node) -> bool:

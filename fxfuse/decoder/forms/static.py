@@ -25,7 +25,7 @@ import onnx_ir as ir
 from fxfuse.decoder.description import describe
 from fxfuse.decoder.names import Place, pasts_of
 from fxfuse.errors import FxfuseError
-from fxfuse.onnx.pieces import constant, heads_apart, heads_together
+from fxfuse.onnx.pieces import TypedTape, constant, heads_apart, heads_together
 
 SLOTS = "max_length"
 """The name of the buffers' length T, a dimension that whoever runs the graph chooses."""
@@ -70,27 +70,26 @@ class Lengths:
         for name in ("input_ids", "attention_mask"):
             if name not in inputs:
                 raise FxfuseError(f"the graph has no {name}, whose length says where to write", where="cache")
-        self.nodes: list[ir.Node] = []
-        new = self._add("Shape", [inputs["input_ids"]], {"start": 1, "end": 2})
-        self.total = self._add("Shape", [inputs["attention_mask"]], {"start": 1, "end": 2})
-        self.past = self._add("Sub", [self.total, new])
-        rows = self._add("Shape", [inputs["input_ids"]], {"start": 0, "end": 1})
-        self.start = self._add("Expand", [self.past, rows])
+        self._tape = TypedTape()
+        add = self._tape.add
+        new = add("Shape", [inputs["input_ids"]], {"start": 1, "end": 2})
+        self.total = add("Shape", [inputs["attention_mask"]], {"start": 1, "end": 2})
+        self.past = add("Sub", [self.total, new])
+        rows = add("Shape", [inputs["input_ids"]], {"start": 0, "end": 1})
+        self.start = add("Expand", [self.past, rows])
         self.zero, self.two = (constant(graph, [number]) for number in (0, 2))
         if whole is not None:
-            self.filled = self._add("Expand", [self.total, rows])
-            slots = self._add("Shape", [whole], {"start": 2, "end": 3})
-            free = self._add("Sub", [slots, self.total])
-            self.padding = self._add("Concat", [self.zero, free], {"axis": 0})
+            self.filled = add("Expand", [self.total, rows])
+            slots = add("Shape", [whole], {"start": 2, "end": 3})
+            free = add("Sub", [slots, self.total])
+            self.padding = add("Concat", [self.zero, free], {"axis": 0})
         self.masks: dict[ir.Value, ir.Value] = {}
-        first = next(iter(graph))
-        graph.insert_before(first, self.nodes)
+        graph.insert_before(next(iter(graph)), self._tape.nodes)
 
-    def _add(self, op: str, inputs: Sequence[ir.Value], attributes: dict[str, Any] | None = None) -> ir.Value:
-        node = ir.node(op, inputs, attributes)
-        node.outputs[0].dtype = ir.DataType.INT64
-        self.nodes.append(node)
-        return node.outputs[0]
+    @property
+    def nodes(self) -> Sequence[ir.Node]:
+        """What was put at the top of the graph."""
+        return self._tape.nodes
 
     def append(
         self,
@@ -101,8 +100,7 @@ class Lengths:
     ) -> ir.Value:
         """One more value at the top of the graph, behind those that are there."""
         last = self.nodes[-1]
-        value = self._add(op, inputs, attributes)
-        value.dtype = kind
+        value = self._tape.add(op, inputs, attributes, dtype=kind)
         self.graph.insert_after(last, self.nodes[-1])
         return value
 

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from fxfuse.decoder.masks.decided import Masks
-from fxfuse.onnx.pieces import constant
+from fxfuse.onnx.pieces import TypedTape, constant
 from fxfuse.proof.positions.terms import Unreadable
 
 _MASK = "attention_mask"
@@ -45,12 +45,10 @@ def _looked_up(graph: ir.Graph) -> list[ir.Node]:
 def _read_as_it_lies(graph: ir.Graph, node: ir.Node) -> None:
     mask = next(value for value in graph.inputs if value.name == _MASK)
     old = node.outputs[0]
-    cast = ir.node("Cast", [mask], {"to": ir.DataType.BOOL})
-    apart = ir.node("Unsqueeze", [cast.outputs[0], constant(graph, [1, 2])])
-    new = apart.outputs[0]
-    cast.outputs[0].dtype, cast.outputs[0].shape = ir.DataType.BOOL, mask.shape
-    new.type, new.shape = old.type, old.shape
-    graph.insert_before(node, [cast, apart])
+    tape = TypedTape()
+    kept = tape.add("Cast", [mask], {"to": ir.DataType.BOOL}, dtype=ir.DataType.BOOL, shape=mask.shape)
+    new = tape.add("Unsqueeze", [kept, constant(graph, [1, 2])], dtype=old.dtype, shape=old.shape)
+    graph.insert_before(node, tape.nodes)
     old.replace_all_uses_with(new)
 
 
@@ -71,15 +69,13 @@ def _clear_in_place(graph: ir.Graph, node: ir.Node, conditions: dict[ir.Value, i
         return
     if (_sizes(apart.outputs[0]) or ())[:2] != (_sizes(before) or ())[:2]:
         return
+    tape = TypedTape()
     if condition not in conditions:
-        of_positions = ir.node("Squeeze", [condition, constant(graph, [1])])
-        of_positions.outputs[0].dtype = ir.DataType.BOOL
-        graph.insert_before(node, of_positions)
-        conditions[condition] = of_positions.outputs[0]
-    chosen = ir.node("Where", [conditions[condition], *(before if value is y else value for value in (first, second))])
-    chosen.outputs[0].type, chosen.outputs[0].shape = after.type, after.shape
-    graph.insert_before(node, chosen)
-    after.replace_all_uses_with(chosen.outputs[0])
+        conditions[condition] = tape.add("Squeeze", [condition, constant(graph, [1])], dtype=ir.DataType.BOOL)
+    either = (before if value is y else value for value in (first, second))
+    chosen = tape.add("Where", [conditions[condition], *either], dtype=after.dtype, shape=after.shape)
+    graph.insert_before(node, tape.nodes)
+    after.replace_all_uses_with(chosen)
 
 
 def _sizes(value: ir.Value) -> tuple[int | str, ...] | None:

@@ -18,7 +18,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from fxfuse.decoder.forms.ragged import of_masks
 from fxfuse.decoder.forms.static import Lengths
 from fxfuse.decoder.masks.decided import Masks
-from fxfuse.onnx.pieces import constant
+from fxfuse.onnx.pieces import constant, initializer
 from fxfuse.proof.positions.terms import Unreadable
 
 
@@ -90,7 +90,4 @@ class _Tokens:
 
     def _number(self, number: float, kind: ir.DataType) -> ir.Value:
         name = f"fxfuse.{'zero' if number == 0 else 'hidden'}_{kind.name.lower()}"
-        if name not in self.graph.initializers:
-            tensor = ir.tensor([number], dtype=kind, name=name)
-            self.graph.register_initializer(ir.val(name, kind, [1], const_value=tensor))
-        return self.graph.initializers[name]
+        return initializer(self.graph, name, ir.tensor([number], dtype=kind))

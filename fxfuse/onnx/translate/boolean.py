@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from fxfuse.onnx.pieces import TypedTape
+
 
 def without_boolean_where(model: ir.Model) -> int:
     """Rewrite every boolean ``Where(c, x, y)`` as ``(c and x) or (not c and y)``, in place; returns how many."""
@@ -16,17 +18,13 @@ def without_boolean_where(model: ir.Model) -> int:
     for node in found:
         condition, chosen, otherwise = node.inputs
         (result,) = node.outputs
-        kept = ir.node("And", [condition, chosen])
-        opposite = ir.node("Not", [condition])
-        left = ir.node("And", [opposite.outputs[0], otherwise])
-        either = ir.node("Or", [kept.outputs[0], left.outputs[0]], name=node.name)
-        for new in (kept, opposite, left):
-            new.outputs[0].dtype = ir.DataType.BOOL
-        graph = node.graph
+        tape, graph = TypedTape(), node.graph
         assert graph is not None
-        ir.convenience.replace_nodes_and_values(
-            graph, node, [node], [kept, opposite, left, either], [result], [either.outputs[0]]
-        )
+        kept = tape.add("And", [condition, chosen], dtype=ir.DataType.BOOL)
+        opposite = tape.add("Not", [condition], dtype=ir.DataType.BOOL)
+        left = tape.add("And", [opposite, otherwise], dtype=ir.DataType.BOOL)
+        either = tape.op("Or", [kept, left], name=node.name)
+        ir.convenience.replace_nodes_and_values(graph, node, [node], tape.nodes, [result], [either])
     return len(found)
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from fxfuse.onnx.pieces import initializer
+from fxfuse.onnx.pieces import TypedTape, initializer
 from fxfuse.onnx.translate.intervals import MOVES, Numbers, Use, constant_at, holds, places
 
 LOWEST = np.finfo(np.float32).min
@@ -132,17 +132,16 @@ class _Change:
         number, following = ABOVE[TYPES[mask.dtype]]
         lowest = initializer(self.graph, f"fxfuse.lowest{suffix}", ir.tensor(np.array(number)))
         above = initializer(self.graph, f"fxfuse.above_lowest{suffix}", ir.tensor(np.array(following)))
-        equal = ir.node("Equal", [mask, lowest])
-        choice = ir.node("Where", [equal.outputs[0], above, mask])
-        equal.outputs[0].type, equal.outputs[0].shape = ir.TensorType(ir.DataType.BOOL), mask.shape
-        choice.outputs[0].type, choice.outputs[0].shape = mask.type, mask.shape
+        tape = TypedTape()
+        equal = tape.add("Equal", [mask, lowest], dtype=ir.DataType.BOOL, shape=mask.shape)
+        choice = tape.add("Where", [equal, above, mask], dtype=mask.dtype, shape=mask.shape)
         producer = mask.producer()
         if producer is None:
-            self.graph.insert_before(self.graph[0], [equal, choice])
+            self.graph.insert_before(self.graph[0], tape.nodes)
         else:
             assert producer.graph is not None
-            producer.graph.insert_after(producer, [equal, choice])
-        return choice.outputs[0]
+            producer.graph.insert_after(producer, tape.nodes)
+        return choice
 
 
 def _is_choice(mask: ir.Value) -> bool:
