@@ -1,4 +1,4 @@
-"""What may be chosen of a decoder's graph, and what does not go together: asked before anything is loaded."""
+"""What a caller may ask of a decoder's graph, and what does not go together. It is checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from fxfuse.errors import FxfuseError
 
 Cache = Literal["auto", "growing", "static", "sliding", "streaming"]
 SINKS = 4
-"""Of a streaming cache, where nothing else is asked for: what its paper found to be enough."""
+"""How many of the first tokens a streaming cache keeps if the caller does not say: what its paper found to be
+enough."""
 
 
 def check_decoder_options(
@@ -24,10 +25,10 @@ def check_decoder_options(
     sinks: int | None = None,
     window: int | None = None,
 ) -> None:
-    """The options of `fxfuse.decoder.export.export_decoder`; of a pair of graphs, those of its graph for one token.
+    """Checks the options of `fxfuse.decoder.export.export_decoder`; `one_token` is True for a pair of graphs, too.
 
     Raises:
-        FxfuseError: an unknown one, or some that do not go together.
+        FxfuseError: an option has a value that is not known, or some do not go together.
     """
     for where, value, known in (("cache", cache, Cache), ("profile", profile, Profile), ("names", names, Names)):
         if value not in get_args(known):

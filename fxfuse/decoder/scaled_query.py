@@ -1,13 +1,14 @@
-"""Attention whose queries are scaled before it, not its scores: what ONNX Runtime's CPU kernel decodes faster with.
+"""Scales the queries of an Attention before it, where it would scale their products with the keys: ONNX Runtime's CPU
+kernel decodes faster so.
 
     q ── Attention(scale = c)      becomes      q ── Mul(c) ── Attention(scale = 1)
 
-(c·q)·k = c·(q·k): both round once more than the products do, exactly where c is a power of two. In float32 only: in
-half precision the queries themselves would be rounded again, by more than scores that are added up in float32.
+(c·q)·k = c·(q·k). Both sides round once more than the products do, and not at all where c is a power of two. It is done
+in float32 only: half precision would round the scaled queries to 16 bits, while scores are added up in float32.
 
-A step has one query a head, and its product with the keys is one of a vector. MLAS has a kernel for that which reads
-the keys as they lie, but only without a factor on the product; with one it copies them all into panels first, once for
-each head: the Attention of a step takes up to twice the time.
+A decoding step has one query a head, so its scores are a product of a vector and a matrix. MLAS, ONNX Runtime's library
+of kernels, has one for that which reads the keys as they lie, but only without a factor on the product. With a factor
+it first copies all keys into panels, once for each head, and the Attention of a step takes up to twice the time.
 
 Source: MlasSgemmOperation in onnxruntime/core/mlas/lib/sgemm.cpp, "the special case of a small M".
 """
@@ -23,10 +24,11 @@ from fxfuse.onnx.pieces import initializer
 
 
 def scale_queries(model: ir.Model) -> int:
-    """Rewrites every Attention of the graph in float32 whose scale is known and not 1, in place.
+    """Rewrites, in place, every Attention in float32 whose scale is known and not 1. Attentions that read the same
+    queries share the product.
 
     Returns:
-        How many there were.
+        How many were rewritten.
     """
     count = 0
     scaled: dict[tuple[ir.Value, float], ir.Value] = {}
@@ -44,7 +46,8 @@ def scale_queries(model: ir.Model) -> int:
 
 
 def scale_of(node: ir.Node) -> float | None:
-    """What an Attention multiplies its scores by; None where that depends on a size that the graph does not know."""
+    """What an Attention multiplies its scores by; by default 1/√head_dim. None where the graph does not say
+    head_dim."""
     if "scale" in node.attributes:
         return node.attributes["scale"].as_float()
     for value, heads in zip(node.inputs[:2], ("q_num_heads", "kv_num_heads"), strict=True):

@@ -1,14 +1,16 @@
-"""A static cache in which each row of a batch stands at a length of its own: no padding is kept, no mask is needed.
+"""A static cache in which each row of a batch has a length of its own, so that no padding is kept and no mask is
+needed.
 
-Row b writes its S new tokens at position_ids[b, 0], over whatever padding an earlier call left there, and sees what is
-filled after that, position_ids[b, 0] + S slots: `nonpad_kv_seqlen` of Attention, causal from there. There is no
-attention_mask any more: padding stands on the right of a row, and the row's next token has the position of the first.
+Row b writes the keys of its S new tokens at slot position_ids[b, 0], over whatever padding an earlier call left there.
+Then position_ids[b, 0] + S slots of that row are filled; Attention is told so by `nonpad_kv_seqlen`, and is causal from
+there back. The graph has no attention_mask any more. Rows are padded on the right: the next token of a row is given the
+position, and so the slot, of its first padding.
 
     position_ids [B, S] ─ [:, 0] ─┬─ TensorScatter(write_indices)
                                   └─ + S ─ Attention(nonpad_kv_seqlen, is_causal=1)
 
-Right only for layers that see every earlier token. Whether they do is told by their masks, which are read and decided
-for every length (`fxfuse.decoder.masks.decided`).
+This is right only where every layer sees all earlier tokens. Whether it does is read off the layers' masks, and decided
+for every batch and length (`fxfuse.decoder.masks.decided`); anything else is refused.
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ def make_ragged(model: ir.Model) -> None:
     """Rewrites a decoder with the inputs and outputs of `fxfuse.decoder.export`, in place.
 
     Raises:
-        FxfuseError: below opset 24, a cache that is not only joined with new keys, a layer that does not see all
-            earlier tokens, or a graph that reads attention_mask for something else. The model is of no use then.
+        FxfuseError: the opset is below 24; something else is done with the cache than to join new keys to it; a layer
+            does not see all earlier tokens; or the graph reads attention_mask for something else than masks. The model
+            may be half rewritten then, and is of no use.
     """
     if (why := sees_otherwise(model.graph)) is not None:
         raise _refused(why)
@@ -50,7 +53,8 @@ def make_ragged(model: ir.Model) -> None:
 
 
 def sees_otherwise(graph: ir.Graph) -> str | None:
-    """Which attention with a past does not see all tokens before each, and no others; None: all do."""
+    """Why the graph is not plainly causal: the first attention with a past whose mask shows a query anything but the
+    tokens up to its own, and where. None if every such attention is causal."""
     names = {node.inputs[3]: node.name for node in graph if has_past(node)}
     try:
         masks = Masks(graph, padded=False)
@@ -69,7 +73,8 @@ def sees_otherwise(graph: ir.Graph) -> str | None:
 
 
 def drop_padding(graph: ir.Graph) -> None:
-    """Takes out what only padding needs beside the masks of the attention, for a token that sees nothing."""
+    """Takes out the choices that transformers makes, beside the attention, for rows of padding that see no key: without
+    padding each of them always goes the same way."""
     masks = Masks(graph, padded=False)
     known: dict[ir.Value, bool | None] = {}
     for node in [node for node in graph if node.op_type == "Where" and of_masks(node.inputs[0])]:
@@ -82,7 +87,7 @@ def drop_padding(graph: ir.Graph) -> None:
 
 
 def _choose(graph: ir.Graph, node: ir.Node, taken: ir.Value | None) -> None:
-    """Takes out a choice that is always the same, if what is taken is as large as the result."""
+    """Replaces a Where by the branch that it always takes, unless the Where also broadcasts that to more dimensions."""
     result = node.outputs[0]
     ranks = [None if v is None or v.shape is None else len(v.shape) for v in (taken, result)]
     if taken is None or (None not in ranks and ranks[0] != ranks[1]):
@@ -92,7 +97,7 @@ def _choose(graph: ir.Graph, node: ir.Node, taken: ir.Value | None) -> None:
 
 
 def of_masks(value: ir.Value | None) -> bool:
-    """Is it made of attention_mask, of positions and of lengths alone?"""
+    """Is a value computed from attention_mask, and besides from nothing but position_ids, constants and sizes?"""
     seen: set[ir.Value] = set()
     stack = [value] if value is not None else []
     names = set()
@@ -109,7 +114,7 @@ def of_masks(value: ir.Value | None) -> bool:
 
 
 def _lengths(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
-    """Where each row writes, and how much of it is filled then: both int64 [B]."""
+    """The slot at which each row writes, and how many of its slots are filled after that: both int64 [B]."""
     inputs = {value.name: value for value in graph.inputs}
     for name in ("input_ids", "position_ids"):
         if name not in inputs:

@@ -1,4 +1,4 @@
-"""Layers that look back W positions, with a cache of W slots that is written round and round.
+"""Sliding windows: layers that look back W positions get a cache of W slots, which is written round and round.
 
     past_key_values.N.key   [B, H, P, D]       becomes    [B, H, W, D]; position p stands in slot p mod W
     present.N.key           [B, H, P + S, D]              the same ring after the write: input and output may share it
@@ -7,13 +7,14 @@
     new k ┴─ Concat [B, H, W + S, D] ────────┤
                                              └─ Slice: the last W of the new ── TensorScatter, circular ── present
 
-The mask is the growing graph's, each column taken from the position that stands in the slot: in slot j it is
-P - 1 - (P - 1 - j) mod W, and none yet where that is negative. All new keys are attended to before the ring is
-written, so that a prompt may be longer than it. The ring's
-update comes out of the Concat: whatever order a runtime chooses, the ring is read first.
+The growing graph has a mask with a column for every position; here each slot takes the column of the position whose
+key it holds. In slot j that is position P - 1 - (P - 1 - j) mod W; where this is negative the slot is still empty. All
+new keys are attended to before the ring is written, so that a prompt may be longer than the ring. What is written is a
+slice of the Concat, which has read the ring by then: a runtime that lets input and output share their memory cannot
+write it first.
 
-In a graph for one token the key that it overwrites is the one that its query does not see any more. So the ring is
-written first, and read as it lies:
+In a graph for one token, the key that is overwritten is the one that has just left the window of the query. So the ring
+can be written first, and read as it lies:
 
     ring ──┐                                              ┌─ present
     new k ─┴─ TensorScatter, circular, at P mod W ────────┴─ Attention(q, k, v, mask)
@@ -41,10 +42,11 @@ def make_rings(model: ir.Model, windows: Mapping[int, int]) -> None:
     """Rewrites a decoder with the inputs and outputs of `fxfuse.decoder.export`, in place.
 
     Args:
-        windows: of the layers that have one, how many positions a query sees, its own included.
+        windows: by layer, how many positions a query sees, its own included (W); layers that are not named see all.
 
     Raises:
-        FxfuseError: below opset 24; a layer that no Attention with a mask reads. The model is of no use then.
+        FxfuseError: the opset is below 24, or something else than an Attention with a mask reads a windowed layer's
+            cache. The model may be half rewritten then, and is of no use.
     """
     check_opset(model)
     lengths = Lengths(model.graph, None)
@@ -57,7 +59,8 @@ def make_rings(model: ir.Model, windows: Mapping[int, int]) -> None:
 
 
 class _RingPositions:
-    """Of rings of one size: which positions are attended to, and where the new keys go."""
+    """What all rings of one size W share: which position each column of the mask stands for, which slots hold a key,
+    and at which slot new keys are written. All of it is computed once, at the top of the graph."""
 
     def __init__(self, lengths: Lengths, size: int, one_token: bool) -> None:
         self.size, self.lengths, self.one_token = size, lengths, one_token
@@ -83,7 +86,7 @@ class _RingPositions:
 
 
 class _Ring(Buffer):
-    """One input of the cache, of as many slots as its layer looks back."""
+    """One input of the cache, keys or values, in as many slots as its layer looks back."""
 
     def __init__(self, place: Place, past: ir.Value, lengths: Lengths, slots: _RingPositions) -> None:
         super().__init__(place, past, lengths)
@@ -91,7 +94,8 @@ class _Ring(Buffer):
         past.shape = ir.Shape([self.batch, self.heads, slots.size, self.size])
 
     def replace(self, node: ir.Node, grown: ir.Value, new: ir.Value) -> ir.Value:
-        """Writes `new` [B, H, S, D] into the ring; gives what the ring held, and all the new: what is attended to."""
+        """Writes `new` [B, H, S, D] into the ring, and gives what is attended to: what the ring held, and all of `new`
+        ([B, H, W + S, D]); in a graph for one token the ring itself, which has the new key already."""
         if node.op_type != "Attention" or grown.uses():
             raise self.refused("other nodes read all the keys and values so far")
         seen, slots = new, self.slots
@@ -113,7 +117,8 @@ class _Ring(Buffer):
         super().without_past(node, flat)
 
     def _of_slots(self, node: ir.Node, mask: ir.Value) -> ir.Value:
-        """The mask [.., P + S] of positions, as the mask [.., W + S] of slots and new keys; of slots, for one token."""
+        """The mask [.., P + S], a column a position, as one [.., W + S] with a column a slot and a new key; in a graph
+        for one token [.., W], a column a slot."""
         columns = self.insert(node, "Gather", [mask, self.slots.columns], {"axis": -1})
         if mask.dtype == ir.DataType.BOOL:
             return self.insert(node, "And", [columns, self.slots.filled])
@@ -126,7 +131,8 @@ class _Ring(Buffer):
 
 
 def _lowest(graph: ir.Graph, kind: ir.DataType) -> ir.Value:
-    """The lowest finite number, [1]: it hides a key, and in a row that hides all of them gives no NaN."""
+    """The lowest finite number of a type, [1]. Added to a score it hides the key; unlike -inf it gives no NaN in a row
+    that hides all of its keys."""
     if kind == ir.DataType.BFLOAT16:
         raise FxfuseError("a ring cache in bfloat16", where="cache", hint="export it in float32 or float16")
     number = np.array([np.finfo(kind.numpy()).min], kind.numpy())

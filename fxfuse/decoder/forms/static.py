@@ -1,17 +1,19 @@
-"""A decoder whose cache grows, as one whose cache stands still: TensorScatter writes new keys into a buffer of T slots.
+"""A static cache: new keys are written into buffers of T slots by TensorScatter, where a growing cache became longer.
 
     past_key_values.N.key   [B, H, P, D]       becomes    [B, H, T, D], of which P slots are filled
     present.N.key           [B, H, P + S, D]              the same buffer after the write: input and output may share it
 
-What stood for all keys so far is a slice of the buffer now, so that masks, windows and padding are those of the growing
-graph. P, which was the length of the past, is attention_mask's less that of input_ids:
+Whatever read all keys so far reads a slice of the buffer now, of P + S slots, so that the masks, windows and padding of
+the growing graph stay as they are. P was the length of the past; here it is the length of attention_mask less that of
+input_ids:
 
     past buffer ─┐                       ┌─ present
     new k ───────┴─ TensorScatter at P ──┴─ Slice(0 : P + S) ── Attention(q, k, v, mask)
 
-Source: https://onnx.ai/onnx/operators/onnx__TensorScatter.html. The slice is what makes it fast: ONNX Runtime's CPU
-kernel of Attention computes with every slot of the buffer, used or not. A GPU's kernel need not: for one, Attention
-reads the buffer as it lies, `nonpad_kv_seqlen` = P + S, and the mask is filled up to T.
+Source: https://onnx.ai/onnx/operators/onnx__TensorScatter.html. The slice is what makes it fast on a CPU: ONNX
+Runtime's CPU kernel of Attention computes with every slot that it is given, used or not. A kernel for GPUs need not,
+and copying the slice would cost more: with profile="cuda" Attention reads the whole buffer, is told by
+`nonpad_kv_seqlen` that P + S slots are filled, and the mask is padded to T columns.
 """
 
 from __future__ import annotations
@@ -36,11 +38,11 @@ def make_static(model: ir.Model, profile: Profile = "cpu") -> None:
     """Rewrites a decoder with the inputs and outputs of `fxfuse.decoder.export`, in place.
 
     Args:
-        profile: "cpu" slices what is filled out of the buffers before it is read, "cuda" does not.
+        profile: "cpu" slices the filled slots out of the buffers before they are read, "cuda" reads whole buffers.
 
     Raises:
-        FxfuseError: below opset 24, which has no TensorScatter; a cache that is not only joined with new keys. The
-            model is of no use then.
+        FxfuseError: the opset is below 24, which brought TensorScatter, or something else is done with the cache than
+            to join new keys to it. The model may be half rewritten then, and is of no use.
     """
     check_opset(model)
     pasts = pasts_of(model)
@@ -61,8 +63,21 @@ def check_opset(model: ir.Model) -> None:
 
 
 class Lengths:
-    """P and P + S as values at the top of the graph, each [1]; where the rows of a batch are written, [B]; and, where
-    `whole` buffers are read, what is filled of each, [B], and the pads of a mask [.., P + S] before and after, [2]."""
+    """What all buffers share, computed once at the top of the graph, in int64.
+
+    Args:
+        whole: one of the buffers, if attention is to read them whole; None if it reads slices.
+
+    Attributes:
+        past, total: P and P + S, each [1].
+        start: the slot at which each row of the batch is written, [B].
+        filled: for whole buffers, how many slots of each row are filled after that, [B].
+        padding: for whole buffers, how many columns a mask [.., P + S] lacks before and after it, [2].
+        masks: for whole buffers, by mask, the one that was padded to T columns.
+
+    Raises:
+        FxfuseError: the graph has no input_ids or attention_mask, from whose lengths all this is computed.
+    """
 
     def __init__(self, graph: ir.Graph, whole: ir.Value | None) -> None:
         self.graph, self.whole = graph, whole is not None
@@ -98,7 +113,7 @@ class Lengths:
         attributes: dict[str, Any] | None = None,
         kind: ir.DataType = ir.DataType.INT64,
     ) -> ir.Value:
-        """One more value at the top of the graph, behind those that are there."""
+        """One more value at the top of the graph, behind those that were put there before."""
         last = self.nodes[-1]
         value = self._tape.add(op, inputs, attributes, dtype=kind)
         self.graph.insert_after(last, self.nodes[-1])
@@ -106,7 +121,7 @@ class Lengths:
 
 
 class Buffer:
-    """One input of the cache: whatever reads it is made to read a buffer of T slots."""
+    """One input of the cache, the keys or values of a layer: whatever reads it is made to read a buffer of T slots."""
 
     def __init__(self, place: Place, past: ir.Value, lengths: Lengths) -> None:
         self.past, self.lengths, self.graph = past, lengths, lengths.graph
@@ -116,6 +131,11 @@ class Buffer:
         past.shape = ir.Shape([self.batch, self.heads, SLOTS, self.size])
 
     def rewrite(self) -> None:
+        """Rewrites every node that reads the input.
+
+        Raises:
+            FxfuseError: one of them does something else than to join new keys, or none of them does that.
+        """
         written = False
         for use in list(self.past.uses()):
             if use.node in self.lengths.nodes:
@@ -136,7 +156,7 @@ class Buffer:
             raise self.refused("nothing is joined to it")
 
     def _length(self, node: ir.Node) -> None:
-        """Shape of the past, as it was: P in the place of T."""
+        """Where the graph asks for the past's shape it is given what it was: P in the place of T."""
         start, end = (node.attributes[n].as_int() if n in node.attributes else d for n, d in (("start", 0), ("end", 4)))
         sizes = []
         for axis in range(start % 4, min(end if end >= 0 else end + 4, 4)):
@@ -149,7 +169,11 @@ class Buffer:
         self.graph.remove(node, safe=True)
 
     def _attention(self, node: ir.Node, place: int) -> bool:
-        """Keys (or values) are taken from the buffer; once neither is read from a past, all is in four dims."""
+        """Makes an Attention take keys (input 4) or values (input 5) from the buffer and not from its past; returns
+        True.
+
+        Once it has been done for both, the node is made anew without a past.
+        """
         new = node.inputs[place - 3]
         assert new is not None
         flat = new.shape is not None and len(new.shape) == 3
@@ -165,7 +189,11 @@ class Buffer:
         return True
 
     def without_past(self, node: ir.Node, flat: bool) -> None:
-        """The same node with one output; q in four dims, as the keys are."""
+        """Makes the node anew: without a past it gives one output, and q has four dimensions as the keys have.
+
+        Args:
+            flat: whether q came as [B, S, H·D].
+        """
         if node.attributes.get_int("is_causal", 0):
             raise self.refused("an Attention is causal by its attribute, which counts from the end of the past")
         q, old = node.inputs[0], node.outputs[0]
@@ -188,7 +216,7 @@ class Buffer:
         self.graph.remove(node, safe=True)
 
     def _full(self, node: ir.Node, mask: ir.Value) -> ir.Value:
-        """The mask, up to the buffer's end; one for all layers that share it."""
+        """The mask, padded to the end of the buffer; layers that share a mask share the padded one, too."""
         if mask not in self.lengths.masks:
             last = constant(self.graph, [-1])
             pads = [mask, self.lengths.padding, None, last]
@@ -200,7 +228,8 @@ class Buffer:
         return heads_apart(self.graph, partial(self.insert, node), value, node.attributes[attribute].as_int())
 
     def replace(self, node: ir.Node, grown: ir.Value, new: ir.Value) -> ir.Value:
-        """Writes `new` [B, H, S, D] into the buffer, before `node`; what read the `grown` keys reads their slice."""
+        """Writes `new` [B, H, S, D] into the buffer, before `node`. What read the `grown` keys [B, H, P + S, D] reads a
+        slice of the buffer; returns what `node` is to read: that slice, or the whole buffer."""
         attributes = {"axis": 2, "mode": "linear"}
         buffer = self.insert(node, "TensorScatter", [self.past, new, self.lengths.start], attributes)
         buffer.shape, buffer.type = self.past.shape, self.past.type
@@ -214,7 +243,7 @@ class Buffer:
         return used
 
     def give(self, grown: ir.Value, buffer: ir.Value) -> None:
-        """The buffer is what the graph gives back, where it gave the `grown` keys."""
+        """Makes the graph give the buffer back, under the same name, where it gave the `grown` keys."""
         if grown.name != self.present:
             raise self.refused(f"what is joined to it is {grown.name}, not {self.present}")
         grown.name = None

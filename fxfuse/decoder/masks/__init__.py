@@ -1,1 +1,2 @@
-"""The masks of a decoder's graph: what they are for every batch and length, and what is written in their place."""
+"""The masks of a decoder's graph: `decided` tells what they are at every batch and length; the others write something
+cheaper, or something that a runtime needs, in their place."""

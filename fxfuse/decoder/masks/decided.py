@@ -1,4 +1,7 @@
-"""What a decoder's masks are, read and then decided: for every batch, any number S of new tokens and P of earlier ones.
+"""What a decoder's masks are, at every batch, any number S of new tokens and any number P of earlier ones.
+
+A mask is read element by element off the graph that computes it, and what it is taken for is then decided for all
+sizes:
 
     causal       key j is seen by query i where j <= P + i, and nothing else hides or favours it
     window       the same where P + i - W < j <= P + i as well, and attention_mask[b, j] is not 0
@@ -56,7 +59,9 @@ class Masks:
         self._mask = next((value for value in graph.inputs if value.name == _MASK), None)
 
     def otherwise_than_causal(self, mask: ir.Value) -> str | None:
-        """How this mask [.., S, P + S] differs, where nothing is padded, from hiding what comes after each token."""
+        """How this mask [.., S, P + S] differs from a causal one, where nothing is padded: the first query and key for
+        which it does. None if it is causal: each token sees itself and all before it, and nothing is added to
+        scores."""
         t = self.terms
         try:
             row, column, index = self._scores(mask)
@@ -78,8 +83,8 @@ class Masks:
         return f"whether it is causal cannot be told: {verdict.why}" if isinstance(verdict, Undecided) else None
 
     def reach(self, mask: ir.Value) -> int | None:
-        """The shortest way back at which this mask hides keys, where nothing is padded; None where it hides none, or
-        is not read.
+        """The shortest distance back at which this mask hides a key, where nothing is padded: W of a sliding window.
+        None where it hides no key before the query, or cannot be read.
         """
         t = self.terms
         back = t.variable("back")
@@ -95,9 +100,11 @@ class Masks:
         return verdict.values["back"] if isinstance(verdict, Fails) else None
 
     def hidden_by_window(self, mask: ir.Value, size: int) -> float | None:
-        """What hides a key, where this mask is of a window of that size (−inf where it is not added).
+        """The number that this mask adds to a score to hide the key, if it is the mask of a window of that size.
 
-        None where it hides anything else than the window and padding do, or is not read.
+        Returns:
+            −inf for a mask of booleans. None where the mask hides anything else than what lies outside of the window,
+            after the query or in padding, or cannot be read.
         """
         t = self.terms
         try:
@@ -116,7 +123,7 @@ class Masks:
         return max((n for n in _numbers(term) if n <= lowest), default=-math.inf)
 
     def is_padding(self, value: ir.Value) -> bool:
-        """Is it attention_mask as [B, 1, 1, P + S], booleans for numbers, whatever the mask and the sizes are?"""
+        """Is a value attention_mask itself, as booleans [B, 1, 1, P + S], whatever the mask holds and the sizes are?"""
         reader, t = self.reader, self.terms
         try:
             index = reader.index(value)
@@ -132,7 +139,7 @@ class Masks:
         return isinstance(self._always(same, self._within(value, index)), Holds)
 
     def constant(self, condition: ir.Value) -> bool | None:
-        """What this condition is everywhere, if it is one thing."""
+        """True or False if the condition is that at every element and size; None if it varies or cannot be read."""
         try:
             index = self.reader.index(condition)
             term = self.terms.as_bool(self.reader.read(condition, index))
@@ -147,7 +154,11 @@ class Masks:
     # ---- pieces
 
     def _scores(self, mask: ir.Value) -> tuple[Term, Term, Index]:
-        """Row and column of the scores, and the index of the mask [.., S, P + S] there."""
+        """A free row i and column j of the scores, and the index at which the mask [.., S, P + S] is read there.
+
+        Raises:
+            Unreadable: the mask's sizes are not those of the scores.
+        """
         shape = self.reader.shape(mask)
         if shape[-2:] != (self.new, self.total):
             raise Unreadable(f"it has the sizes {list(shape)}, not those of the scores")
@@ -155,7 +166,8 @@ class Masks:
         return row, column, (*self.reader.index(mask)[:-2], row, column)
 
     def _seen(self, mask: ir.Value, term: Term) -> tuple[Term, Term]:
-        """Is the key seen; and does the mask do nothing else than hiding what is not?"""
+        """Two terms, for an element of the mask: is the key seen? And is that all, so that nothing is added to the
+        score of a key that is seen?"""
         t = self.terms
         if term.kind == "bool":
             return term, t.true
@@ -164,7 +176,7 @@ class Masks:
         return nothing, t.any([nothing, t.at_most(term, t.number(lowest))])
 
     def _kept(self, row: Term, key: Term) -> Term:
-        """Does attention_mask keep this key?"""
+        """Is attention_mask at this row of the batch and this key something else than 0?"""
         if self._mask is None:
             raise Unreadable("attention_mask, which there is not")
         return self.terms.as_bool(self.reader.read(self._mask, (row, key)))
@@ -179,7 +191,7 @@ class Masks:
 
 
 def _where(verdict: Fails, row: Term, column: Term) -> str:
-    """Where a mask is not causal."""
+    """A sentence that says at which length, query and key a mask is not causal."""
 
     def at(term: Term) -> int:
         return verdict.values.get("i" if term is row else "j", 0) if term.number is None else int(term.number)
@@ -191,7 +203,7 @@ def _where(verdict: Fails, row: Term, column: Term) -> str:
 
 
 def _numbers(term: Term) -> list[float]:
-    """The constants that a term chooses from."""
+    """The constants that a term may be, where it is a choice between some."""
     if term.op == "choose":
         return [*_numbers(term.args[1]), *_numbers(term.args[2])]
     return [] if term.number is None else [float(term.number)]

@@ -1,12 +1,14 @@
-"""What padding costs in a decoder's graph: attention_mask is read where it lies, and nothing is moved to clear a row.
+"""Two things that padding costs time for in a decoder's graph, made cheaper: looking padding up, and clearing its rows.
 
     attention_mask[b, t] by indices, [B, 1, 1, T]    becomes    Unsqueeze(attention_mask as bool)
 
     Reshape ─ Transpose ─ Where(sees nothing, 0, y) ─ Transpose ─ Reshape    becomes    Where on [B, S, H·D], as y lies
 
-transformers asks a function of (row, head, query, key) for every element of its masks; that for padding looks into
-attention_mask, a GatherND over as many pairs of indices as there are keys. That it is the mask itself is told by
-evaluating it, on random padding.
+transformers makes its masks by asking a function of (row, head, query, key) for every element. The one for padding
+looks into attention_mask: a GatherND over as many pairs of indices as there are keys. That the result is attention_mask
+itself is read off the graph and decided for all sizes (`fxfuse.decoder.masks.decided`). And for rows that see no key at
+all transformers puts 0 in the place of the attention's result, for which it takes the heads apart and together again:
+the choice can as well be made for whole positions, where they lie.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ def simplify_padding(model: ir.Model) -> None:
 
 
 def _looked_up(graph: ir.Graph) -> list[ir.Node]:
-    """What is attention_mask as [B, 1, 1, T], booleans for numbers, whatever the mask and the sizes are."""
+    """The nodes that look attention_mask up by indices and give all of it, as booleans [B, 1, 1, T]."""
     found = [node for node in graph if node.op_type == "GatherND" and node.outputs[0].dtype == ir.DataType.BOOL]
     try:
         masks = Masks(graph, padded=True)
@@ -43,6 +45,7 @@ def _looked_up(graph: ir.Graph) -> list[ir.Node]:
 
 
 def _read_as_it_lies(graph: ir.Graph, node: ir.Node) -> None:
+    """Reads attention_mask by a cast in the place of such a node."""
     mask = next(value for value in graph.inputs if value.name == _MASK)
     old = node.outputs[0]
     tape = TypedTape()
@@ -53,8 +56,12 @@ def _read_as_it_lies(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _clear_in_place(graph: ir.Graph, node: ir.Node, conditions: dict[ir.Value, ir.Value]) -> None:
-    """Chooses for whole positions [B, S, H·D], where heads are put apart for that only; `conditions`, [B, 1, S, 1], as
-    they are for that, [B, S, 1]."""
+    """Makes a choice between 0 and an attention's result for whole positions [B, S, H·D], where the heads are taken
+    apart for nothing else.
+
+    Args:
+        conditions: by condition [B, 1, S, 1], the same for positions, [B, S, 1]; layers share them.
+    """
     result = node.outputs[0]
     condition, first, second = node.inputs
     if condition is None or first is None or second is None:
@@ -79,7 +86,7 @@ def _clear_in_place(graph: ir.Graph, node: ir.Node, conditions: dict[ir.Value, i
 
 
 def _sizes(value: ir.Value) -> tuple[int | str, ...] | None:
-    """The dims, if all are known by number or by name."""
+    """The dimensions of a value, if each is known by number or by name."""
     if value.shape is None:
         return None
     sizes = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
@@ -87,13 +94,14 @@ def _sizes(value: ir.Value) -> tuple[int | str, ...] | None:
 
 
 def _next(node: ir.Node | None, kind: str) -> ir.Node | None:
-    """The one node that reads it, if it is of that kind (and, as a Transpose, swaps positions and heads)."""
+    """The only node that reads the output of `node`, if it is of that kind; a Transpose has to swap positions and
+    heads."""
     uses = [] if node is None else list(node.outputs[0].uses())
     return uses[0].node if len(uses) == 1 and _is(uses[0].node, kind) else None
 
 
 def _last(of: ir.Value | ir.Node | None, kind: str) -> ir.Node | None:
-    """The node that gives it, on the same terms."""
+    """The node that gives a value, or the first input of a node, on the same terms."""
     value = of.inputs[0] if isinstance(of, ir.Node) else of
     producer = None if value is None else value.producer()
     return producer if producer is not None and _is(producer, kind) else None

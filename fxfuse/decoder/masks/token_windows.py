@@ -1,13 +1,14 @@
-"""Sliding windows that count tokens, where they counted columns: padding between the tokens of a row takes no room.
+"""Sliding windows that count tokens and not columns, so that padding between the tokens of a row takes no room in them.
 
-A model's mask hides keys that lie W columns back. Rows that a runtime pads on the right, and goes on with after the
-padding, see less so than each would alone. With the number of tokens up to each column in the place of the column,
+A model's mask hides keys that lie W columns back. A runtime that pads rows on the right, and goes on behind the
+padding, leaves columns in between that are no tokens; so a row in a batch would see fewer tokens than it sees alone. If
+columns are compared by the number of tokens up to them,
 
     near[b, s, t] = n[b, t] > n[b, P + s] - W        n = CumSum(attention_mask)  [B, P + S]
     seen          = near and attention_mask[b, t] and t <= P + s
 
-a row sees what it sees without padding. Where nothing or only the left is padded both are the same. Which masks are of
-such windows, and that they hide nothing else, is read, and decided for every length (`fxfuse.decoder.masks.decided`).
+a row sees what it sees without padding. Where nothing is padded, or only the left, both ways are the same. Which masks
+are of such windows, and that they hide nothing else, is decided for every length (`fxfuse.decoder.masks.decided`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from fxfuse.proof.positions.terms import Unreadable
 
 
 def with_token_windows(model: ir.Model) -> ir.Model:
-    """The decoder with masks of tokens, a copy that shares the weights; itself, where no mask has a window."""
+    """The decoder with windows that count tokens: a copy that shares the weights, or `model` itself if it has no
+    windows."""
     if not _windows(model.graph):
         return model
     result = model.clone()
@@ -36,7 +38,8 @@ def with_token_windows(model: ir.Model) -> ir.Model:
 
 
 def _windows(graph: ir.Graph) -> dict[ir.Value, tuple[int, float]]:
-    """Masks of attentions that are of windows, with their size and what hides a key (where they are added)."""
+    """The masks of attentions that are of sliding windows, each with W and with the number that hides a key, −inf for a
+    mask of booleans."""
     found: dict[ir.Value, tuple[int, float]] = {}
     try:
         whole, padded = (Masks(graph, padded=padded) for padded in (False, True))
@@ -57,7 +60,8 @@ def _windows(graph: ir.Graph) -> dict[ir.Value, tuple[int, float]]:
 
 
 class _Tokens:
-    """What all masks share, at the top of the graph."""
+    """What the new masks share, computed once at the top of the graph: the number of tokens up to each key and query,
+    and which keys are no padding and not after the query."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph, self.lengths = graph, Lengths(graph, None)
@@ -75,7 +79,7 @@ class _Tokens:
         self.kept = add("And", [before, kept], kind=ir.DataType.BOOL)
 
     def mask(self, old: ir.Value, size: int, lowest: float) -> ir.Value:
-        """The mask [B, 1, S, P + S], of the old one's type."""
+        """The new mask [B, 1, S, P + S] in the place of `old`, of its type."""
         add, one = self.lengths.append, constant(self.graph, [1])
         last = add("Sub", [self.queries, constant(self.graph, [size])])
         near = add("Greater", [self.keys, last], kind=ir.DataType.BOOL)

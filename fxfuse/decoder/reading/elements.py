@@ -22,15 +22,15 @@ class Elements(ABC):
     """Shapes and elements of one graph's values as terms.
 
     Args:
-        sizes: what the dimensions of inputs are that have these names; others are free.
+        sizes: by name of a dimension of an input, the term that it is; other dimensions are free variables.
     """
 
     def __init__(self, terms: Terms | None, sizes: Mapping[str, Term] | None) -> None:
         self.terms = Terms() if terms is None else terms
         self.facts: list[Term] = []
-        """What is known of sums and extremes, which stand in terms for themselves."""
+        """What holds of the sums and extremes over an axis, which are read as unknown terms."""
         self.limits: dict[Term, Term] = {}
-        """The sizes that indices are below."""
+        """By free index, the size that it is below."""
         self._sizes = dict(sizes or {})
 
     @abstractmethod
@@ -39,7 +39,11 @@ class Elements(ABC):
 
     @abstractmethod
     def type(self, value: ir.Value) -> torch.dtype:
-        """The type of the elements."""
+        """The type of a tensor's elements, followed back through the operators.
+
+        Raises:
+            Unreadable: it is not known, or none that is read.
+        """
 
     @abstractmethod
     def read(self, value: ir.Value | None, index: Index) -> Term:
@@ -57,7 +61,7 @@ class Elements(ABC):
         return self.read(value, tuple(zero if d.number == 1 else i for d, i in zip(shape, own, strict=True)))
 
     def named(self, dim: int | ir.SymbolicDim) -> Term:
-        """The size of an input's axis."""
+        """The term for a dimension of an input."""
         if isinstance(dim, int):
             return self.terms.number(dim)
         if dim.value is None:
@@ -85,7 +89,11 @@ class Elements(ABC):
         return tuple(result)
 
     def vector(self, value: ir.Value) -> list[Term]:
-        """All elements of a tensor of one axis (or none) that is of a known length: sizes, places."""
+        """All elements of a tensor of one axis, or none, whose length is a number: a list of sizes, or of axes.
+
+        Raises:
+            Unreadable: it has more axes, or its length is not known.
+        """
         shape = self.shape(value)
         if not shape:
             return [self.read(value, ())]
@@ -94,14 +102,18 @@ class Elements(ABC):
         return [self.read(value, (self.terms.number(n),)) for n in range(int(shape[0].number))]
 
     def numbers(self, value: ir.Value) -> list[int]:
-        """The same, of constants."""
+        """The same for constants, as numbers.
+
+        Raises:
+            Unreadable: as of `vector`, or an element is computed.
+        """
         found = [term.number for term in self.vector(value)]
         if not all(isinstance(n, (int, bool)) for n in found):
             raise Unreadable(f"numbers that the graph computes ({value.name})")
         return [int(n) for n in found]
 
     def size(self, value: int | Term) -> Term:
-        """For `fxfuse.proof.positions.views`, to which a size that is known is an int."""
+        """A size as a term. `fxfuse.proof.positions.views`, which calls this, writes sizes that are known as ints."""
         return self.terms.number(value) if isinstance(value, int) else value
 
     def expression(self, value: int | Term) -> Product:
@@ -111,7 +123,7 @@ class Elements(ABC):
         return apart(self.terms, self.limits, flat, self.size(size))
 
     def place(self, name: str, size: Term) -> Term:
-        """A free index below this size."""
+        """A variable that stands for any index below this size; 0 where the size is 1."""
         if size.number is not None:
             count = int(size.number)
             return self.terms.number(0) if count == 1 else self.terms.variable(name, 0, count - 1)
@@ -120,5 +132,5 @@ class Elements(ABC):
         return found
 
     def index(self, value: ir.Value) -> Index:
-        """Free indices into a tensor; below other sizes they are others."""
+        """Variables that stand for any element of a tensor. Axes of different sizes have different variables."""
         return tuple(self.place(f"i{axis} of {size.serial}", size) for axis, size in enumerate(self.shape(value)))

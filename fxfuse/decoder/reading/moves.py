@@ -1,4 +1,4 @@
-"""Operators of ONNX that move elements, make them or take them together, for `fxfuse.decoder.reading.reader`."""
+"""How `reader.py` reads operators of ONNX that move elements, make them, or sum them up."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fxfuse.proof.positions.terms import Term, Unreadable
 from fxfuse.proof.positions.views import reshaped
 
 _SUMMED = 64
-"""Numbers up to this one can be added up in int32 along any axis."""
+"""Numbers up to this one are added up along an axis: no axis is so long that the sum would overflow int32."""
 Move = Callable[[Elements, ir.Node, Index, int], Term]
 
 
@@ -25,7 +25,7 @@ def _at(index: Index, axis: int, place: Term) -> Index:
 
 
 def _from_the_end(reader: Elements, place: Term, size: Term) -> Term:
-    """An index that counts from the end where it is below 0."""
+    """The place that an index means: below 0 it counts from the end."""
     t = reader.terms
     if place.kind != "int":
         raise Unreadable("an index that is not a whole number")
@@ -37,7 +37,11 @@ def _from_the_end(reader: Elements, place: Term, size: Term) -> Term:
 
 
 def _which(index: Index) -> int:
-    """The index into sizes, which are each read alone."""
+    """An index into a list of sizes, as a number: each size has a term of its own.
+
+    Raises:
+        Unreadable: which size it picks is computed.
+    """
     if index[0].number is None:
         raise Unreadable("a size that is picked by an index")
     return int(index[0].number)
@@ -195,7 +199,7 @@ def _eye(reader: Elements, node: ir.Node, index: Index, _: int) -> Term:
 
 
 def _cumsum(reader: Elements, node: ir.Node, index: Index, _: int) -> Term:
-    """Of what is one number along the axis."""
+    """CumSum of a tensor that holds one number all along the axis: that number times the count."""
     t, source = reader.terms, needed(node)
     (axis,) = reader.numbers(needed(node, 1))
     axis %= len(index)
@@ -213,16 +217,16 @@ def _cumsum(reader: Elements, node: ir.Node, index: Index, _: int) -> Term:
 
 
 def _anywhere(reader: Elements, source: ir.Value, index: Index, axis: int) -> tuple[Term, bool]:
-    """Any element along this axis, and whether all are the same."""
+    """An element at a free place of this axis, and whether it is the same at every place."""
     name = f"any place in {source.name}"
     term = reader.read(source, _at(index, axis, reader.terms.variable(name)))
     return term, name not in term.leaves
 
 
 def _reduce(reader: Elements, node: ir.Node, index: Index, _: int) -> Term:
-    """A sum or an extreme stands for itself; of it is known what single elements say.
+    """A sum or an extreme over one axis: an unknown term, of which `reader.facts` notes what single elements say.
 
-    A sum of what is never below 0 is no less than any of it, in floats too; likewise a maximum, of anything.
+    A maximum is no less than any element. Neither is a sum of numbers that are never below 0, in floats too.
     """
     t, source, kind = reader.terms, needed(node), node.op_type
     axes, shape = sizes.reduced_axes(reader, node), reader.shape(source)
@@ -250,7 +254,8 @@ def _reduce(reader: Elements, node: ir.Node, index: Index, _: int) -> Term:
 
 
 def _witnesses(reader: Elements, index: Index, size: Term) -> Iterator[Term]:
-    """Places of an axis that are there at every size: its ends; those of other indices, from the end."""
+    """Places along an axis that exist at every size, to say something of: its two ends; and, where another index runs
+    over as many places as a part of it has, that place of its last part."""
     t = reader.terms
     if size.bounds[0] >= 1:
         yield from (t.number(0), t.add(size, t.number(-1)))

@@ -1,4 +1,5 @@
-"""Operators of ONNX that compute element by element, for `reader.py`. None stands for a step that is not exact."""
+"""How `reader.py` reads operators of ONNX that compute element by element. None means that the step would not be
+exact."""
 
 from __future__ import annotations
 
@@ -26,13 +27,13 @@ _INTEGERS = {
     torch.uint64: (64, False),
 }
 _FLOATS = {torch.float32: 2**24, torch.float64: 2**53}
-"""How far whole numbers are exact."""
+"""Up to where a type of floats holds every whole number."""
 _LARGEST, _LARGEST_IN_FLOATS = 2**24, 2**20
-"""Positions, and whole numbers of inputs."""
+"""What positions, and whole numbers that inputs hold, are assumed to stay below."""
 
 
 def reach(term: Term, largest: int = _LARGEST) -> float:
-    """A number that a whole number does not go beyond on either side of 0."""
+    """A bound on the absolute value of a term of whole numbers, if its variables stay below `largest`."""
     found: float
 
     def of(part: Term) -> float:
@@ -56,7 +57,7 @@ def reach(term: Term, largest: int = _LARGEST) -> float:
 
 
 def held(terms: Terms, term: Term | None, dtype: torch.dtype) -> Term | None:
-    """A result as its type holds it: whole numbers wrap, in floats they are not to grow beyond what is exact."""
+    """A result as its type holds it. Types of whole numbers wrap round; None if a float might not hold it exactly."""
     if term is None or term.kind == "real":
         return term
     if dtype == torch.bool:
@@ -72,7 +73,7 @@ def held(terms: Terms, term: Term | None, dtype: torch.dtype) -> Term | None:
 
 
 def _as_it_is(terms: Terms, term: Term, dtype: torch.dtype) -> Term:
-    """Not held yet: `held` does that for the whole result."""
+    """For arithmetic that would hold each intermediate result in its type: here `held` does so for the whole result."""
     return term
 
 
@@ -85,7 +86,7 @@ def _whole(reader: Elements, node: ir.Node) -> bool:
 
 
 def _folds(combine: Callable[[Terms, torch.dtype, Term, Term], Term | None]) -> Step:
-    """An operator of two operands, or of any number."""
+    """The step of an operator that takes two operands or more, from what it does to two."""
 
     def step(reader: Elements, node: ir.Node, operands: Operands) -> Term | None:
         t, dtype = reader.terms, _result(reader, node)
@@ -99,7 +100,7 @@ def _folds(combine: Callable[[Terms, torch.dtype, Term, Term], Term | None]) -> 
 
 
 def _over(t: Terms, dtype: torch.dtype, x: Term, y: Term) -> Term | None:
-    """Whole numbers are divided towards 0. Floats not by 0, whose sign is not read."""
+    """Div: whole numbers are rounded towards 0. Floats are not divided by 0, for the sign of a 0 is not read."""
     if dtype not in _INTEGERS:
         return None if any(part.number == 0 for part in y.walk()) else arithmetic.over(t, dtype, x, y)
     if not isinstance(y.number, int) or y.number < 1 or x.kind != "int":
@@ -174,7 +175,7 @@ def _cast(reader: Elements, node: ir.Node, operands: Operands) -> Term | None:
 
 
 def _clip(reader: Elements, node: ir.Node, operands: Operands) -> Term | None:
-    """Between the bounds, of which either may be left out."""
+    """Clip, of whose two bounds either may be left out."""
     t = reader.terms
     found: Term | None = operands[0]
     for number, largest in ((1, True), (2, False)):
@@ -239,4 +240,4 @@ STEPS: dict[str, Step] = {
     "IsNaN": _is_nan,
 }
 BOOLEAN = {*("Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal", "And", "Or", "Xor", "Not", "IsNaN")}
-"""What gives booleans."""
+"""Operators that give booleans."""

@@ -1,9 +1,12 @@
-"""What an element of a tensor is in an ONNX graph, read operator by operator. `fxfuse.proof.positions` does it for FX.
+"""Reads what an element of a tensor is in an ONNX graph, operator by operator, as `fxfuse.proof.positions` does for FX.
 
-``Reader.read(value, (i, j))`` is the element at row i and column j as a `Term` over i, j, sizes and inputs, at every
-size. Sizes are read too, from the operators and not from what a file says of its shapes: those that the graph computes,
-as tensors of whole numbers, are terms like any other. Positions, and whole numbers that inputs hold, stay below 2²⁴,
-where floats compute with them below 2²⁰; types of whole numbers that do not hold what is computed wrap.
+``Reader.read(value, (i, j))`` is the element at row i and column j, as a `Term` over i, j, sizes and inputs; it holds
+at every size. Sizes are read from the operators, not from the shapes that a file notes; sizes that the graph computes
+with, as tensors of whole numbers, are terms like any other.
+
+Two things are assumed of numbers. Positions, and whole numbers that inputs hold, stay below 2²⁴, and below 2²⁰ where
+the graph computes with them in floats, so that these are exact. And where a type of whole numbers is too small for a
+result, the result wraps round.
 """
 
 from __future__ import annotations
@@ -44,8 +47,8 @@ class Reader(Elements):
     """Reads the values of one graph.
 
     Args:
-        sizes: what the dimensions of inputs are that have these names; others are free.
-        inputs: the elements of inputs that are known, by name.
+        sizes: by name of a dimension of an input, the term that it is; other dimensions are free variables.
+        inputs: by name of an input, a function that gives its element at an index; other inputs stand for themselves.
     """
 
     def __init__(
@@ -96,7 +99,11 @@ class Reader(Elements):
     # ---- types
 
     def type(self, value: ir.Value) -> torch.dtype:
-        """The type of the elements."""
+        """The type of a tensor's elements, followed back through the operators.
+
+        Raises:
+            Unreadable: it is not known, or none that is read.
+        """
         if (constant := self._constant(value)) is not None:
             return constant.dtype
         node = value.producer()

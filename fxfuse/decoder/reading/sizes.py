@@ -1,4 +1,4 @@
-"""The sizes of what ONNX's operators give, for `fxfuse.decoder.reading.reader`."""
+"""How `reader.py` reads the sizes of what ONNX's operators give, from the sizes of what they are given."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fxfuse.proof.positions.views import Product
 
 Sizes = tuple[Term, ...]
 _END = 2**31 - 1
-"""From here on a number says "to the end"; no axis is as long."""
+"""In Slice, a number of this size or more means "to the end": no axis is as long."""
 
 
 def given(node: ir.Node, number: int) -> ir.Value | None:
-    """An input, which may be left out."""
+    """An input of a node; None where it is left out."""
     return node.inputs[number] if number < len(node.inputs) else None
 
 
@@ -30,7 +30,7 @@ def needed(node: ir.Node, number: int = 0) -> ir.Value:
 
 
 def whole(reader: Elements, node: ir.Node, name: str, number: int) -> list[int] | None:
-    """Numbers that are an attribute or, in later opsets, an input; None where they are left out."""
+    """Numbers that are an attribute of the node or, in later opsets, an input; None where they are left out."""
     if name in node.attributes:
         return list(node.attributes[name].as_ints())
     value = given(node, number)
@@ -42,7 +42,7 @@ def axis_of(node: ir.Node, rank: int, default: int = 0) -> int:
 
 
 def first(reader: Elements, node: ir.Node, _: int = 0) -> Sizes:
-    """Those of the first input."""
+    """The sizes of the first input, for operators that keep them."""
     return reader.shape(needed(node))
 
 
@@ -51,7 +51,7 @@ def together(reader: Elements, node: ir.Node, _: int = 0) -> Sizes:
 
 
 def dims(node: ir.Node, rank: int) -> range:
-    """Which axes a Shape gives."""
+    """The axes whose sizes a Shape gives."""
     start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", rank)
     start, end = (n + rank if n < 0 else n for n in (start, end))
     return range(min(max(start, 0), rank), min(max(end, 0), rank))
@@ -105,7 +105,7 @@ def _transpose(reader: Elements, node: ir.Node, _: int) -> Sizes:
 
 
 def new_axes(reader: Elements, node: ir.Node, rank: int) -> set[int]:
-    """Where Unsqueeze, of a tensor of this rank, puts its axes."""
+    """The axes that Unsqueeze adds to a tensor of this rank, as they are counted in the result."""
     axes = whole(reader, node, "axes", 1) or []
     return {axis % (rank + len(axes)) for axis in axes}
 
@@ -117,7 +117,11 @@ def _unsqueeze(reader: Elements, node: ir.Node, _: int) -> Sizes:
 
 
 def old_axes(reader: Elements, node: ir.Node) -> set[int]:
-    """Which axes Squeeze takes out."""
+    """The axes that Squeeze takes out.
+
+    Raises:
+        Unreadable: it takes out all of size 1, and of one it is not known whether it is.
+    """
     sizes = reader.shape(needed(node))
     axes = whole(reader, node, "axes", 1)
     if axes is not None:
@@ -150,7 +154,11 @@ class Cut:
 
 
 def cuts(reader: Elements, node: ir.Node) -> dict[int, Cut]:
-    """What Slice takes of each axis that it takes not whole."""
+    """What Slice takes of each axis that it is told to cut.
+
+    Raises:
+        Unreadable: it goes backwards, other than over a whole axis.
+    """
     t, sizes = reader.terms, reader.shape(needed(node))
     if "starts" in node.attributes:  # before opset 10
         raise Unreadable("Slice of an old opset")
@@ -172,13 +180,14 @@ def cuts(reader: Elements, node: ir.Node) -> dict[int, Cut]:
 
 
 def _is_whole(start: Any, end: Any) -> bool:
-    """Do these take all of an axis, from its end on?"""
+    """Do this start and end take a whole axis, backwards?"""
     numbers = isinstance(start, int) and isinstance(end, int)
     return numbers and (start == -1 or start >= _END) and end <= -_END
 
 
 def _within(t: Terms, place: Term, size: Term) -> Term:
-    """A start or an end: below 0 it counts from the end, and it lies within the axis."""
+    """The place that a start or an end of Slice means: below 0 it counts from the end, and it is kept within the
+    axis."""
     if isinstance(place.number, int) and abs(place.number) >= _END:
         return size if place.number > 0 else t.number(0)
     if place.bounds[0] < 0:
@@ -206,7 +215,7 @@ def _gather_nd(reader: Elements, node: ir.Node, _: int) -> Sizes:
 
 
 def pads(reader: Elements, node: ir.Node) -> dict[int, tuple[Term, Term]]:
-    """What Pad puts before and after each axis."""
+    """How many elements Pad puts before and after each axis."""
     rank = len(reader.shape(needed(node)))
     numbers, axes = reader.vector(needed(node, 1)), given(node, 3)
     which = list(range(rank)) if axes is None else [axis % rank for axis in reader.numbers(axes)]
@@ -248,7 +257,7 @@ def _reduce(reader: Elements, node: ir.Node, _: int) -> Sizes:
 
 
 def parts(reader: Elements, node: ir.Node) -> list[Term]:
-    """How long the pieces of a Split are."""
+    """The lengths of the pieces that Split gives."""
     t, sizes = reader.terms, reader.shape(needed(node))
     if (lengths := given(node, 1)) is not None:
         return reader.vector(lengths)

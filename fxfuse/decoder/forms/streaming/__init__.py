@@ -1,15 +1,16 @@
-"""StreamingLLM: a decoder that reads without end and keeps the first few tokens, the sinks, and the last W.
+"""StreamingLLM: a decoder that reads without end, and keeps only the first few tokens (the sinks) and the last W.
 
     past_key_values.N.key   [B, H, P, D]       becomes    [B, H, C, D], C = sinks + W; keys are not rotated
     present.N.key           [B, H, P + S, D]              the same after the new tokens: input and output may share it
 
 Position p < sinks stands in slot p, p >= sinks in slot sinks + (p - sinks) mod W. A token sees the sinks and the last W
-tokens, itself included. All are rotated by their places among what it sees, so that no place is beyond C - 1, however
-much was read. That RotaryEmbedding tells distances only, is proved first.
+tokens, itself included. Keys are cached before they are rotated, and rotated by their *place*, which is their rank
+among what the token sees. So no place is beyond C - 1, however much was read. This is right only if a rotation tells
+nothing but distances, which is checked first (`rotation`).
 
-position_ids [B, S], consecutive in each row, say how much was read before: rows may stand at different lengths, and
-there is no attention_mask. There is no padding: each row takes S tokens. Graphs for any S (`any_tokens`) and for one
-token (`one_token`) have the same cache, and take turns on it.
+position_ids [B, S], consecutive in each row, say how much was read before; rows may stand at different lengths, and
+there is no attention_mask. There is no padding either: every row takes S tokens. A graph for any S (`any_tokens`) and
+one for a single token (`one_token`) have the same cache, and take turns on it.
 
 Source: Xiao et al., Efficient Streaming Language Models with Attention Sinks, https://arxiv.org/abs/2309.17453, 3.2.
 """
@@ -39,9 +40,10 @@ def make_streaming(model: ir.Model, sinks: int, window: int) -> None:
         window: how many of the last are, 1 or more.
 
     Raises:
-        FxfuseError: a graph for one token below opset 24, which has no TensorScatter; a layer whose keys no
-            RotaryEmbedding gives, or one that tells more than distances; that does not see all earlier tokens (a window
-            of its own); a graph that reads attention_mask or the cache for something else. The model is of no use then.
+        FxfuseError: the graph is for one token and its opset is below 24, which brought TensorScatter; a layer's keys
+            do not come from a RotaryEmbedding, or from one that tells more than distances; a layer does not see all
+            earlier tokens (it has a window of its own); or the graph reads attention_mask or the cache for something
+            else than attention. The model may be half rewritten then, and is of no use.
     """
     graph = model.graph
     if one_token := takes_one_token(graph):
@@ -51,16 +53,17 @@ def make_streaming(model: ir.Model, sinks: int, window: int) -> None:
     if (why := sees_otherwise(graph)) is not None:
         raise refused(why)
     drop_padding(graph)
-    slots: StreamingCache = (OneTokenCache if one_token else AnyTokensCache)(graph, sinks, window)
+    cache: StreamingCache = (OneTokenCache if one_token else AnyTokensCache)(graph, sinks, window)
     for node in attentions:
-        rewrite(node, slots)
+        rewrite(node, cache)
     RemoveUnusedNodesPass()(model)
-    _check_uses(graph, slots.readers, [past for _, past in pasts])
+    _check_uses(graph, cache.readers, [past for _, past in pasts])
     describe(model, "streaming", sinks=sinks, window=window)
 
 
 def _check_uses(graph: ir.Graph, readers: Mapping[ir.Value, ir.Node | None], pasts: Sequence[ir.Value]) -> None:
-    """Whatever else read the growing cache or its mask is gone; so is the mask."""
+    """Raises FxfuseError where something still reads the cache beside the attention, or attention_mask; takes the mask
+    out of the graph's inputs otherwise."""
     for past in pasts:
         if past not in readers:
             raise refused(f"no Attention reads {past.name}")

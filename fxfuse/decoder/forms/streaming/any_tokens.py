@@ -1,4 +1,4 @@
-"""A streaming cache read and written for any number of tokens a call.
+"""A streaming cache in a graph for any number of tokens a call.
 
     places of keys     p of a sink, else p - shift; shift = max(0, P + 1 - C), which is right for the first new token
     scores             q at p - shift with all others, q at min(p, C - 1) with sinks: two halves of a head of 2 D
@@ -7,10 +7,12 @@
     new k ┴─ Concat ───┤
                        └─ GatherND: what stands in each slot after them ── present
 
-A token's places are those among what it sees itself. From one token to the next the sinks' change and the others' do
-not, but for a shift that is common to query and keys. So one rotation of the keys serves all S tokens, and a prompt of
-any length, whole or in chunks, gives what its tokens give one by one. Where cos and sin come from a table, it must have
-C + S - 1 places.
+Each of the S tokens sees other keys, and ranks them among what it sees itself. From one token to the next all places
+move by one shift, which query and keys have in common and which a rotation therefore does not show; only the places of
+the sinks stay. So the keys are rotated once for all S tokens, and the queries twice: once for the sinks and once for
+the rest. A head is given both halves side by side, and each key has zeros in the half that is not meant for it. A
+prompt of any length, whole or in chunks, so gives what its tokens would give one by one. Where cos and sin come from a
+table, it must have C + S - 1 rows.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from fxfuse.onnx.pieces import constant, counted, initializer
 
 
 class AnyTokensCache(StreamingCache):
-    """Which keys are seen, at which places, and what stands in the slots afterwards."""
+    """Which keys each token sees, at which places, and which of cache and new tokens stands in each slot afterwards."""
 
     def __init__(self, graph: ir.Graph, sinks: int, window: int) -> None:
         super().__init__(graph, sinks, window)
@@ -71,7 +73,7 @@ class AnyTokensCache(StreamingCache):
         self.proved: set[tuple[ir.Value, ir.Value]] = set()
 
     def write(self, past: ir.Value, new: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Cache and new tokens [B, H, C + S, D], and what is kept of them."""
+        """Cache and new tokens side by side [B, H, C + S, D], and what is kept of them [B, H, C, D]."""
         add = self.add
         heads = past.shape and past.shape[1]
         assert isinstance(heads, int)
@@ -95,7 +97,11 @@ class AnyTokensCache(StreamingCache):
         return self.add("RotaryEmbedding", inputs, turned.attributes, turned.value.dtype)
 
     def _tables(self, turned: Turned, places: ir.Value) -> list[ir.Value]:
-        """cos and sin of a RotaryEmbedding, at other places than position_ids."""
+        """cos and sin of a RotaryEmbedding at `places`, where the graph has them at position_ids.
+
+        Raises:
+            FxfuseError: the rotation tells more than distances.
+        """
         found = [self._copy(value, places) for value in turned.tables]
         if turned.tables not in self.proved and places is self.places:
             table = rotation_table(self.graph, [places], found, self.size)
@@ -105,7 +111,8 @@ class AnyTokensCache(StreamingCache):
         return found
 
     def _copy(self, value: ir.Value, places: ir.Value) -> ir.Value:
-        """The same value, computed from `places` instead of position_ids."""
+        """The same value, computed from `places` where the graph computes it from position_ids: what is on the way is
+        copied, and shared between all rotations at these places."""
         if value is self.new:
             return places
         if (value, places) in self.copies:

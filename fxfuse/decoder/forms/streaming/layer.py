@@ -1,4 +1,5 @@
-"""One attention whose keys are cached before they are rotated: the RotaryEmbedding moves behind the cache.
+"""One attention of a streaming decoder: its keys are cached before they are rotated, so the RotaryEmbedding moves from
+before the cache to behind it.
 
     k ─ RotaryEmbedding ─ Attention(past, present)     becomes     k ─ cache ─ RotaryEmbedding at places ─ Attention
 
@@ -23,7 +24,7 @@ from fxfuse.onnx.pieces import heads_apart, heads_together
 
 @dataclass(frozen=True)
 class Turned:
-    """What a RotaryEmbedding is to turn: `value` [B, H, S, D]."""
+    """Queries or keys that are not rotated yet, `value` [B, H, S, D], and the RotaryEmbedding that rotates them."""
 
     rotary: ir.Node
     value: ir.Value
@@ -37,17 +38,23 @@ class Turned:
 
     @property
     def attributes(self) -> Mapping[str, ir.Attr]:
-        """For four dims, which tell the heads."""
+        """Its attributes for an input [B, H, S, D], whose shape says how many heads there are."""
         return {name: a for name, a in self.rotary.attributes.items() if name != "num_heads"}
 
 
 class StreamingCache(ABC):
-    """What all layers share. Position p < sinks stands in slot p, p >= sinks in slot sinks + (p - sinks) mod W."""
+    """What the caches of all layers share: how they are written and read. `one_token` and `any_tokens` each have one.
+
+    Position p < sinks stands in slot p, p >= sinks in slot sinks + (p - sinks) mod W.
+
+    Raises:
+        FxfuseError: the graph has no position_ids, which say how much each row has read.
+    """
 
     def __init__(self, graph: ir.Graph, sinks: int, window: int) -> None:
         self.graph, self.size = graph, sinks + window
         self.before = next(iter(graph))
-        """Where nodes are added."""
+        """The node before which others are added: the attention that is being rewritten."""
         self.inputs = {value.name: value for value in graph.inputs}
         if "position_ids" not in self.inputs:
             raise refused("the graph has no position_ids, which say where each row stands")
@@ -57,17 +64,22 @@ class StreamingCache(ABC):
 
     @abstractmethod
     def write(self, past: ir.Value, new: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """What is attended to of keys or values, given the cache and `new` [B, H, S, D]; and the cache afterwards."""
+        """Writes keys or values `new` [B, H, S, D] into the cache `past` [B, H, C, D].
+
+        Returns:
+            What is attended to, and the cache afterwards [B, H, C, D].
+        """
 
     @abstractmethod
     def attend(
         self, queries: Turned, keys: Turned, values: ir.Value, attributes: Mapping[str, ir.Attr], kind: ir.DataType
     ) -> ir.Value:
-        """The attention [B, H, S, D], keys and queries rotated by their places."""
+        """The attention's result [B, H, S, D]; queries and keys are rotated by their places first."""
 
     def add(
         self, op: str, inputs: Sequence[Any], attributes: Any = None, kind: ir.DataType | None = ir.DataType.INT64
     ) -> ir.Value:
+        """The output, of the type `kind`, of one more node before the attention."""
         node = ir.node(op, inputs, attributes)
         if kind is not None:
             node.outputs[0].dtype = kind
@@ -75,18 +87,22 @@ class StreamingCache(ABC):
         return node.outputs[0]
 
 
-def rewrite(node: ir.Node, slots: StreamingCache) -> None:
-    """Makes one Attention with a past read and write the cache of `slots`."""
-    _Layer(node, slots).rewrite()
+def rewrite(node: ir.Node, cache: StreamingCache) -> None:
+    """Makes one Attention with a past read and write the streaming cache.
+
+    Raises:
+        FxfuseError: it cannot be made to; the message says what is in the way.
+    """
+    _Layer(node, cache).rewrite()
 
 
 class _Layer:
-    def __init__(self, node: ir.Node, slots: StreamingCache) -> None:
-        self.node, self.slots, self.graph = node, slots, slots.graph
-        slots.before = node
+    def __init__(self, node: ir.Node, cache: StreamingCache) -> None:
+        self.node, self.cache, self.graph = node, cache, cache.graph
+        cache.before = node
 
     def rewrite(self) -> None:
-        node, slots = self.node, self.slots
+        node, cache = self.node, self.cache
         q, k, v, _, past_keys, past_values = node.inputs[:6]
         assert q is not None and k is not None and v is not None and past_keys is not None and past_values is not None
         kind, size = past_keys.dtype, past_keys.shape and past_keys.shape[3]
@@ -103,7 +119,7 @@ class _Layer:
 
         attributes = {n: a for n, a in node.attributes.items() if n not in ("q_num_heads", "kv_num_heads")}
         attributes.setdefault("scale", ir.AttrFloat32("scale", 1 / math.sqrt(size)))
-        result = slots.attend(Turned(q_rotary, queries), Turned(k_rotary, keys), values, attributes, kind)
+        result = cache.attend(Turned(q_rotary, queries), Turned(k_rotary, keys), values, attributes, kind)
         old = node.outputs[0]
         if "q_num_heads" in node.attributes:
             result = heads_together(self.graph, self._add, result)
@@ -112,7 +128,7 @@ class _Layer:
         self.graph.remove(node, safe=True)
 
     def _rotary(self, value: ir.Value, what: str) -> ir.Node:
-        """The RotaryEmbedding that gives queries or keys, perhaps before its heads are apart."""
+        """The RotaryEmbedding that the queries or keys come from, directly or by way of taking heads apart."""
         node, rank = value.producer(), 3 if "q_num_heads" in self.node.attributes else 4
         apart = node if node is not None and node.op_type == "Transpose" else None
         if apart is not None and rank == 4 and list(apart.attributes["perm"].as_ints()) == [0, 2, 1, 3]:
@@ -128,7 +144,7 @@ class _Layer:
         return node
 
     def _rotated_by(self, rotary: ir.Node) -> ir.Value:
-        """What a RotaryEmbedding takes, as [B, H, S, D]."""
+        """What a RotaryEmbedding is given, before it is rotated, as [B, H, S, D]."""
         value = rotary.inputs[0]
         assert value is not None
         if _rank(value) != 3:
@@ -140,11 +156,12 @@ class _Layer:
         return value if heads is None else heads_apart(self.graph, self._add, value, heads.as_int())
 
     def _add(self, op: str, inputs: list[Any], attributes: Any = None) -> ir.Value:
-        """Of the type of the first input."""
-        return self.slots.add(op, inputs, attributes, inputs[0].dtype)
+        """One more node, whose output is of its first input's type."""
+        return self.cache.add(op, inputs, attributes, inputs[0].dtype)
 
     def _cached(self, past: ir.Value, new: ir.Value, grown: ir.Value) -> ir.Value:
-        """What is attended to of cache and new tokens; the graph gives the cache back, where it gave the `grown`."""
+        """Writes `new` keys or values into the cache, and gives what is attended to. The graph gives the cache back,
+        under the same name, where it gave the `grown` keys."""
         outputs, place = self.graph.outputs, place_of(past.name)
         if place is None or grown.name != place.present or grown.uses() or not grown.is_graph_output():
             raise refused(f"{past.name} grows, and is not just given back")
@@ -152,9 +169,9 @@ class _Layer:
         batch, heads, _, size = past.shape
         if not isinstance(heads, int):
             raise refused(f"{past.name} has a number of heads that is not fixed")
-        past.shape = ir.Shape([batch, heads, self.slots.size, size])
-        seen, kept = self.slots.write(past, new)
-        self.slots.readers[past] = seen.producer()
+        past.shape = ir.Shape([batch, heads, self.cache.size, size])
+        seen, kept = self.cache.write(past, new)
+        self.cache.readers[past] = seen.producer()
         kept.shape, kept.name, grown.name = past.shape, grown.name, None
         outputs[[output is grown for output in outputs].index(True)] = kept
         return seen

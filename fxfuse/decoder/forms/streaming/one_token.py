@@ -1,15 +1,16 @@
-"""A streaming cache read and written for one token a row, in place: nothing is moved, the order of slots is free.
+"""A streaming cache in a graph for one token a row. The new key takes the slot of the one that drops out; nothing else
+is moved, for attention does not mind in which order it finds the keys.
 
     new k ─ TensorScatter into the slot of what drops out ─┬─ RotaryEmbedding at places ─ Attention(q, k, v, filled)
                                                            └─ present
 
-What a token at position p sees, itself included, are the first min(p + 1, C) slots. Their places are
+A token at position p sees, itself included, the first min(p + 1, C) slots. Their places are
 
     of a sink            its position
     of another slot j    min(p, C - 1) - (p - j) mod W
     of the query         min(p, C - 1)
 
-all below C, so that cos and sin are two constants [C, D/2], and RotaryEmbedding picks from them by `position_ids`.
+All are below C. So cos and sin are two constants [C, D/2], of which RotaryEmbedding picks rows by its `position_ids`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fxfuse.onnx.pieces import constant, counted, initializer
 
 
 class OneTokenCache(StreamingCache):
-    """Which slot is written, how many are filled then, and the places of all."""
+    """The slot that is written, how many slots are filled then, and the places of the query and of all slots."""
 
     def __init__(self, graph: ir.Graph, sinks: int, window: int) -> None:
         super().__init__(graph, sinks, window)

@@ -1,4 +1,5 @@
-"""Does a rotation tell distances only? Of queries and keys at any places, their product then depends on the difference.
+"""Whether a rotation tells nothing but distances: then the product of a rotated query and a rotated key depends on the
+difference of their places alone, and all places may be moved together.
 
 Source: Su et al., RoFormer, https://arxiv.org/abs/2104.09864, 3.2.
 """
@@ -15,11 +16,17 @@ Table = tuple[np.ndarray, np.ndarray]
 
 
 def rotation_table(graph: ir.Graph, places: Sequence[ir.Value], found: Sequence[ir.Value], count: int) -> Table | str:
-    """cos and sin [count, D/2] at places 0, 1, …; or how they are not powers of one rotation, perhaps scaled.
+    """cos and sin [count, D/2] at the places 0 to count - 1; or, as a text, why they tell more than distances.
+
+    The part of the graph that computes them is run at those places, forwards and backwards. They tell distances only if
+    place p is turned by the p-th power of one rotation, for each pair of features, perhaps times a common factor.
 
     Args:
-        places: int64 [B, S] or [B, 1], of which the two are computed; where there are more, all are given the same.
-        found: the two as the graph has them, [B, S, D/2].
+        places: the inputs int64 [B, S] or [B, 1] that cos and sin are computed from; each is given the same numbers.
+        found: cos and sin as the graph has them, [B, S, D/2].
+
+    Raises:
+        ValueError: they are computed from other inputs besides (of onnx_ir).
     """
     from onnx.reference import ReferenceEvaluator
 
