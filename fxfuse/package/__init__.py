@@ -1,1 +1,2 @@
-"""A folder that generates text: its graphs and weights, its manifest, and what other runtimes want beside them."""
+"""Folders that generate text: what is in one (`manifest`), how it is written (`write`, `weights`), and what
+onnxruntime-genai wants in it (`genai`)."""

@@ -1,7 +1,7 @@
 """``genai_config.json``, by which onnxruntime-genai loads the folder, derived from the manifest.
 
-onnxruntime-genai (0.18) pads a batch on the right, gives such columns the mask 0 for good, and makes a buffer that past
-and present share as long as the generator's ``max_length``.
+What onnxruntime-genai 0.18 does: it pads a batch on the right and keeps the mask of those columns 0 from then on; and a
+buffer that past and present share, it makes as long as the ``max_length`` of its generator.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ CONFIG = "genai_config.json"
 
 
 def genai_config(manifest: Manifest) -> dict[str, Any]:
-    """What the file holds.
+    """What ``genai_config.json`` holds for this folder.
 
     Raises:
-        FxfuseError: bfloat16, which does not run there. What it has no words for: layers of different heads, no context
-            length, no pad and no eos token.
+        FxfuseError: the cache is of bfloat16, which does not run there; or the file has no words for the model: layers
+            have different heads, values are of another size than keys, or it is not known how long a text may become or
+            which token pads or ends it.
     """
     model, cache = manifest.model, manifest.cache
     check_form(cache.form)
@@ -33,7 +34,9 @@ def genai_config(manifest: Manifest) -> dict[str, Any]:
         )
     if len(set(cache.layers)) != 1:
         raise FxfuseError(
-            "layers of different heads: genai_config.json has one number for all", where="--package genai"
+            "layers of different heads: genai_config.json has one number for all",
+            where="--package genai",
+            hint="--package fxfuse, for fxfuse.runtime",
         )
     if cache.layers[0].value_dim is not None:
         raise FxfuseError(
@@ -43,7 +46,11 @@ def genai_config(manifest: Manifest) -> dict[str, Any]:
         )
     context = cache.max_length or model.context_length
     if context is None:
-        raise FxfuseError("how long a text may become is not known", where="--package genai")
+        raise FxfuseError(
+            "how long a text may become is not known",
+            where="--package genai",
+            hint="set max_position_embeddings in the model's config",
+        )
     pad = model.pad if model.pad is not None else next(iter(model.eos), None)
     if pad is None:
         raise FxfuseError(
@@ -110,6 +117,12 @@ def check_form(form: str) -> None:
 
 
 def write_genai_config(manifest: Manifest, folder: Path) -> None:
+    """Writes the file into `folder`.
+
+    Raises:
+        FxfuseError: as `genai_config`.
+        OSError: it cannot be written.
+    """
     (folder / CONFIG).write_text(json.dumps(genai_config(manifest), indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,6 +1,7 @@
-"""What a folder holds that generates text: which graph prefills and which decodes, and the cache between them.
+"""The manifest of a folder that generates text: which graph prefills, which decodes, and what the cache between them
+is.
 
-``fxfuse.json`` beside the graphs, by ``manifest.schema.json`` in this package:
+It is the file ``fxfuse.json`` beside the graphs. Its schema is ``manifest.schema.json`` in this package:
 
     {"format": "fxfuse.pipeline", "version": 1,
      "cache":  {"form": "growing", "max_length": null, "dtype": "float32",
@@ -11,9 +12,9 @@
      "model":  {"vocab_size": 384, "context_length": 512, "hidden_size": 64, "heads": 4,
                 "pad": 0, "bos": null, "eos": [1]}}
 
-Prefill reads any number of tokens after any past; decode may be made for one token a row.
-A link says that an output of one call is an input of the next; where it is shared, both are one buffer, [B, H, T, D],
-of which a call writes the columns P to P + S. Otherwise the output is [B, H, P + S, D] for an input of [B, H, P, D].
+The prefill graph reads any number of tokens after any past; the decode graph may be made for one token a row. A link
+says that an output of one call is an input of the next. Where it is shared, both are one buffer [B, H, T, D], of which
+a call writes columns P to P + S; otherwise [B, H, P, D] goes in and [B, H, P + S, D] comes out.
 """
 
 from __future__ import annotations
@@ -38,32 +39,34 @@ _SCHEMA = "manifest.schema.json"
 
 @dataclass(frozen=True)
 class Stage:
-    """A graph, with the names of its inputs and outputs in their order."""
+    """One of the two graphs, prefill or decode, with the names of its inputs and outputs in their order."""
 
     file: str
     inputs: Sequence[str]
     outputs: Sequence[str]
     tokens: int | None = None
-    """How many a row a call takes, where the graph is made for a number of them."""
+    """How many new tokens a row a call takes, where the graph is made for that number alone."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """An output that is an input of the next call."""
+    """An output of one call that is an input of the next."""
 
     output: str
     input: str
     shared: bool
+    """Whether both are one buffer, which a call writes in place."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """What the graphs do not say."""
+    """What whoever generates text needs to know of the model, and its graphs do not say."""
 
     vocab_size: int
     context_length: int | None = None
     hidden_size: int | None = None
     heads: int | None = None
+    """How many query heads a layer has; the cache has the number of key heads."""
     pad: int | None = None
     bos: int | None = None
     eos: Sequence[int] = ()
@@ -71,7 +74,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole of it. One graph may be both stages."""
+    """What `fxfuse.json` says. One graph may be both stages."""
 
     prefill: Stage
     decode: Stage
@@ -81,6 +84,7 @@ class Manifest:
 
     @property
     def files(self) -> list[str]:
+        """The names of the graphs' files, each once."""
         return list(dict.fromkeys([self.prefill.file, self.decode.file]))
 
     def to_json(self) -> dict[str, Any]:
@@ -95,6 +99,7 @@ class Manifest:
         }
 
     def write(self, folder: Path) -> None:
+        """Writes `fxfuse.json` into `folder`."""
         (folder / MANIFEST).write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
 
 

@@ -12,10 +12,15 @@ import onnx_ir as ir
 
 @contextmanager
 def share_weights(program: ir.Model, saved: Path) -> Iterator[int]:
-    """Within the block, initializers of `program` point into the weights file of `saved`, where they are equal.
+    """Within the block, weights of `program` that a saved model has too are read from that model's weights file, so
+    that `program`, saved within the block beside it, refers to that file and holds no copy.
+
+    Args:
+        program: a graph of the same model. It is as it was when the block ends.
+        saved: the ONNX file of the model that is saved already, with its weights in a file of their own.
 
     Yields:
-        Bytes that are shared.
+        How many bytes are shared.
     """
     stored = {
         _digest(value.const_value): value.const_value

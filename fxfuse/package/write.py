@@ -1,4 +1,4 @@
-"""A folder that generates text: graphs, weights, manifest, and what other runtimes want beside them.
+"""Writes a folder that generates text, whole or not at all:
 
 model.onnx        one graph that prefills and decodes, or
 prefill.onnx, decode.onnx          the two apart
@@ -39,18 +39,27 @@ def write_package(
     tokenizer: Path | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> Manifest:
-    """Writes the folder `out`; a reader finds all of it or, on failure, what stood there before.
+    """Writes the folder `out`. On failure, at whatever step, it holds what it held before.
+
+    Everything is written into a hidden folder beside `out` first, checked there, and then moved. Graphs, weights,
+    manifest and GenAI's configuration of an older package go; other files in `out` stay.
 
     Args:
-        prefill: a graph with its cache as inputs and outputs, with the names of `fxfuse.package.manifest`, for any
-            number of tokens after any past.
-        decode: of the same model, for one token; without it the other does both.
-        model: fields of `fxfuse.package.manifest.Model` that the graph does not say.
+        out: the folder; it is made if it is not there.
+        prefill: a graph with its cache as inputs and outputs, named as `fxfuse.decoder.names` says, for any number of
+            tokens after any past.
+        decode: a graph of the same model for one token a row; without it `prefill` does both.
+        package: "genai" adds what onnxruntime-genai goes by, and makes sliding windows count tokens.
+        model: fields of `fxfuse.package.manifest.Model` that the graph does not say; `facts` reads them off a config.
         tokenizer: a folder with the tokenizer's files, which are copied.
-        check: is given the whole folder before it is moved into place, and raises if it is not right.
+        check: is given the hidden folder when all is in it, and raises if it is not right.
+
+    Returns:
+        The manifest that was written.
 
     Raises:
-        FxfuseError: the graphs are no decoder, `genai` cannot run them, or the folder cannot be written.
+        FxfuseError: the graphs are no decoder with its cache, onnxruntime-genai cannot run them, or the folder cannot
+            be written. Whatever `check` raises.
     """
     if package not in get_args(Package):
         raise FxfuseError(f"unknown package={package!r}", where="package", hint=" or ".join(get_args(Package)))
@@ -81,7 +90,11 @@ def write_package(
 
 
 def facts(config: Any, **more: Any) -> dict[str, Any]:
-    """Fields of `fxfuse.package.manifest.Model` from a configuration of transformers."""
+    """Fields of `fxfuse.package.manifest.Model`, read off a model's configuration of transformers.
+
+    Args:
+        more: fields to set, or to set otherwise.
+    """
     text = config.get_text_config()
 
     def first(*names: str) -> Any:
@@ -100,5 +113,5 @@ def facts(config: Any, **more: Any) -> dict[str, Any]:
 
 
 def with_dtype(manifest: Manifest, dtype: str) -> Manifest:
-    """The same folder, with a cache of another type."""
+    """The manifest of the same folder, but with a cache of this dtype."""
     return dataclasses.replace(manifest, cache=dataclasses.replace(manifest.cache, dtype=dtype))

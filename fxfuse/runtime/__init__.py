@@ -1,4 +1,5 @@
-"""Running decoders: a session that owns the cache, over ONNX Runtime or eager PyTorch, and greedy text.
+"""Runs decoders and writes text: a session owns the cache, in ONNX Runtime (`Session`) or eager PyTorch
+(`EagerSession`).
 
 session = fxfuse.runtime.Session("llama-onnx/")           # or EagerSession(model): the same interface
 for text in fxfuse.runtime.stream(session, tokenizer, "Once upon", max_new_tokens=64):

@@ -1,4 +1,5 @@
-"""Whether a folder generates what the model does: logits of a prompt, padded, and of the steps after it."""
+"""Compares a folder with the model that it was written from: the logits of a padded prompt and of the steps after
+it."""
 
 from __future__ import annotations
 
@@ -18,18 +19,21 @@ PROMPT, STEPS, ROWS = 6, 3, 3
 
 
 def check_package(folder: Path, eager: Decoder, wide: Decoder | None = None) -> list[Result]:
-    """Compares the folder with `eager`, three rows of which the first is padded on the left.
+    """Compares the folder with the model on three random rows, the first of them padded on the left.
 
-    A streaming cache, which computes something else once a token dropped out, is compared until then, without padding.
+    A streaming cache computes something else than the model once a token has dropped out. It is compared up to there,
+    and without padding, which it does not take.
 
     Args:
-        wide: the same model without the rounding of 16 bits.
+        folder: with a manifest, its graphs and weights.
+        eager: the model in eager PyTorch, in its own dtype.
+        wide: the same model in a wider dtype, where `eager` rounds to 16 bits: it tells rounding from errors.
 
     Returns:
         A comparison for the prompt and for each step.
 
     Raises:
-        ParityError: it computes something else.
+        ParityError: the folder computes something else.
         FxfuseError: it does not run.
     """
     with tempfile.TemporaryDirectory() as scratch:
@@ -59,7 +63,8 @@ def _compare(folder: Path, expected: torch.Tensor, actual: torch.Tensor, wide: t
 
 
 def _open(folder: Path, scratch: Path) -> Session:
-    """A session; of bfloat16, for which ONNX Runtime's CPU provider has no kernels, the float32 twin."""
+    """A session for the folder. ONNX Runtime's CPU provider has no kernels for bfloat16: of such a folder a twin in
+    float32 is written into `scratch`, and run."""
     _, manifest = read_manifest(folder)
     if manifest.cache.dtype == "bfloat16":
         for name in manifest.files:

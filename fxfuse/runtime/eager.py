@@ -1,4 +1,4 @@
-"""The interface of `Session` over a model of transformers in eager PyTorch, to compare with."""
+"""A session over a model of transformers in eager PyTorch, with the methods of `Session`: something to compare with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from fxfuse.versions import cache_name
 class EagerSession:
     """A `PreTrainedModel` that generates text, with the cache that it makes itself.
 
-    Methods are those of `fxfuse.runtime.Session`.
+    The methods are those of `fxfuse.runtime.Session`.
+
+    Raises:
+        FxfuseError: `model` is no language model of transformers.
     """
 
     def __init__(self, model: Any) -> None:
@@ -29,6 +32,7 @@ class EagerSession:
 
     @property
     def reads_mask(self) -> bool:
+        """True: rows may be padded on either side."""
         return True
 
     @property
@@ -37,7 +41,7 @@ class EagerSession:
         return self._positions.length
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Forgets all that was read, and the cache."""
         self._positions = Positions()
         self._cache: Any = None
 

@@ -1,4 +1,5 @@
-"""Greedy text from any session: a batch of token ids at once, or one text piece by piece."""
+"""Writes text greedily with any session: token ids for a batch of prompts (`generate`), or one text piece by piece
+(`stream`)."""
 
 from __future__ import annotations
 
@@ -38,15 +39,21 @@ def generate(
     eos: Sequence[int] = (),
     chunk: int | None = None,
 ) -> list[list[int]]:
-    """The tokens that follow each of the prompts, of any lengths, greedily; an end-of-text token ends a row.
+    """The tokens that follow each of the prompts, each the likeliest after those before it.
 
     Args:
-        prompts: token ids; shorter ones are padded on the left, so that a sliding window has no holes; on the right
-            where the graph has no attention_mask, and each row goes on from its own end.
-        chunk: read the prompts so many columns at a time.
+        session: is reset first.
+        prompts: token ids, of any lengths. Shorter ones are padded on the left, so that a sliding window has no holes;
+            on the right where the session's graph has no attention_mask, and each row goes on from its own end.
+        max_new_tokens: how many tokens a row gets at most.
+        eos: tokens that end a row; such a token is its last.
+        chunk: read the prompts so many columns at a time, which takes less memory.
+
+    Returns:
+        The new tokens of each row.
 
     Raises:
-        FxfuseError: no prompts, an empty one, or what the session refuses.
+        FxfuseError: there are no prompts, one is empty, or the session refuses them.
     """
     result: list[list[int]] = [[] for _ in prompts]
     done = [False for _ in prompts]
@@ -63,7 +70,7 @@ def generate(
 def greedy(
     session: Decoder, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, chunk: int | None = None
 ) -> Iterator[list[int]]:
-    """One token a row at a time, as they come."""
+    """The same as they come: one token for each row, `max_new_tokens` times. Rows that have ended go on."""
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise FxfuseError("a prompt holds at least one token", where="prompts")
     width = max(len(prompt) for prompt in prompts)
@@ -84,10 +91,16 @@ def greedy(
 def stream(
     session: Decoder, tokenizer: Any, text: str, *, max_new_tokens: int, eos: Sequence[int] = ()
 ) -> Iterator[str]:
-    """What follows `text`, piece by piece as it comes; a character is not shown before its last byte is there.
+    """What follows `text`, piece by piece as it comes; a character of several tokens comes when its last one is there.
 
     Args:
-        tokenizer: with `encode` and `decode`: of transformers, or of tokenizers.
+        session: is reset first.
+        tokenizer: one of transformers or of tokenizers, which has `encode` and `decode`.
+        max_new_tokens: how many tokens are written at most.
+        eos: tokens that end the text; they are not shown.
+
+    Raises:
+        FxfuseError: `text` has no tokens, or the session refuses them.
     """
     encoded = tokenizer.encode(text)
     prompt = list(getattr(encoded, "ids", encoded))
@@ -102,7 +115,8 @@ def stream(
 
 
 class _Shown:
-    """Decodes no more than the last few tokens for each piece, however long the text becomes."""
+    """Turns tokens into pieces of text, one by one. However long the text becomes, only its last few tokens are
+    decoded."""
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
         self.decode = decode
@@ -110,6 +124,7 @@ class _Shown:
         self.text = ""
 
     def add(self, token: int) -> str:
+        """The text that this token adds; nothing yet if it ends within a character."""
         self.tokens.append(token)
         text = self.decode(self.tokens)
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
@@ -121,4 +136,5 @@ class _Shown:
         return piece
 
     def rest(self) -> str:
+        """The text of the tokens that were held back."""
         return self.decode(self.tokens)[len(self.text) :]

@@ -1,4 +1,5 @@
-"""Which columns of the cache hold a token of which row, and at what position: the same for every runtime."""
+"""Counts along with what a session reads: which columns of the cache hold tokens of which row, at what positions, and
+so what the next call is to be given as attention_mask and position_ids."""
 
 from __future__ import annotations
 
@@ -12,19 +13,19 @@ Array = npt.NDArray[np.int64]
 
 
 class Positions:
-    """Counts along with what a cache is fed. Rows of unequal length are padded, on either side, and keep the holes.
+    """For graphs with an attention_mask. Rows of unequal length are padded on either side, and the padding stays in the
+    cache, hidden by the mask.
 
-    In numpy, where an operation on a few numbers takes a tenth of the time that it takes in torch: it is done once a
-    token.
+    It is done in numpy, once a token: there an operation on a few numbers takes a tenth of the time that torch needs.
     """
 
     def __init__(self) -> None:
         self.length = 0
         """P: how many columns of the cache are written."""
         self._written = np.zeros((0, 0), np.int64)
-        """The mask, [B, P], and room behind it."""
+        """The mask [B, P], 1 for tokens and 0 for padding, with room for more columns behind it."""
         self._tokens = np.zeros((0, 1), np.int64)
-        """How many of a row's columns are tokens."""
+        """How many of each row's columns are tokens, [B, 1]."""
 
     @property
     def batch(self) -> int:
@@ -32,10 +33,16 @@ class Positions:
         return len(self._written)
 
     def append(self, new: Array) -> tuple[Array, Array]:
-        """What to feed for new columns with the mask [B, S]: the attention mask [B, P + S] and the positions [B, S].
+        """Adds new columns, and says what the call that reads them is to be given.
+
+        Args:
+            new: int64 [B, S], 1 for tokens and 0 for padding.
+
+        Returns:
+            attention_mask [B, P + S] and position_ids [B, S], both int64.
 
         Raises:
-            FxfuseError: another number of rows than before.
+            FxfuseError: there are more or fewer rows than before.
         """
         rows, columns = new.shape
         if self.length == 0:
@@ -52,7 +59,7 @@ class Positions:
         return self._written[:, :total].copy(), np.maximum(tokens - 1, 0)
 
     def reorder(self, rows: torch.Tensor) -> Array:
-        """Row i becomes what row ``rows[i]`` was; the rows as int64 [B].
+        """Row i becomes what row ``rows[i]`` was; returns `rows` as a numpy array, int64 [B].
 
         Raises:
             FxfuseError: there are no such rows.
@@ -63,9 +70,9 @@ class Positions:
 
 
 class RowLengths:
-    """The same for graphs without attention_mask: each row goes on where its own tokens end, over its padding.
+    """The same for graphs without an attention_mask: each row goes on where its own tokens end, over its padding.
 
-    Of each row only its length is kept, however much was read.
+    However much was read, only the length of each row is kept.
     """
 
     def __init__(self) -> None:
@@ -79,10 +86,11 @@ class RowLengths:
         return len(self._tokens)
 
     def append(self, new: Array) -> tuple[None, Array]:
-        """The positions [B, S] of new columns with the mask [B, S].
+        """As `Positions.append`, with None for the attention mask.
 
         Raises:
-            FxfuseError: another number of rows than before; padding on the left, which such a graph would see.
+            FxfuseError: there are more or fewer rows than before, or a row is padded on the left, where such a graph
+                would take the padding for tokens.
         """
         if (new[:, 1:] > new[:, :-1]).any():
             raise FxfuseError("a row is padded on the left", where="attention_mask", hint="pad on the right")
@@ -95,7 +103,7 @@ class RowLengths:
         return None, positions
 
     def reorder(self, rows: torch.Tensor) -> Array:
-        """As of `Positions`."""
+        """As `Positions.reorder`."""
         index = _checked_rows(rows, self.batch)
         self._tokens = self._tokens[index]
         return index
@@ -114,10 +122,10 @@ def _checked_rows(rows: torch.Tensor, batch: int) -> Array:
 
 
 def checked(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both as int64 [B, S].
+    """Token ids and their mask as int64 [B, S] on the CPU; without a mask all are tokens.
 
     Raises:
-        FxfuseError: shapes that do not fit, or a row of padding alone.
+        FxfuseError: the shapes do not fit, or a row is all padding.
     """
     ids = checked_ids(input_ids)
     if attention_mask is None:
@@ -135,10 +143,10 @@ def checked(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tup
 
 
 def checked_ids(input_ids: torch.Tensor) -> torch.Tensor:
-    """As int64 [B, S].
+    """Token ids as int64 [B, S] on the CPU.
 
     Raises:
-        FxfuseError: another shape.
+        FxfuseError: they are not of two dimensions, or there are none.
     """
     if input_ids.ndim != 2 or input_ids.shape[1] == 0:
         raise FxfuseError(f"the token ids are {list(input_ids.shape)}, not [B, S]", where="input_ids")
@@ -152,6 +160,6 @@ def check_chunk(chunk: int | None) -> None:
 
 
 def last(mask: torch.Tensor) -> torch.Tensor:
-    """The column of each row's last token, int64 [B], of a mask [B, S]."""
+    """The column of each row's last token, int64 [B], from a mask [B, S]."""
     columns = torch.arange(mask.shape[1])
     return (mask * (columns + 1)).argmax(-1)

@@ -1,4 +1,4 @@
-"""A decoder in ONNX Runtime whose cache stays where it is: outputs of one call are bound as inputs of the next."""
+"""Runs a decoder in ONNX Runtime. The cache stays where it is: outputs of one call are bound as inputs of the next."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Session:
     Args:
         source: a folder with ``fxfuse.json``, or an ONNX file.
         max_length: T of a static cache; needed where neither the graph nor the model's context says it.
-        threads: of ONNX Runtime within an operator; 0 is as many as there are cores.
+        threads: how many threads ONNX Runtime uses within an operator; 0: as many as there are cores.
 
     Raises:
-        FxfuseError: not such a folder or graph; onnxruntime is missing or does not load it; a bfloat16 cache, for which
-            its CPU provider has no kernels.
+        FxfuseError: `source` is no such folder or graph, onnxruntime is missing or does not load it, the cache is of
+            bfloat16, for which its CPU provider has no kernels, or `max_length` does not fit the cache.
     """
 
     def __init__(self, source: str | os.PathLike[str], *, max_length: int | None = None, threads: int = 0) -> None:
@@ -57,7 +57,7 @@ class Session:
 
     @property
     def reads_mask(self) -> bool:
-        """Do the graphs take an attention_mask? Otherwise rows are padded on the right, if at all."""
+        """Whether the graphs take an attention_mask; otherwise rows may be padded on the right alone."""
         return "attention_mask" in self.manifest.prefill.inputs
 
     @property
@@ -67,11 +67,11 @@ class Session:
 
     @property
     def pointers(self) -> Mapping[str, int]:
-        """Where in memory each input of the cache lies."""
+        """The address in memory of each input of the cache, by name: it shows that nothing is copied."""
         return {name: value.data_ptr() for name, value in self._cache.items()}
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Forgets all that was read, and the cache."""
         self._positions = Positions() if self.reads_mask else RowLengths()
         self._cache: dict[str, Any] = {}
         self._bindings: dict[str, Any] = {}
@@ -79,16 +79,18 @@ class Session:
     def prefill(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, *, chunk: int | None = None
     ) -> torch.Tensor:
-        """Reads tokens, after those that were read before: the logits [B, V] after each row's last one.
+        """Reads tokens, after those that were read before, and gives the logits [B, V] after each row's last one.
 
         Args:
             input_ids: int64 [B, S].
-            attention_mask: [B, S], 0 where a row is padded, on the right or on the left.
-            chunk: read so many columns at a time; the logits [B, S, V] in between take less memory so. A graph that
-                is made for a number of tokens is given that many; where fewer are left, the graph of steps reads them.
+            attention_mask: [B, S], of these tokens: 0 where a row is padded, on the right or on the left. None:
+                nowhere.
+            chunk: read so many columns at a time, so that the logits [B, S, V] take less memory. A graph that is made
+                for a number of tokens is given that many; where fewer are left, the decode graph reads them one by one.
 
         Raises:
-            FxfuseError: shapes that do not fit, or more tokens than a static cache has room for.
+            FxfuseError: the shapes do not fit, there are more tokens than a static cache has room for, or a row is
+                padded where the cache does not take that.
         """
         tokens, seen = checked(input_ids, attention_mask)
         ids, mask = tokens.numpy(), seen.numpy()
@@ -103,10 +105,10 @@ class Session:
         return result
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Reads one token a row, int64 [B]: the logits [B, V] after it.
+        """Reads one token a row, int64 [B], and gives the logits [B, V] after it.
 
         Raises:
-            FxfuseError: nothing was read before, another batch, or a static cache that is full.
+            FxfuseError: nothing was read before, there are more or fewer rows than then, or a static cache is full.
         """
         if self.length == 0:
             raise FxfuseError("there is nothing to go on from", where="step", hint="prefill(input_ids) first")
@@ -114,9 +116,14 @@ class Session:
         return self._run(self.manifest.decode, ids, np.ones_like(ids))[:, -1]
 
     def reorder(self, rows: torch.Tensor) -> None:
-        """Row i of the cache becomes what row ``rows[i]`` was, int64 [B]: a beam search's choice.
+        """Row i of the cache becomes what row ``rows[i]`` was: how a beam search keeps the rows that it chose.
 
-        A static cache stays in its buffers when there are as many rows as before.
+        Args:
+            rows: int64 [B]; the new batch may be larger or smaller. As long as it is neither, a static cache stays in
+                its buffers.
+
+        Raises:
+            FxfuseError: there are no such rows.
         """
         index = self._positions.reorder(rows)
         for name, value in self._cache.items():
@@ -128,7 +135,7 @@ class Session:
                 self._bindings.clear()
 
     def _calls(self, length: int, chunk: int | None) -> list[tuple[Stage, int, int]]:
-        """Which graph reads which columns of a prompt."""
+        """Which graph reads which columns of a prompt: (stage, first column, column after the last)."""
         manifest, start, calls = self.manifest, 0, []
         cache, context = manifest.cache, manifest.model.context_length
         if chunk is None and cache.form == "streaming" and cache.max_length is not None and context is not None:
@@ -150,7 +157,7 @@ class Session:
         return calls
 
     def _run(self, stage: Stage, ids: Array, mask: Array) -> torch.Tensor:
-        """The logits [B, S, V]."""
+        """Runs one graph on `ids` and their `mask`, both int64 [B, S]: the logits [B, S, V]. The cache is updated."""
         if self.max_length is not None and self.length + ids.shape[1] > self.max_length:
             raise FxfuseError(
                 f"{self.length} + {ids.shape[1]} tokens do not fit into a cache of {self.max_length}",
@@ -190,7 +197,8 @@ class Session:
         return torch.from_numpy(outputs["logits"].numpy())
 
     def _binding(self, stage: Stage) -> Any:
-        """What the stage reads and writes, buffers that stand still bound already, once for all calls."""
+        """The stage's binding of inputs and outputs. Buffers that past and present share are bound once, for all
+        calls."""
         if stage.file not in self._bindings:
             binding = self._bindings[stage.file] = self._sessions[stage.file].io_binding()
             for link in self.manifest.links:
@@ -200,6 +208,7 @@ class Session:
         return self._bindings[stage.file]
 
     def _allocate(self, batch: int) -> dict[str, Any]:
+        """An empty cache: buffers of zeros, or tensors of length 0 where the cache grows."""
         cache = self.manifest.cache
         length = 0 if self.max_length is None else self.max_length
         buffers = {}
@@ -213,6 +222,8 @@ class Session:
         return buffers
 
     def _length(self, asked: int | None) -> int | None:
+        """T of the buffers, by what the caller asked for, the graph and the model; None where they have no one
+        length."""
         cache = self.manifest.cache
         if cache.form == "growing":
             if asked is not None:
@@ -226,5 +237,9 @@ class Session:
             raise FxfuseError(f"the graph is made for {cache.max_length}", where=f"max_length={asked}")
         length = asked or cache.max_length or self.manifest.model.context_length
         if length is None or length < 1:
-            raise FxfuseError("how many tokens the cache is to hold is not known", where="max_length")
+            raise FxfuseError(
+                "how many tokens the cache is to hold is not known",
+                where="max_length",
+                hint="Session(…, max_length=512)",
+            )
         return length

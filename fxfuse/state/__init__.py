@@ -1,4 +1,5 @@
-"""KV caches and other state: what a program writes in place becomes inputs and outputs of its graph."""
+"""What a program writes in place. `lift` makes what outlives a call (KV caches first of all) inputs and outputs of the
+graph; `functional` reads what does not outlive it as the values that it computes."""
 
 from fxfuse.state.lift import Lifted, State, lift
 

@@ -1,8 +1,9 @@
-"""Lifted states that count: a row of consecutive numbers that every call moves on by one and the same step.
+"""Lifted states that are counters: a row of consecutive numbers, to all of which every call adds one and the same step.
 
-torchtune's `KVCache` keeps the positions that come next, [0, 1, …, T-1], and adds the number of new keys to each.
-Of such a state one number says everything, if the caller hands back what the call before gave: it starts as such a row,
-and stays one. What reads the row reads `row[0] + [0, 1, …, T-1]` here, and so can be seen to follow one another.
+TorchTune's `KVCache` keeps the positions that come next, [0, 1, …, T-1], and adds the number of new keys to each. If
+the caller hands back what the call before gave, the row stays one of consecutive numbers, and its first number says all
+of it. So what reads the row is made to read `row[0] + [0, 1, …, T-1]`. Then patterns see that the positions follow one
+another, which they could not see of an input.
 """
 
 from __future__ import annotations
@@ -18,7 +19,13 @@ from fxfuse.torch_seams import entered, fake_mode_of
 
 
 def count_from_first(program: ExportedProgram, placeholder: Node, initial: torch.Tensor, final: Node) -> None:
-    """Rewrite, in place, what reads the state `placeholder` [T], if it is such a row, `initial` before any call."""
+    """Rewrites, in place, what reads the state `placeholder`, if that is such a counter.
+
+    Args:
+        placeholder: the input that holds the state.
+        initial: what it holds before any call.
+        final: the node that is the state after the call.
+    """
     integer = not (initial.dtype.is_floating_point or initial.dtype.is_complex or initial.dtype == torch.bool)
     if initial.dim() != 1 or not integer or initial.is_meta or not _moves(final, placeholder):
         return

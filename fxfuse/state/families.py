@@ -1,4 +1,5 @@
-"""Tensors whose writes in place nothing outside of the graph can see, each with its views and its writes."""
+"""Finds the tensors of a graph that are written to in place, and whose writes nothing outside of the graph can see.
+Each makes a family: the tensor, its views, and the writes to any of them."""
 
 from __future__ import annotations
 
@@ -15,14 +16,14 @@ from fxfuse.torch_seams import OpOverload, overload_name, schema_of
 _SHAPES = frozenset(
     ["resize_", "resize_as_", "set_", "squeeze_", "unsqueeze_", "transpose_", "swapaxes_", "swapdims_", "t_"]
 )
-"""They change what a tensor looks like, and no element."""
+"""Operators with a name like that of a write, which change the shape of a tensor and no element."""
 
 Found = tuple[Node, dict[Node, Node], set[Node], list[Node]]
-"""The tensor, what each view is of, what may be a view or a copy, and the writes in order."""
+"""A family: the tensor; by view, what it is a view of; what may be a view or a copy; the writes in their order."""
 
 
 def private_families(graph: Graph) -> Iterator[Found]:
-    """Every tensor that is written to and whose writes can be read as what they compute."""
+    """The families whose writes can all be read as the values that they compute."""
     order = {n: i for i, n in enumerate(graph.nodes)}
     writers = [n for n in graph.nodes if mutated(n)]
     refused: set[Node] = set()
@@ -47,13 +48,16 @@ def private_families(graph: Graph) -> Iterator[Found]:
 
 
 def written_to(writer: Node) -> Node | None:
-    """What a write gives values: its first argument, or what it was given as `out`."""
+    """The tensor that a write writes to: its first argument, or what it was given as `out`."""
     found = writer.kwargs.get("out", writer.args[0] if writer.args else None)
     return found if isinstance(found, Node) else None
 
 
 def functional_of(node: Node) -> OpOverload | None:
-    """`aten.mul.Tensor` for `aten.mul_.Tensor` or `aten.mul.out`: same arguments, same dtype and shape."""
+    """The operator that computes what this node writes: `aten.mul.Tensor` for `aten.mul_.Tensor` or `aten.mul.out`.
+
+    None where there is none that takes the same arguments and gives the same dtype and shape.
+    """
     if isinstance(out := node.kwargs.get("out"), Node):
         return _without_out(node, out)
     target = node.target
@@ -90,14 +94,14 @@ def _without_out(node: Node, out: Node) -> OpOverload | None:
 
 
 def _keeps_type(node: Node) -> bool:
-    """Is what it computes of the type that it writes?"""
+    """Is what a write computes of the dtype of the tensor that it writes to, so that it is not converted on the way?"""
     kind = fake(node).dtype
     operands = [v for i in node.all_input_nodes if (v := tensor(i)) is not None and v.dim() > 0]
     return all(v.dtype in (kind, torch.bool) for v in operands)
 
 
 def _root(writer: Node) -> Node | None:
-    """The intermediate that a write is to, if that is clear."""
+    """The tensor that a write ends up in, behind all views; None where that is not clear, or can be seen outside."""
     if functional_of(writer) is None:
         return None
     node = written_to(writer)
@@ -114,7 +118,8 @@ def _root(writer: Node) -> Node | None:
 
 
 def _nothing_else_is_read(root: Node, own: set[Node], first: int, order: dict[Node, int]) -> bool:
-    """Is what a tensor may be a view of not read any more once the tensor is written to?"""
+    """For a tensor that may be a view of another, or a copy: is that other one not read any more after the first write,
+    so that it is all the same which of the two it is?"""
     behind = storage_roots(root) - {root}
     if any(node.op == "placeholder" for node in behind):
         return False
@@ -133,7 +138,7 @@ def _nothing_else_is_read(root: Node, own: set[Node], first: int, order: dict[No
 
 
 def _views(root: Node) -> tuple[dict[Node, Node], set[Node]]:
-    """What is for certain a view of it, and what may be one."""
+    """What is for certain a view of the tensor, each with what it is a view of; and what may be a view or a copy."""
     source: dict[Node, Node] = {}
     copies: set[Node] = set()
     stack = [root]
@@ -151,7 +156,7 @@ def _views(root: Node) -> tuple[dict[Node, Node], set[Node]]:
 
 
 def _copies_are_read_early(copies: Iterable[Node], writers: list[Node], order: dict[Node, int]) -> bool:
-    """Is nothing that may be a view read after a write that it may show?"""
+    """Is whatever may be a view or a copy read only before the writes that a view would show?"""
     for copy in copies:
         before = bases(copy)[0]
         if tensor(copy) is not None and tensor(before) is not None and fake(copy).dtype != fake(before).dtype:

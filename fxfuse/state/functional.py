@@ -1,9 +1,10 @@
-"""Writes in place to intermediates, read as what they compute.
+"""Reads writes in place to intermediate tensors as the values that they compute, for as long as regions are matched.
 
     w[..., -n:] += m      is read as      w = slice_scatter(w, slice(w, -1, -n) + m, -1, -n)
 
-The training IR keeps writes as they were written. Where nothing outside can see one it is read functionally while
-regions are matched; what no fused region took in is written back as it was.
+The training IR keeps writes as the model has them, and a pattern that follows values would not see them. Where nothing
+outside of the graph can see a write, `functionalise` turns it into a value; what no fused region took in, `restore`
+writes back as it was.
 """
 
 from __future__ import annotations
@@ -23,29 +24,30 @@ from fxfuse.torch_seams import OpOverload
 
 @dataclass
 class Family:
-    """One tensor, its views, and the writes to them, read functionally for now."""
+    """One tensor, its views and the writes to them, and all that `restore` needs to undo what was done to them."""
 
     root: Node
     source: dict[Node, Node]
-    """By view, what it is a view of; a write, which gives what it wrote to, is one too."""
+    """By view, what it is a view of. A write counts as a view too, for it gives the tensor that it wrote to."""
     copies: set[Node]
-    """What may be a view of it, or a copy."""
+    """What may be a view of the tensor, or a copy."""
     writers: list[Node]
     was: dict[Node, OpOverload] = field(default_factory=dict)
-    """What the writes so far were."""
+    """By write that was turned into a value so far, its operator before."""
     out: dict[Node, Node] = field(default_factory=dict)
-    """Of a write that was given it as `out`: what it writes to."""
+    """By write that has an argument `out`, what that was."""
     now: dict[Node, tuple[int, Node]] = field(default_factory=dict)
-    """By view: after how many writes it was last read, and the node that was its value then."""
+    """By view, how many writes there had been when its value was last asked for, and the node that was its value."""
     pointed: list[tuple[Node, Node, Node]] = field(default_factory=list)
-    """A reader, what it read, and what it reads now."""
+    """Readers that were pointed elsewhere: the reader, what it read before, and what it reads now."""
     inserted: dict[Node, tuple[Any, Node]] = field(default_factory=dict)
-    """What was inserted, with its arguments, and the view whose value it is."""
+    """By node that was inserted, the arguments that it was given, and the view whose value it is."""
     known: set[Node] = field(default_factory=set)
-    """Every node that there was when all writes had been read."""
+    """All nodes of the graph when every write had been turned into a value: a later one is of a fused region."""
 
     def value(self, view: Node, reader: Node) -> Node:
-        """The value of a view now; where it has to be computed again, before the reader."""
+        """The node that is the value of a view after the writes so far; if it has to be computed anew, that is inserted
+        before the reader."""
         seen, value = self.now[view]
         if seen == len(self.was):
             return value
@@ -59,7 +61,8 @@ class Family:
         return value
 
     def write(self, writer: Node) -> None:
-        """Take a write for the value that it writes, and tell what it was written to from it."""
+        """Turns a write into the value that it writes, and inserts what the tensor behind it, and each view on the way
+        to it, becomes by that."""
         chain = [self.source[writer]]
         while chain[-1] is not self.root:
             view = self.source[chain[-1]]
@@ -89,7 +92,7 @@ class Family:
 
 
 def functionalise(graph: Graph) -> list[Family]:
-    """Read writes in place as functional where that is the same; returns what `restore` needs."""
+    """Turns writes in place into values where nothing outside can tell the difference; returns what `restore` needs."""
     families = [Family(*found) for found in private_families(graph)]
     of = {view: family for family in families for view in (family.root, *family.source)}
     for node in list(graph.nodes) if families else ():
@@ -117,7 +120,7 @@ def functionalise(graph: Graph) -> list[Family]:
 
 
 def restore(graph: Graph, families: list[Family]) -> None:
-    """Write back what no region took in."""
+    """Writes back, as they were, the families that no fused region took anything of."""
     for family in reversed(families):
         if not _is_intact(family, set(graph.nodes)):
             continue
@@ -136,7 +139,8 @@ def restore(graph: Graph, families: list[Family]) -> None:
 
 
 def _is_intact(family: Family, alive: set[Node]) -> bool:
-    """Is everything as it was made, and does nothing new read what is written to afterwards?"""
+    """Is all that `functionalise` made still there and unchanged, and does no new node read a value that a write would
+    have changed by then?"""
     if not alive.issuperset((*family.inserted, *family.writers, family.root)):
         return False
     if any(node.args != args for node, (args, _) in family.inserted.items()):

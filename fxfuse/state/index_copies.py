@@ -1,9 +1,11 @@
-"""Slices of state that begin at a number read from a tensor: written at slots that are counted from that tensor.
+"""Rewrites slices of state that begin at a number read from a tensor, so that the graph says where that number comes
+from.
 
     n = start.item()                                     slots = arange(S) + start
     cache[:, :, n : n + S] = new      is the same as     cache[:, :, slots] = new        for n >= 0
 
-A number that was read from a tensor is a size to the graph, of which nothing says where it comes from. Slots say it.
+`start.item()` gives the graph a size of which nothing says that it comes from `start`. If the slots are counted from
+the tensor itself, it is there to be read: by the pattern for writes to a cache, and as an input of TensorScatter.
 """
 
 from __future__ import annotations
@@ -20,7 +22,11 @@ from fxfuse.torch_seams import entered
 
 
 def slices_as_index_copies(program: ExportedProgram) -> None:
-    """Rewrite, in place, every `slice_scatter` from such a number on; the program is functional."""
+    """Rewrites, in place, every `slice_scatter` that begins at such a number as an `index_copy`.
+
+    Args:
+        program: writes nothing in place.
+    """
     for node in list(program.graph.nodes):
         if op_name(node) != "slice_scatter" or argument(node, "step") not in (None, 1):
             continue
@@ -51,7 +57,7 @@ def slices_as_index_copies(program: ExportedProgram) -> None:
 
 
 def _read_from(program: ExportedProgram, start: Any) -> Node | None:
-    """The tensor whose only number `start` is, if that is known not to be negative."""
+    """The tensor from which the number `start` was read, if it is known not to be negative; None otherwise."""
     if not isinstance(start, Node) or op_name(start) not in ("item", "_local_scalar_dense"):
         return None
     source, value = start.args[0], start.meta.get("val")

@@ -1,11 +1,11 @@
-"""State that a program writes in place, as inputs and outputs: ONNX graphs keep nothing between two calls.
+"""Makes state that a program writes in place inputs and outputs of it, for ONNX graphs keep nothing between two calls.
 
 buffer ─┬─ index_put_ ─▶ (written in place)          input ── index_put ─┬─ output
         └─ attention …                    becomes                       └─ attention …
 
-1  a constant that is written to is a buffer; a written parameter is lifted as one
-2  functionalise: in-place operators become values, and the signature says which of them a buffer ends with
-3  such a buffer is an input, after all others and by name; its last value an output, after all others
+1  A constant that is written to is taken for a buffer, and so is a parameter.
+2  torch functionalises the program: writes become values, and the signature says which value each buffer ends with.
+3  Each such buffer becomes an input, after all others and by name; its last value an output, after all others.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from fxfuse.torch_seams import FakeTensor, one_at_a_time, plain_codegen, pytree
 
 @dataclass(frozen=True)
 class Lifted:
-    """A program that writes nothing in place, and what it was lifted from."""
+    """A program that writes nothing in place, and the states that became its inputs and outputs."""
 
     program: ExportedProgram
     states: tuple[State, ...] = ()
@@ -52,17 +52,19 @@ class State:
     target: str
     """The path of the buffer (or parameter) in its module, or the name of the input."""
     placeholder: str
+    """The name of the graph's input that holds it."""
     initial: torch.Tensor | None
-    """What the buffer held when it was captured; None of an input."""
+    """What the buffer held when the model was captured; None if the state is an input of the model's own."""
     source: str | None = None
     """The model's line that writes to it."""
 
 
 def lift(program: ExportedProgram) -> Lifted:
-    """`program` with all its state as inputs and outputs; itself where it has none.
+    """`program` with all its state as inputs and outputs; `program` itself if it writes nothing that outlives the call.
 
-    The inputs of lifted buffers come last, as keyword arguments named as the placeholders; their values after the call
-    come last too, in the same order. What was written of an input comes out as well. `program` is not changed.
+    The inputs for buffers come last, as keyword arguments named as their placeholders. The values of all states after
+    the call come last among the outputs, in the same order. An input of the model's own that it writes to has an output
+    too. `program` is not changed.
 
     Raises:
         FxfuseError: a write that cannot be lifted; the message names the buffer and the model's line.
@@ -75,12 +77,12 @@ def lift(program: ExportedProgram) -> Lifted:
 
 
 def check_nothing_dropped(program: ExportedProgram) -> None:
-    """Refuses a program that writes to what outlives the call, which torch.onnx leaves out of the graph without a word.
+    """Refuses a program that writes to what outlives the call: torch.onnx leaves that out of the graph without a word.
 
-    An input that is written to may be returned as well: so it comes out.
+    An input that the program writes to and also returns is no loss, for so its new value comes out.
 
     Raises:
-        FxfuseError: it does; the message names the buffer or input and the model's line.
+        FxfuseError: there is such a write; the message names the buffer or input and the model's line.
     """
     found = mutations(program)
     functional = _functional(program, found) if found else program
@@ -99,7 +101,11 @@ def check_nothing_dropped(program: ExportedProgram) -> None:
 
 
 def _functional(program: ExportedProgram, found: list[Mutation]) -> ExportedProgram:
-    """The program with its writes in its signature, and none of them in its graph."""
+    """The program with its writes noted in its signature, and none of them left in its graph.
+
+    Raises:
+        FxfuseError: a write has no functional form.
+    """
     functional = program if _writes(program) and not _in_place(program) else _functionalised(program, found)
     for node in functional.graph.nodes:
         for root in in_place(functional.graph_module, functional.graph, node):
@@ -209,13 +215,14 @@ def _as_inputs(functional: ExportedProgram, lines: dict[str, str | None]) -> Lif
 
 
 def _resized(before: Node, after: Node) -> str | None:
-    """What is wrong with a buffer that is another size after the call; None where it has the size that it had."""
+    """What is wrong with a buffer that has another size after the call; None if it has the size that it had."""
     sizes = [" × ".join(map(size_text, fake(node).shape)) for node in (before, after)]
     return None if sizes[0] == sizes[1] else f"it is [{sizes[0]}] before a call, and [{sizes[1]}] after it"
 
 
 def _copied(graph: Graph, value: Node) -> Node:
-    """A node of its own, for a state that ends as an input, or as another output does: one value has one name."""
+    """A copy of a state's last value, where that is an input or another output as well: in ONNX one value has one name,
+    and each output needs its own."""
     with graph.inserting_before(graph.output_node()):
         node = graph.call_function(torch.ops.aten.clone.default, (value,))
     node.meta = {**value.meta}
@@ -224,7 +231,8 @@ def _copied(graph: Graph, value: Node) -> Node:
 
 @shared_specs()
 def _call_graph(program: ExportedProgram, lifted: list[str], states: list[State]) -> list[ModuleCallEntry]:
-    """How the root is called: with the lifted tensors by name, and giving all states after what it gave."""
+    """How the root is called: with the lifted tensors by name besides, and giving all states after what it gave
+    before."""
     root, *others = copy.deepcopy(program.module_call_graph)
     before = root.signature
     assert before is not None, "an exported program's root has a signature"

@@ -1,4 +1,4 @@
-"""What a program writes to in place that outlives a call: buffers, parameters, lifted constants, inputs."""
+"""Finds what a program writes to in place that outlives a call: buffers, parameters, constants and inputs."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Mutation:
 
 
 def mutations(program: ExportedProgram) -> list[Mutation]:
-    """What may be written: what the signature says, and whatever an operator writes to in place.
+    """What the program may write to: what its signature says, and what operators in its graph write to in place.
 
-    A write to something that may be a view of a buffer counts, though it may turn out to be of a copy: functionalised,
-    the program knows (`fxfuse.state.lift`).
+    A write to something that may be a view of a buffer counts here. It may turn out to be a copy; that is known only
+    once torch has functionalised the program (`fxfuse.state.lift`).
     """
     graph = program.graph
     written: dict[str, str | None] = {}
@@ -56,7 +56,7 @@ def mutations(program: ExportedProgram) -> list[Mutation]:
 
 
 def in_place(module: GraphModule, graph: Graph, node: Node) -> set[Node]:
-    """The placeholders of `graph` that this node may write to, itself or in a subgraph that it runs."""
+    """The inputs of `graph` that this node may write to, itself or in a subgraph that it runs."""
     if node.op != "call_function":
         return set()
     found = mutated(node)
@@ -84,7 +84,7 @@ def _writer(module: GraphModule, node: Node) -> Node:
 
 
 def _placeholder(program: ExportedProgram, target: str) -> str:
-    """The placeholder of a buffer of this path; an input is named as it is."""
+    """The name of the input that holds the buffer of this path; for an input of the model's own, its own name."""
     for spec in program.graph_signature.input_specs:
         if spec.target == target and spec.kind in STATE:
             return str(getattr(spec.arg, "name", target))

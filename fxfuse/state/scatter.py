@@ -1,4 +1,4 @@
-"""Views, undone: what a tensor is once one of its views holds other values."""
+"""The inverse of a view: what the tensor behind it becomes once the view holds other values."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from fxfuse.graph.view import argument, fake, op_name, tensor
 _PIECES = frozenset(["split", "split_with_sizes", "chunk", "unbind", "unsafe_split", "unsafe_chunk", "tensor_split"])
 _SWAPS = frozenset(["transpose", "swapaxes", "swapdims", "t", "mT"])
 _ALL_OF_IT = frozenset(["view", "unflatten", "squeeze", "unsqueeze"])
-"""They hold every element, in the same order."""
+"""Views that hold every element of what they are of, in the same order."""
 _SAME = frozenset(["detach", "alias"])
 
 Call = tuple[Any, tuple[Any, ...]]
 
 
 def can_scatter(view: Node) -> bool:
-    """Can what the view is of be told from what the view holds?"""
+    """Can `scattered` write down what the tensor behind this view becomes, once the view holds other values?"""
     name = op_name(view)
     if name == "getitem":
         source = view.args[0]
@@ -30,10 +30,10 @@ def can_scatter(view: Node) -> bool:
 
 
 def scattered(graph: Graph, view: Node, before: Node, value: Node) -> Node:
-    """What the view is of, once it holds `value`; inserted where the graph inserts.
+    """The node for the tensor behind `view`, once the view holds `value`; it is inserted where the graph inserts.
 
     Args:
-        before: what it was before that.
+        before: the tensor's value until then.
     """
     target, args = _call(view, before, value)
     return value if target is None else graph.call_function(target, args)
@@ -77,7 +77,10 @@ def _call(view: Node, before: Node, value: Node) -> Call:
 
 
 def _piece(view: Node, source: Node) -> tuple[int, int, int | None] | None:
-    """Axis, start and length of one piece of a split; without a length of one that `unbind` takes out."""
+    """Axis, start and length of one piece of a split; a piece of `unbind`, which has no such axis, has no length.
+
+    None where they are not known.
+    """
     pieces, whole, place = source.meta.get("val"), source.args[0], view.args[1]
     if not isinstance(whole, Node) or tensor(whole) is None or not isinstance(place, int):
         return None

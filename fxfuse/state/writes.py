@@ -1,7 +1,7 @@
-"""What a value is computed from, writes in place included: ``m = zeros(S, S); m[:, :4] = 1``, and then m.
+"""Collects what a value is computed from, writes in place included: for m after ``m = zeros(S, S); m[:, :4] = 1``.
 
-An export graph names a tensor once, whatever is written to it later; what a reader finds under the name depends on when
-it reads.
+An export graph has one name for a tensor, whatever is written to it later. So what a reader finds under that name
+depends on whether it reads before a write or after it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from fxfuse.graph.view import ALIASES, ASSERTIONS, bases, is_size, mutated, op_n
 
 
 class Unclear(Exception):
-    """What a tensor holds where it is read cannot be told."""
+    """It cannot be told what a tensor holds where it is read."""
 
 
 def with_writes(wanted: Iterable[Node], limit: int) -> list[Node]:
-    """Everything that these tensors, as their readers find them, are computed from, in graph order.
+    """All nodes that these tensors are computed from, as their readers find them, in graph order.
 
     Raises:
-        Unclear: more than `limit` nodes; readers before a write and after it; a write through what may be a copy.
+        Unclear: there are more than `limit` of them; a tensor is read both before a write and after it; or a write is
+            to what may be a view or a copy.
     """
     asked = list(dict.fromkeys(wanted))
     included: dict[Node, None] = {}
@@ -42,10 +43,11 @@ def with_writes(wanted: Iterable[Node], limit: int) -> list[Node]:
 
 
 def ancestors(nodes: Iterable[Node], limit: int) -> list[Node]:
-    """Everything that the tensors are computed from, inputs first, but for writes; sizes stay symbols.
+    """All nodes that these tensors are computed from by their arguments alone, inputs first. Writes are left out, and
+    so is what computes sizes.
 
     Raises:
-        Unclear: more than `limit` nodes.
+        Unclear: there are more than `limit` of them.
     """
     seen: set[Node] = set()
     order: list[Node] = []
@@ -66,12 +68,13 @@ def ancestors(nodes: Iterable[Node], limit: int) -> list[Node]:
 
 
 def shares_storage(node: Node) -> bool:
-    """Is it for certain a view of its first argument, or that argument itself, which it writes to?"""
+    """Does the node's result for certain share its memory with its first argument? It is a view then, or a write."""
     return bool(bases(node)) and block(node) is None and op_name(node) not in ALIASES - {"getitem"}
 
 
 def _writers(nodes: Iterable[Node]) -> dict[Node, bool]:
-    """Every node that writes to one of these, or to a view of one; False where that may be a copy."""
+    """By node that writes to one of these tensors or to a view of one: True if that is certain, False if what it writes
+    to may as well be a copy."""
     found: dict[Node, bool] = {}
     clear: dict[Node, bool] = {}
     stack = [(node, True) for node in nodes]
@@ -89,10 +92,10 @@ def _writers(nodes: Iterable[Node]) -> dict[Node, bool]:
 
 
 def _counts(writer: Node, asked: list[Node], included: Iterable[Node]) -> bool:
-    """Is what it writes in what is asked for?
+    """Do the tensors that are asked for, as their readers find them, hold what `writer` writes?
 
     Raises:
-        Unclear: in some of it, and not in the rest.
+        Unclear: some do, and others do not.
     """
     touched = mutated(writer)
     verdicts = {_is_read_after(node, writer) for node in asked if node < writer and storage_roots(node) & touched}
@@ -104,10 +107,10 @@ def _counts(writer: Node, asked: list[Node], included: Iterable[Node]) -> bool:
 
 
 def _is_read_after(node: Node, writer: Node) -> bool:
-    """Is it read after the writer, and not before? Never read is False.
+    """Is the tensor read after the write, and not before it? False if it is never read.
 
     Raises:
-        Unclear: before and after.
+        Unclear: it is read before and after.
     """
     after = {reader > writer for reader in _readers(node) if reader is not writer}
     if len(after) > 1:
@@ -116,7 +119,7 @@ def _is_read_after(node: Node, writer: Node) -> bool:
 
 
 def _readers(node: Node) -> Iterator[Node]:
-    """What reads the elements of a tensor, or of a view of it."""
+    """The nodes that read the elements of a tensor, or of a view of it."""
     seen: set[Node] = set()
     stack = [node]
     while stack:

@@ -255,7 +255,7 @@ def _reduce(reader: Elements, node: ir.Node, index: Index, _: int) -> Term:
 
 def _witnesses(reader: Elements, index: Index, size: Term) -> Iterator[Term]:
     """Places along an axis that exist at every size, to say something of: its two ends; and, where another index runs
-    over as many places as a part of it has, that place of its last part."""
+    over no more places than it has, the same place counted among its last ones."""
     t = reader.terms
     if size.bounds[0] >= 1:
         yield from (t.number(0), t.add(size, t.number(-1)))
