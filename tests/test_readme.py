@@ -95,6 +95,16 @@ def preview(names: Names) -> None:
     assert entry.operator == "Attention" and names["onnx"].model.opset_imports[""] == 25
 
 
+def declared(names: Names) -> None:
+    assert fxfuse.report(names["fused"]).counts == {"RMSNormalization": 3}
+    assert fxfuse.report(names["left"]).counts == {}
+
+
+def options(names: Names) -> None:
+    (entry,), (same,) = fxfuse.report(names["fused"]), fxfuse.report(names["same"])
+    assert entry.status == "fused" and (same.operator, same.parameters) == (entry.operator, entry.parameters)
+
+
 def lifted(names: Names) -> None:
     assert names["state"].target == "count" and names["y"].tolist() == [2.0, 2.0]
     assert names["after"] == {names["state"].placeholder: torch.ones(1)}
@@ -122,6 +132,8 @@ CHECKS: dict[str, Callable[[Names], None]] = {
     "decoder": decoder,
     "flex": flex,
     "preview": preview,
+    "options": options,
+    "declared": declared,
 }
 """What must be true after a block."""
 
