@@ -72,16 +72,17 @@ LAYOUT = frozenset(
 )
 """Operators that only move elements."""
 SCATTERS = frozenset(["slice_scatter", "select_scatter", "diagonal_scatter"])
-"""A tensor but for a part of it, which is another: what is written in place, read as what it computes."""
+"""Operators that give a tensor with a part of it replaced by another: what a write in place is read as."""
 UNSET = frozenset(["empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"])
 """Tensors that hold nothing until they are written to."""
 BLANK = UNSET | frozenset(["zeros", "zeros_like", "new_zeros"])
 """What is made to be written to: it depends on nothing, and belongs to the region that writes to it."""
 CAST = frozenset(["to", "_to_copy", "type_as", "float", "half", "bfloat16", "double"])
 NO_OP = frozenset(["dropout", "feature_dropout", "native_dropout", "alpha_dropout", "identity"])
-"""Random in training, the identity in evaluation: allowed only as the identity."""
+"""Operators that are random in training and give their input back in evaluation. A region may hold them only as the
+latter."""
 ALIASES = frozenset(["getitem", "reshape", "flatten", "contiguous", "to", "type_as"]) | NO_OP
-"""What may be a view though its schema does not say so."""
+"""Operators that may return a view of their input although their schema does not say so."""
 ARITHMETIC = frozenset(
     [
         "mul",

@@ -24,7 +24,7 @@ BOUNDS = {
     "minimum": (None, "other"),
     "nan_to_num": (None, None),
 }
-"""Breaks that are the identity between two bounds: arguments or numbers."""
+"""Breaks that give their operand back between two bounds; each bound is an argument by its name, or a number."""
 
 
 def break_name(node: Node) -> str:
@@ -48,7 +48,7 @@ def accepted(region: Region, breaks: Iterable[Break], accept: frozenset[str]) ->
 
 
 def _what(node: Node, one: Break | None, region: Region) -> str | None:
-    """What differs; None where accepting the call changes nothing."""
+    """In which values model and operator differ if this call is accepted; None where they do not."""
     name = op_name(node)
     if name in BOUNDS:
         low, high = (_bound(node, bound) for bound in BOUNDS[name])

@@ -18,7 +18,8 @@ from fxfuse.torch_seams import schema_of
 MOVED = (LAYOUT - {"index", "gather", "take_along_dim", "index_select"}) | frozenset(
     ["getitem", "expand_as", "flatten", "unflatten", "pad", "constant_pad_nd", "movedim", "view_as", "reshape_as"]
 )
-"""Elements are only moved, to places that the shapes alone say. What picks by indices is looked at (`breaks`)."""
+"""Operators that only move elements, to places that follow from the shapes alone. Those that pick by an index tensor
+are breaks (`fxfuse.proof.breaks`), for what they pick depends on values."""
 _SMOOTH = frozenset(
     [
         "add",
@@ -194,10 +195,12 @@ ACCUMULATES = frozenset(
         "attention",
     ]
 )
-"""They add up within one call, so that what is lost shows only when their operands are off."""
+"""Operators that add up within one call. What their sums lose to rounding shows only if their operands are put a little
+off: nothing of the sum can be put off from outside."""
 _NORMS = frozenset(["norm", "linalg_vector_norm", "linalg_norm"])
 _EXTREMES = frozenset(["amax", "amin"])
-"""Every element of the axis is the largest in some draw: each piece is met by symmetry."""
+"""Operators that take the largest or smallest along an axis. They treat all elements of it alike, so that a draw in
+which one of them is the largest stands for all the others."""
 
 
 def is_analytic(node: Node) -> bool:

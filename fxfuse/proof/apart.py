@@ -1,6 +1,7 @@
-"""Sizes that are equal in the sample and were taken to be equal: whether they have to be.
+"""Sizes that are equal in the sample, and that recognition took to be equal: do they have to be?
 
-A region that cannot be run where they differ is no region there: the program fails before or in it. Where it can be run
+Where a region cannot be run with different sizes, the program itself fails there, and nothing is lost. Where it can
+be run
 (a size of 1 that is broadcast, a view that spreads twice the batch over the lengths), the replacement has to give the
 same, or the two have to be one symbol.
 """
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from fxfuse.recognise.questions import Questions
 
 ONE_DIM = "name them with one Dim"
-"""What lets sizes be equal."""
+"""What a caller can do to say that two sizes are equal; for messages."""
 _BASES = (3, 5, 7, 4, 9, 8)
 
 
@@ -46,7 +47,8 @@ def together(symbols: Sequence[Any], ask: Questions) -> str:
 
 
 def must_be_equal(guard: str, region: Region, ask: Questions) -> str | None:
-    """What lets a replacement be traced that asks in this guard if sizes are equal that are equal in the sample."""
+    """The advice for a replacement whose tracing asks, in this guard, whether two sizes are equal; None where the guard
+    asks anything else."""
     asked = set(re.findall(r"\w+", guard))
     for group in groups(region, ask.ties):
         symbols = [symbol for symbol in group if str(symbol) in asked]
@@ -69,7 +71,7 @@ def apart(region: Region, ask: Questions) -> Iterator[tuple[Variant, str]]:
                 if number and len(group) > 2:
                     moved = {**even, **dict.fromkeys(group, other), symbol: size}
                     yield Variant(f"{symbol} {size} beside {other}", large=tuple(moved.items())), said
-    if len(tied) > 1:  # twice the batch, and twice the length that a view makes of it
+    if len(tied) > 1:  # a view may make twice the length of twice the batch
         for symbol in tied[0]:
             for second in tied[1]:
                 sizes = {**even, symbol: 2 * even[symbol], second: 2 * even[second]}

@@ -1,5 +1,6 @@
-"""What operators mean for terms, whichever graph they stand in: of operands that are read, the result, or None where it
-is not exact.
+"""What operators do to terms, for both readers: that of FX graphs and that of ONNX graphs.
+
+A function here is given the operands as terms and gives the result as one, or None where the result is not exact.
 
 Whole numbers are exact in floats too, as far as these hold them. The type that is given is that of the operator's
 result, in which it computes; what it makes of whole numbers is up to who reads, and is `kept` unless said.
@@ -17,16 +18,16 @@ from fxfuse.proof.positions.terms import Term, Terms, Unreadable
 
 _EXACT = 2**53
 LEAVES = 16
-"""Constants that a term may choose from, to be computed with one by one."""
+"""A term that chooses between at most this many constants is computed with for each of them."""
 _WRAPS = {torch.int8: (8, True), torch.uint8: (8, False), torch.int16: (16, True)}
 _COUNTS_TO = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24, torch.float64: 53}
 
 Keep = Callable[[Terms, Term, torch.dtype], "Term | None"]
-"""What a type makes of a whole number; None where that is not exact."""
+"""What becomes of a whole number in a type (narrow integers wrap); None where the type does not hold it exactly."""
 
 
 def float_number(terms: Terms, value: float) -> Term:
-    """A float constant; one that is whole is the whole number."""
+    """A float constant. One that is whole, as 2.0, becomes the whole number, so that both are one term."""
     if math.isfinite(value) and value == int(value) and abs(value) < _EXACT:
         return terms.number(int(value))
     return terms.number(float(value))
@@ -103,7 +104,7 @@ def narrowed(t: Terms, term: Term, source: torch.dtype, target: torch.dtype) -> 
 
 
 def numbers(term: Term) -> int | None:
-    """How many constants a term chooses from; None where it is more than constants."""
+    """Between how many constants a term chooses; None where it holds anything but constants and choices."""
     if term.op == "number":
         return 1
     if term.op == "choose":
@@ -277,5 +278,5 @@ def chosen(terms: Terms, dtype: torch.dtype, condition: Term, x: Term, y: Term) 
 
 
 def like(terms: Terms, dtype: torch.dtype, term: Term) -> Term:
-    """What is chosen, for a result of this type."""
+    """One branch of a choice, in the type of the choice's result."""
     return terms.as_bool(term) if dtype == torch.bool else terms.as_int(term)

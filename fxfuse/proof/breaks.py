@@ -32,13 +32,13 @@ class Break:
     what: str
     """The operator."""
     node: Node | None = None
-    """None for a step of an example."""
+    """The call in the graph; None for a step of a user's example, which has no graph."""
     met: dict[tuple[str, tuple[int, ...]], Tensor] = field(default_factory=dict)
     """By piece and by the shape of its slices: which have run."""
     beyond: dict[str, str] = field(default_factory=dict)
-    """Pieces that nothing can reach, and why."""
+    """Pieces that no input can reach, each with the rule that says so."""
     fill: float | None = None
-    """The number that it puts in the place of scores, if it does."""
+    """If it is a `where` or `masked_fill` that puts one number in the place of scores: that number."""
     fill_dtype: torch.dtype | None = None
 
     @property
@@ -67,7 +67,7 @@ class Breaks:
         self._fresh = {}
 
     def record(self, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any], value: Any) -> None:
-        """Note what ran of this call, and whether it left the range of its type."""
+        """Note which pieces of this call ran, and whether a result lies beyond the range of its type."""
         self._overflow(node, args, value)
         if is_analytic(node):
             return
@@ -79,7 +79,7 @@ class Breaks:
             self.note(node, op_name(node) or str(node.target), call)
 
     def note(self, key: Any, name: str, call: Call) -> None:
-        """The same for a call that is no node."""
+        """Note which pieces ran, for a call that is no node of a graph."""
         pieces, bound = pieces_of(name, call)
         if pieces is None:
             return
@@ -103,7 +103,7 @@ class Breaks:
             found.met.setdefault(at, torch.zeros_like(slices))
 
     def count(self) -> None:
-        """The last draw lies in the domain: what ran in it has run."""
+        """The last draw lies in the domain: the pieces that ran in it count as met."""
         for key, met in self._fresh.items():
             known = self.found[key].met
             for at, slices in met.items():
@@ -116,7 +116,7 @@ class Breaks:
                 yield one, piece
 
     def _overflow(self, node: Node, args: Sequence[Any], value: Any) -> None:
-        """What eager computes beyond the range of its own type is nothing to keep."""
+        """Where eager itself overflows, the draw is outside the domain: no replacement has to keep infinities."""
         if self.outside is not None or not isinstance(value, Tensor) or not value.is_floating_point():
             return
         declared = tensor(node)
@@ -132,7 +132,7 @@ class Breaks:
             return
         over = size > largest
         if not all(bool((o.abs() <= largest).all()) for o in operands):
-            over = over & value.isfinite()  # of what is infinite already (a mask), infinity is no overflow
+            over = over & value.isfinite()  # a mask of infinities makes more of them without an overflow
         else:
             over = over | value.isnan()
         hidden = masks_from(declared.dtype)
@@ -143,7 +143,8 @@ class Breaks:
             self.outside = f"{node.name} overflows {declared.dtype}"
 
     def _below_fill(self, found: Break, name: str, call: Call) -> None:
-        """A fill far down masks, for scores above it."""
+        """A fill as far down as -1e9 masks as long as scores lie above it: a draw in which they do not is outside the
+        domain."""
         if found.fill is None or not math.isfinite(found.fill):
             return
         if not masks(found) and found.name not in self._accept:
@@ -151,7 +152,7 @@ class Breaks:
         kept = call.args[0] if name == "masked_fill" else _other(call, found.fill)
         if isinstance(kept, Tensor) and kept.is_floating_point():
             finite = kept[kept.isfinite()]
-            for other in self.found.values():  # what was hidden before is no score
+            for other in self.found.values():  # what an earlier mask filled in is not compared with this fill
                 if other.fill is not None:
                     finite = finite[finite != other.fill]
             if finite.numel() and bool((finite < found.fill / 2).any()):
@@ -178,7 +179,7 @@ _SINGULAR = frozenset(
         "logit",
     ]
 )
-"""They give infinity at 0, or where they are told to, without an overflow."""
+"""Operators that give infinity at 0, or where their arguments say so, which is no overflow."""
 
 
 def _as_masked_fill(call: Call) -> Call | None:
@@ -194,12 +195,12 @@ def _as_masked_fill(call: Call) -> Call | None:
 
 
 def masks(found: Break) -> bool:
-    """Is its fill so far down that it hides a key?"""
+    """Does it fill in a number so far down that a key with that score gets no weight?"""
     return found.fill is not None and found.fill <= masks_from(found.fill_dtype or torch.float32)
 
 
 def _note_fill(found: Break, name: str, call: Call) -> None:
-    """A number, the same for all, that takes the place of what was computed."""
+    """Note it if the call puts one number, the same everywhere, in the place of what was computed."""
     candidates = [call.args[2]] if name == "masked_fill" else list(call.args[1:3])
     for value in candidates:
         if isinstance(value, Tensor) and value.numel() and value.is_floating_point():
@@ -222,7 +223,8 @@ def _other(call: Call, fill: float) -> Any:
 
 
 def coarse_casts(nodes: Sequence[Node], out: torch.dtype) -> Iterator[Node]:
-    """Casts inside that round more coarsely than the result: they are part of what is computed."""
+    """Casts within a region to a type that is coarser than the result's. Their rounding is part of what the model
+    computes, and a fused operator would not have it."""
     if not out.is_floating_point:
         return
     for node in nodes:

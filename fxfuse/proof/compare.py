@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 NEGLIGIBLE = 2.0**-43
-"""Relative difference in float64 that no sum is free of."""
+"""A relative difference in float64 that any two orders of one sum may have."""
 FACTOR = 256.0
-"""How many times what was seen to be lost may be lost: another order of summation, another spelling of a scale."""
+"""By how many times the loss that was measured two results may differ: another order of summation, or a scale that is
+written otherwise, loses somewhat more than was seen."""
 NOISE = 2.0**-36
-"""What intermediate values are off by, relatively, to see what float64 may lose."""
+"""The relative size of the disturbance that is put on intermediate values in order to see what float64 may lose."""
 SAMPLES = 4
 _SMALLEST = 1e-290
 

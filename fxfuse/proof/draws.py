@@ -55,7 +55,8 @@ BELOW = (
     Variant("scores below 0", scale=3.0, signs=-1),
     Variant("scores far below 0", scale=10.0, signs=-1),
 )
-"""Run for what averages: sums of exponentials that are no larger than a number added to them."""
+"""Run for operators that average: here sums of exponentials are no larger than a constant that may be added to them,
+so that leaving the constant out shows."""
 
 
 def at_numbers(numbers: Sequence[float]) -> Iterator[Variant]:

@@ -22,17 +22,17 @@ class Floor:
     bound: float
     """What the model divides by at least, as a root mean square."""
     below: float
-    """From here on rounding hides the difference; rows of 0 give 0 in both."""
+    """Rows larger than this differ by less than rounding; rows of 0 give 0 in both."""
     exact: float
-    """From here on there is none in float64 either."""
+    """Rows larger than this do not differ in float64 either."""
     hidden: float
-    """What may differ between the two, relatively: a part of a unit of the model's own type."""
+    """The relative difference that is allowed between `below` and `exact`: a part of a unit of the model's type."""
     most: float
-    """The largest difference below, relatively."""
+    """The largest relative difference in rows smaller than that."""
     zeros: str = ""
     """What rows of 0 give in the model's own type, if that is something else."""
     met: bool = True
-    """Does the model's own type hold rows so small?"""
+    """Can rows be so small in the model's own type at all? If not, the report does not mention them."""
 
     @property
     def said(self) -> tuple[str, ...]:

@@ -1,4 +1,5 @@
-"""Sizes that must divide: what a program views as windows of 6 it can only run at multiples of 6."""
+"""Sizes that have to be multiples of a number: a program that views its length as windows of 6 runs at multiples of 6
+only, and is evaluated at such sizes."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ def divided(expr: Any, multiples: Mapping[Any, int]) -> Any:
 def exact_quotient(number: Any, by: Any) -> Any:
     """``S² // S`` is S: the quotient of two polynomials of sizes that leaves nothing over; else None.
 
-    A capture that lets sizes be 0 keeps the division; where the divisor is 0 nothing is computed.
+    Where torch is told that a size may be 0 it leaves the division as it is. fxfuse may simplify it: with a size of 0
+    there is no element to compute.
     """
     if by.is_Integer or not (number.is_polynomial() and by.is_polynomial()):
         return None

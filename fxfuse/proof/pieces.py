@@ -133,7 +133,7 @@ def pieces_of(name: str, call: Call) -> tuple[Pieces | None, Any]:
         over = (x / _tensor(call.args[1], x)).abs()
         return {"within": over < 1, "beyond": over >= 1, "negative": x < 0}, ()
     if name in _WHOLE or name in _PICKS or name in _SLICED:
-        return {}, ()  # what they are of is drawn over its whole range
+        return {}, ()  # their operand is drawn over its whole range, so that both sides are met anyway
     if name == "pow":
         return {"a power that varies": torch.zeros((), dtype=torch.bool)}, ()
     return {f"{name}, of which nothing is known": torch.zeros((), dtype=torch.bool)}, ()
@@ -160,17 +160,17 @@ def _cast_pieces(call: Call) -> tuple[Pieces | None, Any]:
     if before == torch.bool or torch.iinfo(after).bits >= 32:
         return None, ()
     info = torch.iinfo(after)
-    x = x.to(torch.int64)  # beside a byte, -128 is 128
+    x = x.to(torch.int64)  # compared as uint8, -128 would be 128
     return {"wrapped": (x < info.min) | (x > info.max), "held": (x >= info.min) & (x <= info.max)}, ()
 
 
 def exact_below(kind: torch.dtype) -> float:
-    """Up to here a floating type holds every whole number."""
+    """The number up to which a floating type holds every whole number exactly."""
     return float(2.0 ** (-math.log2(torch.finfo(kind).eps) + 1))
 
 
 def out_of_range(name: str, call: Call) -> dict[str, str]:
-    """Pieces that lie outside the range of the type that is worked in."""
+    """Pieces that no value of the operand's type can reach, each with the reason."""
     node = call.node
     if node is None or not isinstance(call.value, Tensor):
         return {}

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 Digits = Callable[[], torch.Tensor]
 DRAWS = 2
-"""Sets of sizes at which ordinary numbers must have been compared, at least."""
+"""At least at so many sets of sizes must region and form have been compared on ordinary numbers."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _proven(trials: Trials, form: Form) -> Compared:
         Refused: they differ, or a piece of a break never ran.
     """
     compared = Compared()
-    for trial in trials.inside:  # what another form was compared at
+    for trial in trials.inside:  # draws that were made for another form serve this one too
         _compare(trials, form, trial, compared)
     why = "no sizes could be evaluated"
     ordinary = 0
@@ -129,7 +129,7 @@ def _proven(trials: Trials, form: Form) -> Compared:
 
 
 def _try(trials: Trials, form: Form, compared: Compared, variant: Variant, seed: int) -> bool:
-    """Compare there, if it can be run there and lies in the domain."""
+    """Compare the two on this draw; False where the region cannot be run on it, or it lies outside the domain."""
     try:
         trial = trials.run(variant, seed)
     except CannotEvaluate:
@@ -140,12 +140,13 @@ def _try(trials: Trials, form: Form, compared: Compared, variant: Variant, seed:
 
 
 def _again(trials: Trials, form: Form, compared: Compared) -> int:
-    """Sizes that must divide, and magnitudes at which half precision does not overflow."""
+    """Draw where ordinary draws could not be run: at sizes that are multiples, and at magnitudes small enough that half
+    precision does not overflow."""
     return sum(_try(trials, form, compared, variant, 120 + n) for n, variant in enumerate(GENTLE))
 
 
 def _search(trials: Trials, form: Form, compared: Compared) -> None:
-    """Draw on while a piece of a break has not run."""
+    """Go on drawing, at likelier values first, for as long as some piece of a break has not run."""
     region = trials.region
     if not any(trials.needed):
         return
@@ -250,7 +251,8 @@ def _compare(trials: Trials, form: Form, trial: Trial, compared: Compared) -> No
 
 
 def _hidden(floor: Floor, x: torch.Tensor, result: torch.Tensor, digits: Digits | None) -> torch.Tensor:
-    """What an element may be off for its digits, and beside the model's bound."""
+    """By how much an element may differ because numbers are written with fewer digits, and because the model's bound is
+    an epsilon in the operator."""
     off = floor.hides(x, result)
     return off if digits is None else off + digits()
 

@@ -1,4 +1,4 @@
-"""Pieces that cannot run: each by a named rule, with its reason."""
+"""Which pieces of a break no input can reach. Each is told by a named rule, and the report says which."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def unreachable(one: Break, piece: str) -> str | None:
 
 
 def _held(cast: Node) -> str | None:
-    """Whole numbers that the type they are cast to holds, every one."""
+    """The reason, where every value that the operand can have fits into the type of the cast."""
     found, kind = bounds(cast.args[0]), fake(cast).dtype
     if found is None:
         return None
@@ -85,7 +85,7 @@ def _lower_bound(node: Node) -> Any:
 
 
 def never_negative(value: Any, depth: int = 8) -> bool:
-    """Is it computed in a way that gives no number below 0?"""
+    """Do the operators that compute it make sure that it is not negative: a square, an exp, an abs?"""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return value >= 0
     if not isinstance(value, Node) or depth == 0:

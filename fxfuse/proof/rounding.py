@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 _VARIANTS = (Variant("ordinary"), Variant("small", scale=1e-2), Variant("large", scale=30.0))
 _WORSE = (2.0, 4.0)
-"""How many times as far from float64 as the region an operator with sums of its own may be: on ordinary numbers; on
-others, where one weight that tips over decides."""
+"""How many times farther from the float64 result than the region an operator that orders its sums itself may be: first
+on ordinary numbers; then on extreme ones, where a single weight that tips from 0 to 1 decides the result."""
 _EMPTY_ROW = 64.0
-"""Units in the last place by which averages over a row that sees no key may differ."""
+"""By so many units in the last place may averages differ over a row that sees no key: both average all values."""
 
 
 @dataclass
@@ -61,7 +61,7 @@ def rounding(region: Region, found: Found, form: Form, ask: Questions) -> Roundi
                 continue
             raise Refused(f"could not be run in {dtype}: {error}") from error
         if number and not all(bool(r.isfinite().all()) for r in results):
-            continue  # it overflows: there is nothing to keep
+            continue  # the region itself overflows here, and there is no result to compare with
         ours = run_form(form, inputs, len(results))
         if all(_identical(theirs, mine) for theirs, mine in zip(results, ours, strict=True)):
             continue
@@ -133,7 +133,8 @@ def _references(region: Region, working: Evaluator, inputs: list[Tensor]) -> tup
 
 
 def _computed_in(region: Region) -> Iterator[torch.dtype]:
-    """The floating-point types of the result, and of what is computed on the way: the coarsest rounds the most."""
+    """The floating-point types of the result and of everything on the way. The coarsest of them decides how much is
+    lost."""
     for node in region.nodes:
         value = tensor(node)
         moves = op_name(node) in MOVED and op_name(node) != "getitem"
@@ -163,7 +164,7 @@ def _rows(region: Region, found: Found, form: Form, ask: Questions, result: Roun
                 for n, (place, factor) in enumerate(found.masks):
                     at = len(region.sources) + place
                     if found.from_leaves and not ask.depends_on_input(region.others[place]):
-                        continue  # it is what it is in this program
+                        continue  # the program fixes what this mask holds, so that no row can be emptied in it
                     hidden = _held(math.copysign(number, factor * number), inputs[at].dtype)
                     inputs[at] = masked(inputs[at], how, hidden, 410 + seed * 7 + n)
                 (expected, *_), (actual, *_) = (
@@ -176,7 +177,7 @@ def _rows(region: Region, found: Found, form: Form, ask: Questions, result: Roun
 
 
 def _held(number: float, dtype: torch.dtype) -> float:
-    """The number, or the one nearest to it that this type has: masks may be narrower than the scores."""
+    """The number, or the nearest that the mask's type has: it may be narrower than the type of the scores."""
     if not dtype.is_floating_point or math.isinf(number):
         return number
     return min(max(number, torch.finfo(dtype).min), torch.finfo(dtype).max)

@@ -98,7 +98,7 @@ class Sizes:
         low, high = -(-low // unit), high if high is None else high // unit
         if symbol in self._preset:
             wanted = -(-self._preset[symbol] // unit)
-            low = 1 if low == 2 else low  # as the reader has it
+            low = 1 if low == 2 else low  # torch writes 2 where it did not see 1; the program runs at 1 too
             return max(low, wanted if high is None else min(high, wanted))
         if self._stretch and high is not None:
             return max(low, min(high, self._stretch // unit))

@@ -20,7 +20,7 @@ def default_epsilon(dtype: torch.dtype) -> float:
 
 
 def unset(value: torch.Tensor) -> torch.Tensor:
-    """What nothing was written to yet: whoever reads it shows."""
+    """The value filled with NaN (or the lowest number): a region that reads what nothing was written to shows it."""
     if value.dtype.is_floating_point or value.dtype.is_complex:
         return value.fill_(math.nan)
     return value.fill_(True if value.dtype == torch.bool else torch.iinfo(value.dtype).min)
@@ -31,7 +31,8 @@ def is_complex(value: Any) -> bool:
 
 
 def rounded_count(node: Node, args: Any) -> torch.Tensor | None:
-    """Whole numbers that a cast to half precision rounds: that is part of what is computed, in float64 too."""
+    """A cast of whole numbers to half precision, which rounds those above 2048. The model computes with the rounded
+    numbers, so that evaluation in float64 has to round them too."""
     source, kind = node.args[0], fake(node).dtype
     if kind not in (torch.float16, torch.bfloat16) or not isinstance(source, Node):
         return None

@@ -82,7 +82,7 @@ class Trials:
         self.breaks = Breaks(ask.accept)
         self.extents = Extents(region, ask)
         self.equal: list[str] = []
-        """Sizes without which nothing can be run unless they are equal, as they are in the sample."""
+        """Sizes that have to be equal for the region to run at all, as they are in the sample; in words."""
         self._done: dict[Variant, Trial | CannotEvaluate] = {}
         kinds = [fake(n).dtype for n in region.inputs]
         self._counts = any(not (k.is_floating_point or k.is_complex or k == torch.bool) for k in kinds)
@@ -117,7 +117,8 @@ class Trials:
             dict(region.telling_sizes) if region.telling_sizes and variant.name == "ordinary" else None
         )
         evaluator = ask.evaluator(variant.profile, equal_sizes=region.equal_sizes, preset=preset)
-        for whole in (True, False) if self._counts else (False,):  # whole numbers of any size, where none is an index
+        # First with whole numbers of any size; where one of them turns out to be an index, with small ones.
+        for whole in (True, False) if self._counts else (False,):
             try:
                 inputs = ask.inputs(region, evaluator, seed, from_leaves=found.from_leaves, whole=whole)
                 inputs = varied(region, variant, inputs, not found.from_leaves, seed)
@@ -149,7 +150,7 @@ class Trials:
 
     @property
     def needed(self) -> Iterator[tuple[Break, str]]:
-        """Pieces that have not run, and may."""
+        """Pieces that have not run yet, and that no rule says are unreachable."""
         for one, piece in self.breaks.missing:
             if unreachable(one, piece) is None:
                 yield one, piece
@@ -197,7 +198,7 @@ def _unmet(one: Break) -> list[str]:
 
 
 def _check_places(node: Node, ask: Questions) -> None:
-    """What picks elements by their place is a permutation that is known, or counts alike at every length.
+    """An index tensor in the region is either a permutation that is known, or counts in the same way at every length.
 
     Raises:
         Refused: at some length it may pick others.
@@ -240,7 +241,7 @@ def same_shape(expected: Tensor, actual: Any) -> None:
 
 
 def _too_large(region: Region, inputs: list[Tensor]) -> str | None:
-    """Inputs that their own type does not hold are no inputs."""
+    """Why a draw lies outside the domain: one of its values does not fit into the type that the model gives it."""
     for node, value in zip(region.inputs, inputs, strict=True):
         declared = fake(node).dtype
         if declared.is_floating_point and value.numel():

@@ -1,4 +1,5 @@
-"""Blocks of the program that were not looked into, and hold what a pattern looks for."""
+"""Entries for blocks under autocast that could not be looked into although they hold operators that a pattern looks
+for."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ _HOLD = {
     "softmax": "Attention",
     "scaled_dot_product_attention": "Attention",
 }
-"""What each operator is a sign of."""
+"""Which ONNX operator a call of this name may be part of."""
 
 
 def left_alone(blocks: Blocks) -> Iterator[Entry]:

@@ -21,7 +21,7 @@ from fxfuse.report.model import Entry, Report
 
 _PLACED = re.compile(r"\(([\w.]+@[^()\n]+:\d+)\)")
 _BARE = re.compile(r"\(([a-z_]\w*)\)$")
-"""Of a step of an example, which has no line in the model."""
+"""The name of a step in a user's example, which has no line in the model."""
 
 
 def name_of(operator: str, reason: str, anchor: Node | None) -> str | None:

@@ -61,7 +61,7 @@ def casts_of(node: Node, modes: Mapping[str, torch.dtype], known: dict[Any, Cast
 
 def _found(node: Node, device: str, dtype: torch.dtype) -> Casts | None:
     mode = torch.autocast(device, dtype, cache_enabled=False)
-    if not has_autocast(mode):  # no such device here: what it would cast cannot be asked
+    if not has_autocast(mode):  # this machine has no such device, so that torch cannot be asked what it would cast
         return None
     seen = _arrives(node, {}, mode)
     if seen is None:
@@ -130,7 +130,7 @@ class _Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if _tensors(result):  # not a question for a device or a size
+        if _tensors(result):  # a call without tensors asks for a device or a size, and computes nothing
             name = schema_of(func).name.partition("::")[2]
             given = next((i for i, v in enumerate(self.inputs) if name == "_to_copy" and v is args[0]), None)
             found = tuple(t.dtype for t in _tensors((args, kwargs or {}, result)))
@@ -143,5 +143,6 @@ def _tensors(values: Any) -> list[torch.Tensor]:
 
 
 def _computed(calls: Sequence[_Call]) -> list[_Call]:
-    """Without what only casts or moves elements: a cast may stand before a transpose or after it."""
+    """The calls that compute. Casts and moves are left out: it makes no difference on which side of a transpose a cast
+    stands."""
     return [c for c in calls if c.name not in LAYOUT and c.name != "_to_copy"]

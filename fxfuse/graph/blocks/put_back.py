@@ -68,7 +68,7 @@ def _is_intact(blocks: Blocks, one: Inlined, alive: set[Node]) -> bool:
         elif (nested := inner.get(copied.name)) is not None:
             now = [*nested.inside.mode, None, *(nested.operands.get(n, given) for n, given in nested.given)]
         elif node.op == "get_attr" and not copied.users:
-            continue  # of a block in this one
+            continue  # it belongs to a block within this one
         else:
             return False
         if not _same_reading(blocks, one, _flat((node.args, node.kwargs)), now):

@@ -99,7 +99,7 @@ class RealParts:
         if node.op == "call_function":
             self.unknown.add(node)
         if tensor(node) is None:
-            return node, node  # a list, of which what is taken is asked itself
+            return node, node  # a list has no parts: each element that is taken from it has
         emit = Emitter(node)
         resolved = emit.call(aten.resolve_conj.default, node) if fake(node).is_conj() else node
         pairs = emit.call(aten.view_as_real.default, resolved)

@@ -22,9 +22,9 @@ _NOT_PARTWISE = frozenset(["view_as_complex", "view_as_real", "real", "imag", "a
 _SUMS = frozenset(["sum", "mean", "cumsum", "diff", "neg", "negative", "positive", "resolve_conj", "resolve_neg"])
 _MOVES = frozenset(["triu", "tril", "diagonal", "unfold", "rot90", "ravel", "constant_pad_nd", "hsplit", "vsplit"])
 LINEAR = (LAYOUT - _JOINS - _NOT_PARTWISE) | _SUMS | _MOVES | frozenset(["dsplit", "scatter", "index_put"])
-"""Linear in the one tensor that they move or sum: they do to each part what they do to the whole."""
+"""Operators that move or sum the elements of one tensor. They do the same to the real and to the imaginary part."""
 FLAG = "detach_"
-"""In place, but it writes no number."""
+"""Its name says that it writes in place; it changes no number."""
 _BILINEAR = frozenset(["matmul", "mm", "bmm", "mv", "einsum", "outer", "kron"])
 _AS_RESHAPE = {aten.view.default, aten._unsafe_view.default}
 """The parts lie in memory as they like."""
@@ -90,7 +90,7 @@ def _values(node: Node) -> list[Node]:
 
 
 def _real(value: Any) -> Any:
-    """A type as that of the parts."""
+    """If the argument is a complex type, the type of its parts; any other argument as it is."""
     if isinstance(value, torch.dtype) and value.is_complex:
         return torch.empty(0, dtype=value, device="meta").real.dtype
     return value
@@ -163,7 +163,7 @@ def _bilinear(node: Node, do: Arithmetic) -> Parts:
 
 
 def _power(node: Node, do: Arithmetic) -> Parts:
-    """Small whole powers are products; all others that are real turn by so many times the angle."""
+    """Small whole powers are repeated products. Any other real power is taken of the size, and multiplies the angle."""
     exponent: Any = 2 if op_name(node) == "square" else node.args[1]
     x = result = do.of(node.args[0])
     if isinstance(exponent, (int, float)) and exponent in range(1, 9):
@@ -187,7 +187,7 @@ def _conjugate(node: Node, do: Arithmetic) -> Parts:
 
 
 def _made(node: Node, do: Arithmetic) -> Parts:
-    """Tensors of one number."""
+    """Tensors that are filled with one number: zeros, ones, full."""
     name, kinds = op_name(node), {k: _real(v) for k, v in node.kwargs.items()}
     if kinds.get("dtype") is None:
         kinds["dtype"] = do.real

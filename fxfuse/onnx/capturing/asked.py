@@ -23,7 +23,7 @@ class Asked:
     leaf: int
     """Its place among all inputs, flattened."""
     axis: int | None
-    """None of a number."""
+    """Its axis; None where the input is a number."""
     dim: Any = field(compare=False)
     size: int = field(compare=False)
     """What it is in the sample."""
@@ -32,12 +32,12 @@ class Asked:
 
     @property
     def strict(self) -> bool:
-        """Is it an error if it is not dynamic? ``Dim.AUTO`` says that it need not be."""
+        """Is it an error if it does not become dynamic? With ``Dim.AUTO`` the caller leaves that open."""
         return hint(self.dim) != "AUTO"
 
     @property
     def group(self) -> Any:
-        """Dimensions of one group are asked to be of one size."""
+        """What dimensions have in common that were given one name, and so have to have one size."""
         named = isinstance(self.dim, (str, Dim)) and hint(self.dim) is None
         return ("named", name_of(self.dim)) if named else (self.leaf, self.axis)
 
@@ -155,7 +155,7 @@ def for_torch(dynamic_shapes: Any, dims: Sequence[Asked]) -> Any:
 
     def one(dim: Any) -> Any:
         if isinstance(dim, str) or (hint(dim) is None and isinstance(dim, Dim) and name_of(dim) in numbers):
-            return Dim.DYNAMIC  # of a number torch takes no Dim
+            return Dim.DYNAMIC  # torch takes no Dim for an input that is a number
         if type(dim) is Dim and from_two.get(dim.__name__) and dim.min < 2:
             if dim.__name__ not in made:
                 made[dim.__name__] = Dim(dim.__name__, min=2, max=_number(dim.max))

@@ -94,14 +94,15 @@ def _captured(
     except CaptureFailed as failed:
         if not (dims and failed.constrained):
             raise
-        # Torch only says which dimension: with Dim.AUTO the guard can be had, and whatever else is dynamic.
+        # Torch's error names the dimension and no guard. A capture with Dim.AUTO has the guard, and shows what else is
+        # dynamic.
         given = as_auto(dynamic_shapes)
         try:
             program = attempt(*inputs, given)
         except CaptureFailed:
             raise failed from failed.__cause__
     found, missing = general(program, module, inputs, dims, partial(attempt, given=given))
-    if missing:  # Broadcasts of sizes that may be 1 are guards that torch.export.export alone does not make.
+    if missing:  # that sizes of 1 stay dynamic costs guards on broadcasts, which a plain capture does not make
         with suppress(CaptureFailed):
             plain = partial(attempt, given=given, plainly=True)
             other = general(plain(*inputs), module, inputs, dims, plain)
@@ -173,7 +174,7 @@ def _attempt(
             except Exception as error:  # torch.export raises whatever the model, dynamo or a guard raises
                 failures.setdefault(mode, error)
             if _CONSTRAINED.search(str(failures[mode])):
-                break  # no other way asks for less
+                break  # the other ways of capturing have the same constraints
     failed = CaptureFailed(
         "torch.export.export could not capture the module\n"
         + "\n".join(f"  strict={mode}: {_brief(error)}" for mode, error in failures.items()),
@@ -202,7 +203,8 @@ META = "give them values first: module.to_empty(device='cpu'), then load_state_d
 
 
 def check_devices(module: torch.nn.Module, inputs: Inputs) -> None:
-    """Refuses weights on the meta device beside inputs that are not: torch captures no mixture.
+    """Refuses a module whose weights have no values (meta device) while its inputs do: torch cannot capture the two
+    together.
 
     Raises:
         FxfuseError: the module has such weights.

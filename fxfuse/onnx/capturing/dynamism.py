@@ -1,4 +1,5 @@
-"""What of a capture is not as dynamic as it was asked to be, and the guard and the line that keep it so."""
+"""Which dimensions of a capture are less dynamic than the caller asked for, and which guard of which line of the model
+is to blame."""
 
 from __future__ import annotations
 
@@ -30,12 +31,12 @@ class Guard:
     line: str | None
     """The model's line that it comes from."""
     asked: bool
-    """Did the model ask for it, rather than an operator?"""
+    """Is it a question in the model's own code (an `if` on a size), and not one that an operator of torch asks?"""
 
 
 @dataclass(frozen=True)
 class Lost:
-    """One dimension that is not what it was asked to be."""
+    """One dimension that is less dynamic than the caller asked for."""
 
     asked: Asked
     how: How

@@ -1,4 +1,4 @@
-"""Captures that hold for the sample's sizes only, and other captures at sizes that do not happen to fit.
+"""What to do about captures that hold for the sample's sizes only: capture again at sizes that do not happen to fit.
 
 A model may ask whether its length is a multiple of something (Mamba 2: `if pad_size > 0`), whether its batch is 1, or
 whether batch and length are equal. Captured where they are, the program has the short way in it, and a guard that ONNX
@@ -35,7 +35,7 @@ def general(
     chance = equal_by_chance(program, asked, inputs)
     missing = lost(program, asked, inputs)
     if not (missing or chance) or any(p.is_meta for p in (*module.parameters(), *module.buffers())):
-        return program, [one for one in missing if one.how != "bound"]  # of meta tensors nothing can be compared
+        return program, [one for one in missing if one.how != "bound"]  # tensors without values cannot be compared
     found = Elsewhere(module, inputs, asked, capture)
     missing = found.matters(program, inputs, missing)
     if chance is not None or any(one.how != "bound" for one in missing):
@@ -107,7 +107,8 @@ class Elsewhere:
 
 
 _FEW = 1 << 16
-"""Elements of inputs with which a module is called; with more it is captured, which computes nothing."""
+"""With inputs of at most so many elements a module is simply called to see whether it takes them. With larger ones it
+is captured for that, which computes nothing."""
 
 
 def _elements(inputs: Inputs) -> int:
@@ -207,7 +208,7 @@ def _resized(inputs: Inputs, wanted: dict[Asked, int | None]) -> Iterator[Inputs
         else:
             tensor = leaves[a.leaf]
             picked = torch.arange(int(size or 0), device=tensor.device) % a.size
-            leaves[a.leaf] = tensor.index_select(a.axis, picked)  # a view would be guarded on its base
+            leaves[a.leaf] = tensor.index_select(a.axis, picked)  # a copy: torch would guard on the base of a view
     yield pytree.tree_unflatten(leaves, structure)
 
 

@@ -23,7 +23,10 @@ def in_training(module: torch.nn.Module) -> list[str]:
 
 @contextmanager
 def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Within the block all parts are in evaluation mode. `eval` is not called: a model may have its own."""
+    """Within the block all parts are in evaluation mode.
+
+    The flags are set directly, for a model may have an `eval` of its own that does something else.
+    """
     training = [part for part in module.modules() if part.training]
     try:
         for part in training:
@@ -68,7 +71,7 @@ def _calls(program: ExportedProgram) -> list[Node]:
 
 
 def _spelled(node: Node) -> str:
-    """The call. Dropout of nothing is the same in either mode."""
+    """The call as text, without the training flag of a dropout with p=0, which drops nothing in either mode."""
     name = str(node.target).removeprefix("aten.").partition(".")[0].rstrip("_")
     args = node.args
     if name in _FLAGS and argument(node, "p") == 0:

@@ -15,7 +15,7 @@ from fxfuse.proof.positions.terms import Term
 from fxfuse.proof.positions.views import is_one
 
 _WRAPPED = (torch.bool, torch.int8, torch.uint8, torch.int16, torch.float16, torch.bfloat16)
-"""Differences in these are other numbers."""
+"""In these types a difference may wrap or be rounded: it is not the difference of the whole numbers."""
 
 
 def _outer(reader: Elements, node: Node, index: Index) -> Term:
@@ -25,7 +25,7 @@ def _outer(reader: Elements, node: Node, index: Index) -> Term:
 
 
 def _matmul(reader: Elements, node: Node, index: Index) -> Term:
-    """Of few terms: angles are positions times frequencies, with one."""
+    """A product of matrices over a short axis only: angles are positions [S, 1] times frequencies [1, D]."""
     left, right = node.args[:2]
     assert isinstance(left, Node) and isinstance(right, Node)
     count = fake(left).shape[-1]
@@ -43,7 +43,7 @@ def _matmul(reader: Elements, node: Node, index: Index) -> Term:
 
 
 def _einsum(reader: Elements, node: Node, index: Index) -> Term:
-    """Where nothing is summed: an outer product."""
+    """An einsum that sums over nothing, which is an outer product."""
     equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
     inputs, _, out = equation.partition("->")
     letters = inputs.split(",")
@@ -60,7 +60,7 @@ def _einsum(reader: Elements, node: Node, index: Index) -> Term:
 
 
 def _cumsum(reader: Elements, node: Node, index: Index) -> Term:
-    """Of what is one number along the axis."""
+    """A running sum of one and the same number along the axis, which is the number times the place."""
     axis = axis_of(node.args[1], len(index))
     t = reader.terms
     with reader.anywhere() as place:
@@ -75,7 +75,8 @@ def _whole(term: Term) -> Term:
 
 
 def _diff(reader: Elements, node: Node, index: Index) -> Term:
-    """Of neighbours; an element before the first that goes on with the count is no exception."""
+    """Differences of neighbours. If the prepended element goes on with the count, the first difference is as all others
+    are."""
     given = dict(zip(("n", "dim", "prepend", "append"), node.args[1:], strict=False)) | dict(node.kwargs)
     axis = axis_of(given.get("dim", -1), len(index))
     if given.get("n", 1) != 1 or given.get("append") is not None or fake(node).dtype in _WRAPPED:

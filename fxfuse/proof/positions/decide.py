@@ -101,7 +101,7 @@ def _smaller(z3: Any, solver: Any, writer: _Writer, name: str, values: dict[str,
 
 
 _OUR_OWN = frozenset(["at_most", "equal", "neg"])
-"""What is said of steps that are not known; no step of the program."""
+"""Comparisons and signs that terms apply to steps that are not known. They are no steps of the program themselves."""
 
 
 def _said(term: Term) -> str:

@@ -38,9 +38,9 @@ class Elements(ABC):
         self._ranges = ranges
         self._sizes: dict[Any, Term] = {}
         self._limits: dict[Term, Term] = {}
-        """The sizes that indices are below."""
+        """For each free index the size that it is below."""
         self._open = 0
-        """How many reads there are of any element of an axis, within one another."""
+        """How many blocks of `anywhere` are open: each has a variable of its own."""
 
     @abstractmethod
     def read(self, node: Node, index: Index) -> Term:
@@ -162,7 +162,7 @@ class Elements(ABC):
 
 
 def kind_of(dtype: torch.dtype) -> Kind:
-    """Of elements of this type."""
+    """The kind of terms that elements of this type are."""
     if dtype == torch.bool:
         return "bool"
     return "real" if dtype.is_floating_point or dtype.is_complex else "int"

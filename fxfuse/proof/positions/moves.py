@@ -179,7 +179,8 @@ def _eye(reader: Elements, node: Node, index: Index) -> Term:
 
 
 def _complex(reader: Elements, node: Node, index: Index) -> Term:
-    """Steps between complex numbers and their parts: of equal parts they are equal."""
+    """Steps from complex numbers to their parts and back. They are not computed: that equal operands give equal results
+    is enough to compare two elements."""
     source, name, t = source_of(node), op_name(node), reader.terms
     if name == "view_as_real":
         part = "real" if index[-1].number == 0 else "imag" if index[-1].number == 1 else ""

@@ -1,4 +1,5 @@
-"""What elementwise operators do to terms. A step that is not exact is None: it is read as unknown."""
+"""What elementwise operators do to terms. A rule gives None for a step that is not exact, which is then one of which
+nothing is known."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ def _cast(reader: Elements, node: Node, index: tuple[Term, ...]) -> Term | None:
 
 
 def of_constants(reader: Elements, node: Node, index: tuple[Term, ...]) -> Term | None:
-    """Any operator of one tensor that chooses between constants: computed for each of them."""
+    """Any operator on a tensor whose element chooses between a few constants: it is computed for each of them."""
     places = [n for n, a in enumerate(node.args) if isinstance(a, Node)]
     if len(places) != 1 or any(isinstance(a, Node) for a in node.kwargs.values()):
         return None
@@ -63,7 +64,7 @@ def _two(reader: Elements, node: Node, index: tuple[Term, ...]) -> tuple[Term, T
 
 
 def in_type(reader: Elements, arg: Any, index: tuple[Term, ...], dtype: torch.dtype) -> Term:
-    """What a call that works in this type makes of an argument."""
+    """An argument cast to the type in which the call computes."""
     return narrowed(reader.terms, reader.operand(arg, index), dtype_of(arg), dtype)
 
 
@@ -111,7 +112,7 @@ def _shift(left: bool) -> Step:
 
 
 def _like_argument(arg: Any) -> Any:
-    """Something of the same type, for torch to say which type both are compared in."""
+    """A stand-in of the argument's type, from which torch tells the type that a comparison is made in."""
     dtype = dtype_of(arg)
     if isinstance(arg, Node) and tensor(arg) is not None:
         return torch.zeros((1,) * min(fake(arg).dim(), 1), dtype=dtype)
@@ -162,7 +163,7 @@ def _chosen(reader: Elements, node: Node, index: tuple[Term, ...]) -> Term | Non
 
 
 def _like(reader: Elements, node: Node, arg: Any, index: tuple[Term, ...]) -> Term:
-    """What is chosen takes the type of the result."""
+    """One branch of a choice, in the type of the result."""
     dtype = fake(node).dtype
     if dtype.is_complex:
         return reader.operand(arg, index)

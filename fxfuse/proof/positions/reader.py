@@ -48,7 +48,7 @@ class Reader(Elements):
         """Constants that were read, by the name that `given` terms have."""
         self._known: dict[Any, Term] = {}
         self._levels: dict[int, Term] = {}
-        """The index of each vmap level that is open."""
+        """For each level of vmap that is being read, the index along the axis that it hides."""
         self._writes: Writes | None = None
         self._blocks: list[_Block] = []
         """The subgraphs that are being read, each with what was known outside."""
@@ -86,7 +86,7 @@ class Reader(Elements):
             self._writes.time = before
 
     def made(self, node: Node, index: Index) -> Term:
-        """The element as the call that made the tensor left it, before anything was written to it."""
+        """The element as the call that made the tensor left it, before any write in place."""
         if node.op == "placeholder":
             return self._given(node, index)
         if node.op == "get_attr":
@@ -104,7 +104,7 @@ class Reader(Elements):
             return self._batch_dim(function, node, index)
         if name == "getitem":
             return self._item(node, index)
-        if name in _SAME or (name.endswith("_") and mutated(node)):  # what writes in place gives back what it wrote to
+        if name in _SAME or (name.endswith("_") and mutated(node)):  # a write in place returns what it wrote to
             return self.operand(node.args[0], index)
         if name in _FILLED:
             return narrowed(self.terms, self.terms.number(_FILLED[name]), torch.int64, fake(node).dtype)
@@ -128,7 +128,10 @@ class Reader(Elements):
         return self.unknown(node, index)
 
     def unknown(self, node: Node, index: Index) -> Term:
-        """An elementwise step of which nothing is known; others cannot be read."""
+        """An elementwise step without a rule: equal operands give equal results, and nothing else is known.
+
+        Steps that are not elementwise cannot be read without a rule.
+        """
         tags: Any = getattr(node.target, "tags", ())
         if torch.Tag.pointwise not in tags or torch.Tag.nondeterministic_seeded in tags:
             if self.opaque and not is_random(node):
@@ -178,7 +181,7 @@ class Reader(Elements):
         results: Any = output.args[0]
         writes = Writes(inside.module.graph)
         operands = dict(zip(placeholders, inside.operands, strict=True))
-        for written in writes.given:  # what it is given under two names
+        for written in writes.given:  # a storage that is given to the block under two names
             roots = storage_roots(operands[written])
             if any(isinstance(o, Node) and storage_roots(o) & roots for p, o in operands.items() if p is not written):
                 raise Unreadable("writing in place in a block of its own")

@@ -1,4 +1,5 @@
-"""Constants that a program reads, met whole: those that count or are triangles are said in terms."""
+"""Constants that a program reads. They are looked at whole: one that counts (0, 1, 2, …) or is a triangle becomes a
+term; an element of any other is an element of a table."""
 
 from __future__ import annotations
 
@@ -12,9 +13,9 @@ from fxfuse.proof.positions.terms import Term, Terms
 from fxfuse.torch_seams import version_of
 
 _LARGEST = 1 << 26
-"""Elements of a constant that are looked at."""
+"""A constant of more elements than this is not looked at."""
 _SPREAD = 1 << 12
-"""Places of an index that are looked at one by one."""
+"""An index that may be at more places than this is not tried place by place."""
 _known: Any = WeakTensorKeyDictionary()
 """What was found out about a constant, and at which of its versions."""
 

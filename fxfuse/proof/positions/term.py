@@ -10,7 +10,8 @@ Kind = Literal["int", "bool", "real"]
 Bounds = tuple[float, float]
 EVERYTHING: Bounds = (-math.inf, math.inf)
 POSITIONS = 2**20
-"""No sequence is longer: what is computed of positions up to here is exact where its type holds it."""
+"""Positions and sizes are taken to stay below this. A step counts as exact where its type holds what it computes of
+them."""
 
 
 class Unreadable(Exception):
@@ -64,7 +65,7 @@ class Term:
 
 
 def reach(term: Term) -> Bounds:
-    """Between which numbers a term lies, where variables and what is not known count positions."""
+    """The bounds of a whole number, given that variables and unknown parts lie within `POSITIONS`."""
     low, high = term.bounds
     if term.kind != "int":
         return (0, 1) if term.kind == "bool" else (low, high)
