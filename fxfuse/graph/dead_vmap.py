@@ -74,7 +74,7 @@ def with_brackets(nodes: Iterable[Node]) -> list[Node]:
 
 @contextmanager
 def vmaps_closed() -> Iterator[None]:
-    """Close the vmaps that were opened in the block and not closed: what ran a bracket failed within it."""
+    """Close the vmaps that were opened in the block and not closed, because running a bracket failed halfway."""
     before = vmap_level()
     try:
         yield
@@ -115,7 +115,7 @@ def _dead(graph: Graph, around: list[Bracket]) -> set[Node]:
     changed = True
     while changed:
         alive = {n for n in dead if any(u not in dead for u in n.users)}
-        # A write counts as long as anything that shares the storage does.
+        # A write is needed as long as anything that shares the storage is.
         alive |= {n for n, roots in writes.items() if n in dead and any(r not in dead for r in roots)}
         for bracket in around:
             if any(n not in dead or n in alive for n in bracket.nodes):
@@ -131,9 +131,9 @@ def _removable(node: Node) -> bool:
         return False
     if node.op == "get_attr" or is_pure(node) or _function(node) in _BATCHES:
         return True
-    if op_name(node) == "_assert_tensor_metadata":  # what every `to` asserts of what it is given
+    if op_name(node) == "_assert_tensor_metadata":  # `to` makes one of these for every tensor that it is given
         return True
-    return op_name(node) == "flat_apply" and any("ModIndex" in str(a) for a in node.args)  # table[i] in a mod
+    return op_name(node) == "flat_apply" and any("ModIndex" in str(a) for a in node.args)  # ``table[i]`` in a mod
 
 
 def _function(node: Node) -> str:

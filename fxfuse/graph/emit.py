@@ -12,11 +12,11 @@ from torch.fx.node import map_arg
 from fxfuse.torch_seams import entered, sizes_of_one, unguarded
 
 KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "custom")
-"""Where a node comes from."""
+"""The metadata that says where in the model a node comes from."""
 
 
 class Emitter:
-    """Puts calls into the graph, with `like` as where they come from.
+    """Puts calls into the graph, and notes that they come from where `like` does.
 
     Args:
         like: they stand right behind it, or behind all inputs, if it is one.

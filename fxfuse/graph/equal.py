@@ -21,7 +21,7 @@ from fxfuse.graph.spelled import call_of, cut_whole
 from fxfuse.graph.view import ARITHMETIC, ASSERTIONS, CAST, LAYOUT, ROOTS, is_pure, mutated, op_name, tensor, touches
 
 MERGED = "fxfuse_merged"
-"""Of a node that nothing reads for now, for an equal one is read: it is no dead code."""
+"""Marks a node that nothing reads for now because an equal one is read instead. It is no dead code."""
 _SOFTMAX = frozenset(["exp", "amax", "max", "softmax", "_softmax", "where", "masked_fill"])
 _PASSED = ARITHMETIC | CAST | LAYOUT | ROOTS | _SOFTMAX
 _DEPTH, _LIMIT = 12, 64
@@ -29,7 +29,7 @@ _DEPTH, _LIMIT = 12, 64
 
 @dataclass
 class Merged:
-    """Which values are read for which, and how it was before."""
+    """Which node is read instead of which equal one, and what is needed to undo that."""
 
     first: dict[Node, Node] = field(default_factory=dict)
     """By the later of two equal values, the earlier."""
@@ -67,7 +67,7 @@ def part(graph: Graph, merged: Merged) -> None:
         if user in alive:
             reads = _nodes((user.args, user.kwargs))
             if len(reads) != len(_nodes((args, kwargs))):
-                continue  # it was rewritten
+                continue  # the node was rewritten meanwhile, and its old arguments mean nothing
             now = iter(reads)
 
             def own(node: Node, now: Iterator[Node] = now) -> Node:
@@ -79,7 +79,7 @@ def part(graph: Graph, merged: Merged) -> None:
     for node in reversed(list(graph.nodes)):
         if node in merged.first or node in unread:
             node.meta.pop(MERGED, None)
-            if not real_users(node) and is_pure(node):  # what read it is fused; what was asserted of it goes along
+            if not real_users(node) and is_pure(node):  # its readers were fused; assertions on it are erased with it
                 unread.update(node.all_input_nodes)
                 for dead in (*node.users, node):
                     graph.erase_node(dead)
@@ -97,7 +97,7 @@ def _merge(graph: Graph, nodes: list[Node], wanted: Callable[[Node, Node], bool]
         if tensor(node) is None and not isinstance(node.meta.get("val"), (list, tuple)):
             continue
         if torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ()):
-            continue  # of two `nonzero` each has a length of its own
+            continue  # two calls of `nonzero` give tensors whose lengths have two symbols
         if (whole := cut_whole(node)) is not None:
             same[node] = same.get(whole, whole)
             continue

@@ -31,7 +31,7 @@ def op_name(node: Node) -> str:
 
 
 _names: dict[int, tuple[Any, str]] = {}
-"""Of every target that was met. By identity: to hash an operator costs as much as to read its name."""
+"""The name of every target that was met, by the target's id: hashing an operator costs as much as reading its name."""
 
 
 def tensor(node: Node) -> torch.Tensor | None:

@@ -48,7 +48,7 @@ class Recomposed:
 
 
 def recompose(graph: Graph) -> list[Recomposed]:
-    """Put in, for now, the calls that were taken apart."""
+    """Put the calls that were taken apart back together while regions are matched; `take_apart` undoes what is left."""
     found = []
     for node in list(graph.nodes):
         read = _READINGS.get(op_name(node))
@@ -58,7 +58,7 @@ def recompose(graph: Graph) -> list[Recomposed]:
         target, args, kwargs, parts = taken
         inside = set(parts)
         if any(user not in inside for part in parts[:-1] for user in part.users):
-            continue  # somebody reads what is in between
+            continue  # a value in between is read by somebody else, and has to stay
         with graph.inserting_before(node):
             call = graph.call_function(target, args, kwargs)
         call.meta = {**{k: v for k, v in node.meta.items() if k != "tensor_meta"}, FUNCTIONAL: True}
@@ -75,7 +75,7 @@ def recompose(graph: Graph) -> list[Recomposed]:
 
 
 def take_apart(graph: Graph, recomposed: list[Recomposed]) -> None:
-    """Have again what no region took in."""
+    """Take the calls apart again that no fused region took in."""
     alive = set(graph.nodes)
     for one in reversed(recomposed):
         if one.node not in alive:
@@ -164,7 +164,7 @@ def _backend(node: Node) -> _Taken | None:
         if value not in (None, False, 0.0)
     }
     if kwargs.get("is_causal") and mask is not None:
-        return None  # the call takes one of the two
+        return None  # scaled_dot_product_attention takes a mask or is_causal, not both
     return torch.ops.aten.scaled_dot_product_attention.default, operands, kwargs, (call, node)
 
 

@@ -58,15 +58,15 @@ class Region:
     """Values that are computed on the way to `output` and that are read outside too: the replacement gives them as
     well, after the output, in this order."""
     small: Region | None = None
-    """It at smaller sizes, where it computes alike: this one is asked and proven in its place."""
+    """A copy of the region at smaller sizes that computes alike. The copy is asked and proven in its place."""
     words: bool = False
-    """The integers of the first source are words of several, and drawn with every bit."""
+    """Are the integers of the first source words that each hold several numbers? They are then drawn with all bits."""
     narrowed: bool = False
-    """Of a small one: does it rest on what inputs of the large one hold?"""
+    """Of a copy at smaller sizes: does it rely on what inputs of the large region hold in this program?"""
 
     @property
     def asked(self) -> Region:
-        """What is asked and proven of it."""
+        """The region that is asked and proven: the smaller copy, where there is one."""
         return self if self.small is None else self.small
 
     @property

@@ -24,9 +24,9 @@ from fxfuse.ops.registry import differ
 from fxfuse.torch_seams import entered
 
 LARGE = 16
-"""Rows from which on an axis is made smaller."""
+"""An axis of more rows than this is made smaller."""
 MAX_ELEMENTS = 1 << 22
-"""What may be asked as large as it is, where no axis can be made smaller."""
+"""Where no axis can be made smaller, a region of at most so many elements is run as large as it is."""
 _NOT_ALIKE = frozenset(["tensor_split", "take_along_dim", "gather", "flip", "roll"])
 """They take out rows by their number."""
 _ALONG = frozenset(
@@ -74,7 +74,7 @@ def smaller(
         rows = next((r for r in (5, 7, 11, 13) if r not in taken), 0)
         if alike and rows and size > LARGE and (copy := _copied(region, narrow, fixed, fits, axis, size, rows)):
             again = None
-            if len(region.sources) > 1:  # a product runs over the other axis, which costs the square of it
+            if len(region.sources) > 1:  # a product also runs over the axis of the other source
                 again = smaller(copy, {})
             return copy if again is None else replace(again, narrowed=copy.narrowed)
     return _copied(region, narrow, fixed, fits, 0, 0, 0) if fake(source).numel() <= MAX_ELEMENTS else None
@@ -93,7 +93,7 @@ def _copied(
     mode = getattr(fake(region.sources[0]), "fake_mode", None)
     env = None if mode is None else mode.shape_env
     try:
-        # What an operator asks of a symbol here is nothing that the program rests on.
+        # The questions that operators ask of symbols here are of the copy: the program does not depend on the answers.
         with entered(mode), nullcontext() if env is None else env.suppress_guards():
             return _copy(region, narrow, fixed, fits, axis, size, rows)
     except Exception:  # whatever an operator raises at other sizes: this is no copy

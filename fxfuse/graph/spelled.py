@@ -48,7 +48,7 @@ def call_of(node: Node, first: Mapping[Node, Node]) -> Hashable:
 
 
 def cut_whole(node: Node) -> Node | None:
-    """What a slice that cuts nothing off is of: ``x[:]``."""
+    """The tensor that a slice takes whole, as ``x[:]`` does; None of any other node."""
     base = node.args[0] if op_name(node) == "slice" else None
     value, source = tensor(node), tensor(base) if isinstance(base, Node) else None
     if value is None or source is None or argument(node, "start") not in (0, None) or argument(node, "step") != 1:

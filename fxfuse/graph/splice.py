@@ -32,7 +32,7 @@ def trace(form: Callable[..., Any], inputs: Iterable[Node]) -> Graph:
     """
     fakes = [fake(n) for n in inputs]
     mode = next((f.fake_mode for f in fakes if hasattr(f, "fake_mode")), None)
-    if mode is None:  # those of a vmap's bracket are wrapped
+    if mode is None:  # tensors within a vmap are wrapped, and have none
         raise Guarded("it is computed within torch.func.vmap, where nothing is replaced")
     env = mode.shape_env
     guards = len(env.guards) if env is not None else 0
@@ -99,7 +99,7 @@ class Splicer:
             new = results[i] = copies[-1] if copies else result
             old.replace_all_uses_with(
                 new,
-                # Within the region it goes on as it was, for what is not replaced may read it.
+                # Nodes of the region go on reading the old one: those that stay in the graph may need it.
                 delete_user_cb=lambda user: op_name(user) not in ASSERTIONS and user not in region.nodes,
                 propagate_meta=False,
             )
@@ -109,7 +109,7 @@ class Splicer:
                 new.meta[STANDS_FOR] = (new.name, old.meta.get(STANDS_FOR, (old.name, old.name))[1])
         self._dead.extend(region.nodes)
         self._dead.extend(region.others)
-        # What the capture computed beside the region and never read (the repeats of `enable_gqa`).
+        # Nodes that the capture computed for the region and that nothing read (the repeats of `enable_gqa`) go too.
         self._dead.extend(u for n in (*region.sources, *region.nodes) for u in n.users if not u.users)
         self._dead.extend(i for n in region.nodes for i in n.all_input_nodes)
         return results[0]
@@ -131,7 +131,7 @@ class Splicer:
     def _share(self) -> None:
         """One cos slice, one mask for all layers: equal insertions become the first of them.
 
-        Those that read what is written to in place, or are written to, are not equal, though they look it.
+        Nodes that read a storage that is written to in place are left apart: between two reads it may have changed.
         """
         written = {root for node in self.graph.nodes for root in mutated(node)}
         order = {n: i for i, n in enumerate(self.graph.nodes)}

@@ -44,7 +44,7 @@ def _before_reshapes(node: Node) -> Node | None:
         if fake(source).dtype != fake(current).dtype:
             casts.append(fake(current).dtype)
             if len(casts) > 1 or not fake(source).dtype.is_floating_point:
-                break  # of two casts the inner one rounds
+                break  # of two casts the inner one may round, and cannot be left out
         current = source
         if _geometry(current) == _geometry(node):
             found = current

@@ -123,7 +123,7 @@ class Evaluator:
             args = (*args[:3], *([None] * (3 - len(args))), default_epsilon(fake(source).dtype))
         target, given = exactly(node) if self.exact else (None, {})
         if node.target is torch.ops.aten.view.default:
-            return args[0].reshape(args[1])  # strides are the graph's concern, not the meaning's
+            return args[0].reshape(args[1])  # which strides a tensor has makes no difference to what is computed
         try:
             value = self.upcast((target or node.target)(*args, **{**kwargs, **given}))  # type: ignore[operator]
             return self._seen(node, name, args, kwargs, unset(value) if name in UNSET else value)
@@ -150,7 +150,8 @@ class Evaluator:
         return arg
 
     def _seen(self, node: Node, name: str, args: Any, kwargs: Any, value: Any) -> Any:
-        """The value, recorded, and as the caller wants it."""
+        """Record which pieces of the call ran. Returns its value: disturbed, or with an accepted break left out, where that
+        was asked."""
         if (
             self.accept
             and isinstance(value, torch.Tensor)

@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class BreakEvidence:
-    """How one break was discharged."""
+    """What the proof knows of one break: which of its pieces were compared, and why the others cannot run."""
 
     name: str
     """``"clamp@model.py:12"``"""
@@ -27,7 +27,7 @@ class Evidence:
     sizes: tuple[dict[str, int], ...]
     """What the symbols of the region were."""
     magnitudes: tuple[float, ...]
-    """Of the inputs."""
+    """The orders of magnitude that the inputs had."""
     breaks: tuple[BreakEvidence, ...] = ()
     claims: tuple[str, ...] = ()
     """What was read of positions and sizes, and how it was decided."""
@@ -38,7 +38,7 @@ class Evidence:
     differences: tuple[str, ...] = ()
     """Where the operator is documented to give something else than the model."""
     accepted: tuple[str, ...] = ()
-    """Refusals that the caller overruled by name: beyond these the two differ."""
+    """Refusals that the caller overruled by name. For values beyond these bounds model and operator differ."""
 
     def __str__(self) -> str:
         """One line: ``"12 draws at 1e-06 … 1000, 3 sizes; breaks: clamp@m.py:3 (below, above); causal: z3"``."""

@@ -62,7 +62,7 @@ class Extents:
         return next((s.name for s in self._sides.values() if not s.met), "sizes")
 
     def note(self, evaluator: Evaluator) -> None:
-        """Which sides these sizes are on."""
+        """Note on which side of each bound the sizes of this draw lie."""
         if not self._sides:
             return
         values = {name: evaluator.sizes.of_symbol(symbol) for name, symbol in self._symbols.items()}
@@ -70,12 +70,12 @@ class Extents:
             side.met = side.met or bool(value_of(side.holds, values))
 
     def wanted(self) -> Iterator[tuple[tuple[Any, int], ...]]:
-        """Sizes at which the sides that were not met are met."""
+        """Sizes to draw at, so that the sides that no draw has met yet are met."""
         for side in list(self._sides.values()):
             if side.met or side.unreachable:
                 continue
             t = self._ask.reader.terms
-            for least in (2, 1):  # of nothing nothing is computed, and of one element little shows
+            for least in (2, 1):  # an axis of 0 computes nothing, and one of 1 shows little: 2 is tried first
                 sizes = [t.at_most(t.number(least), self._ask.reader.symbolic(s)) for s in self._symbols.values()]
                 verdict = always(t, t.opposite(side.holds), sizes, smallest=sorted(self._symbols))
                 if isinstance(verdict, Fails):
@@ -135,7 +135,7 @@ class Extents:
             self._walk(part, node)
 
     def _slice(self, node: Node) -> None:
-        """A written bound of an axis of any length."""
+        """A slice up to a written number, of an axis of any length: the axis may be shorter or longer than that."""
         source = node.args[0]
         assert isinstance(source, Node)
         axis = int(argument(node, "dim") or 0) % fake(source).dim()

@@ -1,4 +1,4 @@
-"""Where a fused program parts from what is proven, and what differs there."""
+"""Where a fused program computes something that is not proven, and what is different there."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Difference:
 
     what: str
     node: str
-    """Of the fused program."""
+    """The name of the node in the fused program."""
     source: str | None
-    """The original's line."""
+    """The line of the model that the original's node comes from."""
 
 
 def difference(proven: Equalities, read: Read) -> Difference | None:

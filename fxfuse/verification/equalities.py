@@ -53,7 +53,7 @@ class Read:
     program: ExportedProgram
     numbering: Numbering
     unknown: list[Node] = field(default_factory=list)
-    """Nodes whose value is none that the original or a proven fusion has."""
+    """Nodes whose value neither the original nor a proven fusion computes."""
 
 
 class Equalities:
@@ -70,7 +70,7 @@ class Equalities:
         self.base = number(self.original, self.classes.term, self.classes.find)
         self.fusions: list[Fusion] = []
         self.clear = True
-        """Two storages that are written to were never taken for one."""
+        """False once two storages that are written to were taken for one: nothing is proven then."""
         self._names = {n.name: n for n in self.original.graph.nodes if FUNCTIONAL not in n.meta}
 
     def add(self, fused: ExportedProgram, report: Report) -> None:

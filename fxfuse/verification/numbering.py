@@ -31,12 +31,12 @@ class Numbering:
     effects: dict[Node, int] = field(default_factory=dict)
     """The state that a node leaves behind."""
     owned: dict[Node, int] = field(default_factory=dict)
-    """Values with a storage of their own that is written to: equal values are not one of them."""
+    """Values that have a storage of their own that is written to. Two of them are never one, even if they are equal."""
     returned: list[Node] = field(default_factory=list)
     form: Head = None
-    """How what is returned is put together."""
+    """The nesting of the lists that the program returns."""
     final: int = -1
-    """The state in the end."""
+    """The state at the end of the program."""
 
 
 def number(program: ExportedProgram, make: Make, find: Callable[[int], int]) -> Numbering:
@@ -64,7 +64,7 @@ def number(program: ExportedProgram, make: Make, find: Callable[[int], int]) -> 
         else:
             head, read = spelling.call(node)
             if bracket is not None:
-                head = ("inside", head)  # of a vmap, where it may run on batches
+                head = ("inside", head)  # within a vmap the same call may run on a batch, and gives something else
             children = [result.of[n] for n in read]
             if has_effect(node):
                 state = make(("effect", head), [*children, state, outside])

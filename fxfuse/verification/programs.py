@@ -43,9 +43,9 @@ class Verified:
     source: str | None
     """The original's line."""
     decomposed: bool
-    """By primitives, and not by one operator."""
+    """Is it computed by primitives, and not by one operator?"""
     frozen: bool
-    """It holds while persistent buffers keep what they hold."""
+    """Does it hold only as long as persistent buffers keep what they hold?"""
     evidence: Evidence | None
 
 
@@ -57,7 +57,7 @@ class Verification:
     operators: dict[str, int]
     """Nodes that are operators of this package, by the ONNX operator that they become."""
     kept: int
-    """Calls that are the original's own."""
+    """How many calls are the original's own, unchanged."""
 
     def __str__(self) -> str:
         lines = [f"verified: {self.kept} calls are the original's own"]
@@ -76,7 +76,7 @@ class Verification:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """It as plain data."""
+        """The verification as plain data, for JSON."""
         return asdict(self)
 
 

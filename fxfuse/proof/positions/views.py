@@ -12,7 +12,7 @@ _UNFOLLOWED = "a view that cannot be followed"
 
 
 class Sizes(Protocol):
-    """What a size is, to whoever reads: an int, or an object of its own."""
+    """What `reshaped` asks of a reader. A size is an int where it is known, else whatever the reader has for sizes."""
 
     @property
     def terms(self) -> Terms: ...
@@ -53,7 +53,7 @@ class Product:
         return Product(self.number * other, self.factors)
 
     def over(self, other: Product) -> Product | None:
-        """The quotient, if it is one for sure."""
+        """The quotient, where the division leaves nothing over at any size; else None."""
         left = list(self.factors)
         for factor in other.factors:
             if factor not in left:

@@ -1,4 +1,4 @@
-"""Between which numbers whole numbers lie, by their type and by what was computed of them."""
+"""Between which numbers an integer tensor's elements lie, told from its type and from the operators that compute it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def bounds(node: Any, depth: int = 12) -> Bounds | None:
     found = _computed(node, depth) if depth > 0 and node.op == "call_function" else None
     if found is None:
         return own
-    return found if own[0] <= found[0] and found[1] <= own[1] else own  # beyond its type it wraps around
+    return found if own[0] <= found[0] and found[1] <= own[1] else own  # what leaves its type wraps around
 
 
 def cannot_wrap(node: Node) -> bool:

@@ -19,7 +19,8 @@ from fxfuse.proof.positions.terms import Term, Unreadable
 from fxfuse.state.writes import shares_storage
 
 _NO_WRITE = frozenset(["detach_", "requires_grad_"])
-"""Their schemas say that they write; no element changes. `torch.tensor([…])` in forward is made with one."""
+"""Operators whose schemas say that they write although no element changes. `torch.tensor([…])` in a forward is captured
+with a `detach_`."""
 
 
 class Writes:
@@ -36,11 +37,11 @@ class Writes:
         self._storages = {root for _, roots in self._writers for root in roots}
         self.any = bool(self._writers)
         self.time = len(nodes)
-        """Writes before this place in the graph have been made."""
+        """The moment that is being read at, as a place in the graph: the writes before it have been made."""
 
     @property
     def given(self) -> set[Node]:
-        """What is written of what the graph is given."""
+        """Those inputs of the graph that it writes to."""
         return {root for root in self._storages if root.op == "placeholder"}
 
     def touch(self, node: Node) -> bool:
@@ -48,11 +49,11 @@ class Writes:
         return self.any and bool(storage_roots(node) & self._storages)
 
     def reading(self, node: Node) -> int:
-        """The moment at which a call reads its operands; a view lets its own readers through."""
+        """The moment at which a call reads its operands. A view reads nothing itself: its readers do, each at its own."""
         return self.time if shares_storage(node) else self._order.get(node, self.time)
 
     def read(self, reader: Elements, node: Node, index: tuple[Term, ...]) -> Term | None:
-        """The element that was written last; None where the call that made the tensor was the last."""
+        """The element as the last write left it; None where nothing was written since the tensor was made."""
         if not self.touch(node) or (bases(node) and shares_storage(node)):
             return None
         if bases(node):
@@ -65,7 +66,8 @@ class Writes:
         return self._after(reader, node, index, earlier[-1]) if earlier else None
 
     def _check_time(self, node: Node) -> None:
-        """At the end of the graph there is one answer only if nothing read the tensor before a write."""
+        """Refuses to read at the end of the graph if something reads the tensor before a write: there are two answers
+        then."""
         if self.time < len(self._order):
             return
         last = max(self._order[n] for n, roots in self._writers if node in roots)
