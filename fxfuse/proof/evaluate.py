@@ -150,8 +150,7 @@ class Evaluator:
         return arg
 
     def _seen(self, node: Node, name: str, args: Any, kwargs: Any, value: Any) -> Any:
-        """Record which pieces of the call ran. Returns its value: disturbed, or with an accepted break left out, where that
-        was asked."""
+        """Record which pieces of the call ran. Returns its value: disturbed, or without an accepted break, where asked."""
         if (
             self.accept
             and isinstance(value, torch.Tensor)

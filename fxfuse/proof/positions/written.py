@@ -49,7 +49,7 @@ class Writes:
         return self.any and bool(storage_roots(node) & self._storages)
 
     def reading(self, node: Node) -> int:
-        """The moment at which a call reads its operands. A view reads nothing itself: its readers do, each at its own."""
+        """The moment at which a call reads its operands. A view reads nothing itself: its readers do, later."""
         return self.time if shares_storage(node) else self._order.get(node, self.time)
 
     def read(self, reader: Elements, node: Node, index: tuple[Term, ...]) -> Term | None:
