@@ -150,7 +150,7 @@ class Evaluator:
         return arg
 
     def _seen(self, node: Node, name: str, args: Any, kwargs: Any, value: Any) -> Any:
-        """Record which pieces of the call ran. Returns its value: disturbed, or without an accepted break, where asked."""
+        """Record which pieces of the call ran. Returns its value: disturbed, or without an accepted break, if asked."""
         if (
             self.accept
             and isinstance(value, torch.Tensor)
