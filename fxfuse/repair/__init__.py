@@ -1,4 +1,5 @@
-"""Mending ONNX files that are on disk already: operators that are fused, but in a form that does not run."""
+"""Mending ONNX files that were exported by others: their operators are fused already, but in a form that does not
+run."""
 
 from fxfuse.repair.file import Repaired, repair
 

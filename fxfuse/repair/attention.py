@@ -2,8 +2,8 @@
 
 A model with fewer key heads than query heads (GQA) repeats them before `scaled_dot_product_attention`, and exporters
 write that down: [B, Hkv, S, D] → [B, Hkv, 1, S, D] → [B, Hkv, G, S, D] → [B, Hkv·G, S, D]. ONNX's Attention shares
-heads by itself. What the four values are is read off their shapes; how the steps are spelled is of no matter, since
-nodes that insert a dimension of 1, broadcast it and merge it keep the order of the elements.
+heads by itself. The four values are told apart by their shapes alone. It does not matter which operators make them,
+because whatever inserts a dimension of 1, broadcasts it and merges it keeps the order of the elements.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def unrepeated(repeated: ir.Value) -> ir.Value | None:
     merged = _sizes(repeated, 4)
     direct = _source(repeated, BROADCASTS)
     if merged and direct is not None and (one := _sizes(direct, 4)) and one == [merged[0], 1, *merged[2:]]:
-        return direct  # a single key head, broadcast to all
+        return direct  # one key head that was broadcast to all query heads
     wide = _source(repeated, MERGES)
     narrow = None if wide is None else _source(wide, BROADCASTS)
     source = None if narrow is None else _source(narrow, INSERTS)
@@ -73,7 +73,7 @@ def unrepeated(repeated: ir.Value) -> ir.Value | None:
 
 
 def _source(value: ir.Value, operators: tuple[str, ...]) -> ir.Value | None:
-    """What the node that made `value` made it from, if it is one of these."""
+    """The first input of the node that made `value`, if that is one of these operators."""
     node = value.producer()
     return node.inputs[0] if node is not None and node.domain == "" and node.op_type in operators else None
 

@@ -1,4 +1,4 @@
-"""The story: load, apply the rules, run both files against each other, write."""
+"""The story of a repair: load the file, apply the rules, run both files against each other, write."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class Repaired:
     changes: dict[str, int]
     """How often each rule was applied, by what it does; empty if nothing had to be mended."""
     runs: list[Run]
-    """What was run against what; empty if nothing was changed or nothing was to be compared."""
+    """The comparisons in ONNX Runtime; none if nothing was changed, or with `parity=False`."""
 
 
 def repair(source: str | os.PathLike[str], target: str | os.PathLike[str], *, parity: bool = True) -> Repaired:
-    """Writes `source` to `target`, with fused operators that do not run, or do too much, mended.
+    """Write `source` to `target`, and mend fused operators that do not run, or compute more than they need.
 
-    What no rule applies to stays as it is, but that equal nodes become one (the exporter writes a cos for every layer)
-    and unused ones go. A file that needs nothing is written as it came.
+    If a rule applies, equal nodes of the file are merged too (the exporter writes a cos for every layer), and unused
+    ones removed. Otherwise the file is written as it came.
 
     Args:
         source: an ONNX file of opset 23 or later, with its external data beside it. It is not changed, unless it is
@@ -61,7 +61,7 @@ def repair(source: str | os.PathLike[str], target: str | os.PathLike[str], *, pa
         passes.CommonSubexpressionEliminationPass()(model)
         passes.RemoveUnusedNodesPass()(model)
     else:
-        model = _load(source)  # without the shapes that were inferred
+        model = _load(source)  # again, without the shapes that were inferred for the rules
     with staging(target.absolute().parent, target.name) as folder:
         written = folder / target.name
         try:
@@ -74,7 +74,7 @@ def repair(source: str | os.PathLike[str], target: str | os.PathLike[str], *, pa
 
 
 def _rules() -> dict[str, RewriteRule]:
-    """By what they do."""
+    """The rules, by a sentence that says what each does."""
     return {rule.what: rule.rule() for rule in RULES}
 
 

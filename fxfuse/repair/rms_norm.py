@@ -16,7 +16,7 @@ FLOATS = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT, ir.DataT
 
 
 class MixedTypes(RewriteRuleClassBase):
-    """Both are cast to the wider type, and the result to the type that the file declares for it."""
+    """Cast x and scale to the wider of their types, and the result to the type that the file declares for it."""
 
     what = "RMSNormalization: x and scale of different types computed in the wider of the two"
 
@@ -39,5 +39,5 @@ class MixedTypes(RewriteRuleClassBase):
 
 
 def _wider(a: ir.DataType, b: ir.DataType) -> ir.DataType:
-    """The type that holds all values of both: of float16 and bfloat16, float32."""
+    """The narrowest type that holds all values of both; for float16 and bfloat16 that is float32."""
     return ir.DataType.FLOAT if a.itemsize == b.itemsize else max(a, b, key=lambda dtype: dtype.itemsize)

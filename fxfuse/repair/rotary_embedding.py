@@ -1,7 +1,7 @@
 """RotaryEmbedding whose cos, sin or position_ids have batch 1 where x has more.
 
-onnxscript's fusion (torch.onnx at opset 23) leaves cos and sin as the model computed them, [1, S, D/2]; ONNX says
-[B, S, D/2], and does not broadcast. ONNX Runtime runs such a file at batch 1 and fails at 2.
+onnxscript's fusion (torch.onnx at opset 23) leaves cos and sin as the model computed them, [1, S, D/2]. ONNX's operator
+takes [B, S, D/2], and does not broadcast: ONNX Runtime runs such a file at batch 1, and fails at 2.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from onnxscript.rewriter import MatchResult, RewriteRuleClassBase
 
 
 class BatchOfOne(RewriteRuleClassBase):
-    """cos and sin [1, S, D/2], or position_ids [1, S], are expanded to the batch of x."""
+    """Expand cos and sin [1, S, D/2], or position_ids [1, S], to the batch of x."""
 
     what = "RotaryEmbedding: cos, sin or position_ids of batch 1 expanded to the batch of x"
 
@@ -40,7 +40,7 @@ class BatchOfOne(RewriteRuleClassBase):
         return result
 
     def _per_batch(self, node: ir.Node) -> list[ir.Value]:
-        """The inputs that have a row for every sequence of the batch."""
+        """The inputs of the node that need a row for every sequence of the batch."""
         _, cos, sin, *positions = node.inputs
         found = positions[:1] if positions and positions[0] is not None else [cos, sin]
         return [value for value in found if value is not None]
@@ -52,7 +52,8 @@ def _single(value: ir.Value) -> bool:
 
 
 def _batch(op: Any, x: ir.Value) -> Any:
-    """The batch size of x, [1]; where an input of the graph has that dimension from there, for all layers the same."""
+    """The batch size of x as a tensor [1]. It is read from an input of the graph if one has that dimension, so that all
+    layers share one node."""
     graph = x.graph
     dim = x.shape[0] if x.shape is not None else None
     if graph is not None and isinstance(dim, ir.SymbolicDim) and dim.value is not None:

@@ -1,7 +1,8 @@
 """The mended file and the original, run against each other in ONNX Runtime at batch 1 and 2.
 
-Where the original does not load for its mixed types, both run with all 16-bit floats widened to float32: the same
-graphs and weights, less the rounding. Where it fails at batch 2, its rows at batch 1 are what counts.
+If the original does not load, because of mixed types, both are compared with all 16-bit floats widened to float32:
+these are the same graphs and weights without the rounding. If the original fails at batch 2, it is run at batch 1, row
+by row.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class Run:
 
     batch: int
     against: str
-    """What the mended file was compared with: ``"the original"``, its rows, its float32 twin; or why with nothing."""
+    """What the mended file was compared with: ``"the original"``, the original row by row, or its float32 twin; or why
+    it was compared with nothing."""
     result: Result | None
     """None if there was nothing to compare with."""
 
@@ -51,7 +53,7 @@ def verify(source: Path, mended: Path) -> list[Run]:
         for path, twin in zip((source, mended), twins, strict=True):
             float32_twin(path, twin, NARROW)
         native = _session(mended)
-        if native is not None:  # a file of 16-bit floats must run as it is, too
+        if native is not None:  # a file of 16-bit floats has to run as it is too, not only widened
             for batch in _batches(mended):
                 _must_run(native, _draw(mended, batch), batch)
         note = "the original, which does not load, in float32"
@@ -85,7 +87,7 @@ def _compare(original: OnnxRuntime | None, session: OnnxRuntime, mended: Path, b
 
 
 def _invalid(path: Path) -> str | None:
-    """Why the ONNX checker refuses the file."""
+    """Why the ONNX checker refuses the file; None if it does not."""
     try:
         check_onnx(path)
     except FxfuseError as error:
@@ -94,7 +96,7 @@ def _invalid(path: Path) -> str | None:
 
 
 def _session(path: Path) -> OnnxRuntime | None:
-    """None if ONNX Runtime does not load the file."""
+    """A session of the file; None if ONNX Runtime does not load it."""
     require_onnxruntime()
     try:
         return OnnxRuntime(path, quiet=True)
@@ -103,7 +105,7 @@ def _session(path: Path) -> OnnxRuntime | None:
 
 
 def _run(session: OnnxRuntime, inputs: Inputs) -> list[torch.Tensor] | None:
-    """None if it fails."""
+    """The outputs; None if the run fails."""
     try:
         return session(*inputs)
     except FxfuseError:
@@ -130,14 +132,14 @@ def _graph_inputs(path: Path) -> list[ir.Value]:
 
 
 def _batches(path: Path) -> list[int]:
-    """1 and 2, or what is fixed in the file."""
+    """The batch sizes to run at: 1 and 2, or the one that is fixed in the file."""
     first = [value.shape[0] for value in _graph_inputs(path) if value.shape is not None and len(value.shape)]
     fixed = [size for size in first if isinstance(size, int)]
     return [1, 2] if len(fixed) < len(first) else fixed[:1] or [1]
 
 
 def _draw(path: Path, batch: int) -> Inputs:
-    """Random inputs: whole numbers from {0, 1}, which are ids of any vocabulary, masks and positions alike."""
+    """Random inputs. Integers are 0 or 1, which are valid as token ids, as masks and as positions."""
     generator = torch.Generator().manual_seed(batch)
     values = _graph_inputs(path)
     sizes = _bindings(values, batch)
@@ -157,7 +159,8 @@ def _draw(path: Path, batch: int) -> Inputs:
 
 
 def _bindings(values: Iterable[ir.Value], batch: int) -> dict[str, int]:
-    """Every symbol of the inputs' shapes: the batch for what stands first, small distinct sizes for the others."""
+    """A size for every symbol in the inputs' shapes: the batch for first dimensions, small distinct sizes for
+    others."""
     sizes: dict[str, int] = {}
     others = count(5)
     dims = [(axis, dim) for value in values for axis, dim in enumerate(value.shape or ())]
@@ -176,7 +179,7 @@ def _size(dim: int | ir.SymbolicDim, axis: int, sizes: dict[str, int], batch: in
 
 
 def _rows(path: Path, inputs: Inputs, batch: int) -> Iterable[Inputs]:
-    """The inputs of every sequence of the batch alone."""
+    """The inputs, one sequence of the batch at a time."""
     for i in range(batch):
         yield [
             tensor[i : i + 1] if value.shape is not None and isinstance(value.shape[0], ir.SymbolicDim) else tensor

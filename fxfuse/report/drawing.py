@@ -1,4 +1,4 @@
-"""One layer before and after fusing, as two SVGs in which equal numbers and colours are what became what.
+"""One layer before and after fusing, as two SVGs. A region and the operator that it became share a number and a colour.
 
 The SVGs need no style sheet and no identifiers: they draw with the text colour of whatever page they stand in, light or
 dark, and any number of them can stand in one page.
@@ -15,12 +15,12 @@ from fxfuse.report.layer import Call, Layer
 from fxfuse.report.layout import Box, Line, lay_out, shortened
 
 HUES = (28, 210, 150, 280, 345, 90, 185, 255, 55)
-"""Of the operators, in the order of the report's summary; far apart for the first few."""
+"""Hues in degrees, given to the operators in the order of the report's summary; the first few are far apart."""
 
 
 @dataclass(frozen=True)
 class Region:
-    """What became one operator, or that operator."""
+    """The box around the nodes that became one operator (before), or around that operator (after)."""
 
     title: str
     """``"2 RotaryEmbedding"``; the number is the same before and after."""
@@ -36,7 +36,7 @@ class Node:
     box: Box
     hue: int | None = None
     gone: bool = False
-    """Computed before and needed by nobody after."""
+    """Was it computed before fusing, and is it needed by nobody afterwards?"""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _side(title: str, calls: Sequence[Call], titles: dict[int, str], colours: di
 
 
 def _arrow(line: Line) -> Arrow:
-    """The curve, and a small triangle at its tip."""
+    """A line as an SVG path, and a small triangle at its tip."""
     start, *rest = line.points
     path = f"M{_point(start)}C" + " ".join(map(_point, rest))
     (x, y), (tip_x, tip_y) = rest[-1], line.tip

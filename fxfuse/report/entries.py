@@ -23,14 +23,14 @@ class Entry:
     """One region of the graph and what became of it."""
 
     operator: str
-    """The ONNX operator (or the user's op) the region is, or nearly is: ``"RMSNormalization"``."""
+    """The ONNX operator, or the user's own, that the region is or nearly is: ``"RMSNormalization"``."""
     status: Status
     nodes: tuple[str, ...]
     """Names of the original graph nodes in the region, in graph order; the output is last."""
     result: str | None = None
     """Name of the node that took its place (status ``fused`` or ``decomposed``)."""
     parameters: dict[str, Any] = field(default_factory=dict)
-    """What was read off the region: ``{"epsilon": 1e-5}``."""
+    """The parameters that were measured on the region: ``{"epsilon": 1e-5}``."""
     reason: str | None = None
     """Why it was not fused: the property that failed, or the error that the proof saw."""
     source: str | None = None
@@ -39,7 +39,7 @@ class Entry:
     """Path of the innermost ``nn.Module``: ``"layers.0.sa_norm"``."""
     name: str | None = None
     """What `fuse(accept=…)` knows the refusal by: ``"clamp@model.py:12"``, or ``"attention@model.py:12"`` where no
-    single call is to blame; the same in every run. None where it was fused, or where nothing is at one place."""
+    single call is to blame; the same in every run. None where it was fused, or where no one line is to blame."""
     evidence: Evidence | None = None
     """Why it is the same for every size, magnitude and value; None where nothing was fused, or not proven."""
 

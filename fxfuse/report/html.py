@@ -82,7 +82,7 @@ def _render(template: str, **values: Any) -> Markup:
 
 
 def _style() -> Markup:
-    """Ours, and without a user's text in it."""
+    """The style sheet. It is our own file and holds no text of a user's, so it need not be escaped."""
     return _render("style.css")
 
 

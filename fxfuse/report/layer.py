@@ -18,7 +18,7 @@ from fxfuse.graph.source import module_path, source_line
 from fxfuse.graph.view import ASSERTIONS, op_name, size_text, tensor
 
 MAX_CALLS = 160
-"""More than this nobody reads; of a longer layer the stretch with the most fused regions is kept."""
+"""Nobody reads a drawing of more calls. Of a longer layer the stretch with the most fused regions is drawn."""
 _ENTRY = "fxfuse_entry"
 _NUMBERED = re.compile(r"(?:.*?\.)??\d+(?=\.|$)")
 
@@ -56,7 +56,7 @@ class Layer:
     module: str | None
     """``"layers.0"``; None where no layer is numbered and the whole program, or a part of it, is shown."""
     whole: bool
-    """Is nothing of it cut away?"""
+    """Is the whole layer here, or was it cut to `MAX_CALLS`?"""
     before: tuple[Call, ...]
     after: tuple[Call, ...]
 
@@ -64,7 +64,7 @@ class Layer:
 def mark(result: Node, entry: int, replaced: Node) -> None:
     """Note on the nodes just inserted up to `result` which entry of the report they stand for.
 
-    Where `replaced` had been put in by an entry itself, it is still that one's.
+    If `replaced` was itself inserted by an earlier entry, the new nodes stand for that one.
     """
     entry = replaced.meta.get(_ENTRY, entry)
     stack = [result]

@@ -19,8 +19,8 @@ from fxfuse.errors import FxfuseError
 from fxfuse.report.layer import Call
 
 CHARACTER, PADDING, HEIGHT, TITLE, MARGIN = 6.7, 14.0, 22.0, 15.0, 3.0
-"""Pixels: the width of a character of the 11 px monospaced font, what is around it, a box, a region's title, and the
-edge of the drawing."""
+"""In pixels: the width of a character of the 11 px monospaced font, the space around a text, the height of a box, that
+of a region's title, and the margin of the drawing."""
 _INCH = 72.0
 _LOCK = threading.Lock()  # Graphviz keeps its state in globals
 
@@ -50,11 +50,11 @@ class Layout:
     width: float
     height: float
     calls: dict[str, Box]
-    """By the names of the calls."""
+    """The box of each call, by the call's name."""
     ports: dict[str, Box]
-    """What the calls read from outside, by name."""
+    """The box of each tensor that the calls read from outside, by name."""
     regions: dict[int, Box]
-    """By entry."""
+    """The box of each region, by the number of its entry in the report."""
     lines: tuple[Line, ...]
 
 
@@ -68,7 +68,7 @@ def available() -> bool:
 
 
 def lay_out(calls: Sequence[Call], titles: dict[int, str]) -> Layout:
-    """Places `calls`, every region of them (by `Call.entry`) within a box below its title.
+    """Lay out a drawing of `calls`; those with one `Call.entry` stand together in a box below their title.
 
     Raises:
         FxfuseError: pygraphviz is not installed.
@@ -90,7 +90,8 @@ def lay_out(calls: Sequence[Call], titles: dict[int, str]) -> Layout:
         if call.entry is not None:
             regions.setdefault(call.entry, []).append(ids[call.name])
     for entry, nodes in regions.items():
-        # A table of a fixed size keeps the place of the title; text would be measured, which needs fonts.
+        # An empty table of a fixed size reserves the place of the title. Graphviz would have to measure text, and needs
+        # fonts.
         space = f'WIDTH="{_width(titles[entry]):.0f}" HEIGHT="{TITLE:.0f}"'
         label = f'<<TABLE FIXEDSIZE="TRUE" BORDER="0" {space}><TR><TD></TD></TR></TABLE>>'
         graph.add_subgraph(nodes, name=f"cluster_{entry}", label=label)
@@ -98,7 +99,7 @@ def lay_out(calls: Sequence[Call], titles: dict[int, str]) -> Layout:
         graph.layout(prog="dot")
     curves = [_curve(edge.attr["pos"]) for edge in graph.edges()]
     left, bottom, right, top = _numbers(graph.graph_attr["bb"])
-    for x, y in (point for curve in curves for point in curve):  # lines may leave the bounding box
+    for x, y in (point for curve in curves for point in curve):  # a line may bulge out of the bounding box
         left, bottom, right, top = min(left, x), min(bottom, y), max(right, x), max(top, y)
     place = _Placement(left - MARGIN, top + MARGIN)
     return Layout(

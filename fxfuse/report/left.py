@@ -24,7 +24,7 @@ _HOLD = {
 
 
 def left_alone(blocks: Blocks) -> Iterator[Entry]:
-    """An entry for each kind of operator that a block may hold in which autocast cannot be read."""
+    """An entry for each kind of operator that may stand in a block of autocast whose casts cannot be worked out."""
     for name, inside, unclear in blocks.left:
         found: dict[str, Node] = {}
         for node in flattened(inside.nodes):

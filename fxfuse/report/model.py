@@ -12,16 +12,16 @@ from fxfuse.report.text import render
 class Report(Entries):
     """All entries of one `fxfuse.fuse` call, in graph order, with counts and timings.
 
-    `str(report)` is the table a person reads, a notebook shows it with a drawing; `to_dict()` is the JSON form.
+    `str(report)` is the table that a person reads. A notebook shows it with a drawing. `to_dict()` is the JSON form.
     """
 
     def __str__(self) -> str:
         return render(self)
 
-    __repr__ = __str__  # of hundreds of entries a prompt wants no more than that
+    __repr__ = __str__  # a dataclass would print hundreds of entries at the prompt
 
     def _repr_html_(self) -> str:
-        from fxfuse.report.html import fragment  # here: Jinja is needed by notebooks alone
+        from fxfuse.report.html import fragment  # imported here, because only notebooks need Jinja
 
         return fragment(self)
 

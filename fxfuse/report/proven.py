@@ -1,4 +1,5 @@
-"""Why what was fused is the same: the evidence of all entries, what is alike together, in one line or unfolded."""
+"""Why each fused operator computes the same: the evidence of all entries, with entries that rest on the same
+together."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from fxfuse.proof.evidence import Evidence
 from fxfuse.report.entries import Entries, Entry
 
 LONGEST = 200
-"""Characters of a line."""
+"""The most characters of a line."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Proven:
     operator: str
     count: int
     evidence: Evidence
-    """What holds for all of them: the fewest draws, the largest errors."""
+    """Evidence that holds for all of them: the fewest draws, the largest errors."""
     sources: tuple[str, ...]
 
     @property

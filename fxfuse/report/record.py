@@ -11,11 +11,11 @@ from typing import Any
 from fxfuse.report.model import Report
 
 VERSION = 1
-"""Of the schema. New keys may appear within a version; none changes its meaning or goes."""
+"""The version of the schema. Within one version keys may be added; none is removed or changes its meaning."""
 
 
 def record(report: Report, **run: Any) -> dict[str, Any]:
-    """The report and what is known of the run it came from, in JSON's own types.
+    """The report, and what is known of the run that made it, as JSON's own types.
 
     Args:
         report: what fusing did.
@@ -40,7 +40,7 @@ def dumps(record: Mapping[str, Any]) -> str:
 
 
 def as_json(value: Any) -> Any:
-    """`value` in JSON's types: what it lacks (symbols, dtypes, infinities) as text."""
+    """`value` in JSON's types. What JSON has no type for (symbols, dtypes, infinities) becomes text."""
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, int) and type(value) is int:

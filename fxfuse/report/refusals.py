@@ -25,7 +25,7 @@ _BARE = re.compile(r"\(([a-z_]\w*)\)$")
 
 
 def name_of(operator: str, reason: str, anchor: Node | None) -> str | None:
-    """The break that the reason names; else the operator and the line of the model that it nearly is."""
+    """A name for a refusal: that of the call that the reason blames; else the operator with the model's line."""
     found = _PLACED.search(reason) or _BARE.search(reason)
     if found is not None:
         return found[1]
@@ -36,15 +36,17 @@ def name_of(operator: str, reason: str, anchor: Node | None) -> str | None:
 
 
 def names_in(module: GraphModule) -> Iterator[str]:
-    """What the calls of a program, and of the graphs within it, are named by."""
+    """The names that refusals could have in a program: one for each call, those in its subgraphs included."""
     for inner in module.modules():
         if isinstance(inner, GraphModule):
             yield from (break_name(node) for node in inner.graph.nodes if node.op == "call_function")
 
 
 def settle(report: Report, accept: Collection[str], module: GraphModule) -> None:
-    """What became of the names in `accept`: those that could not be overruled are said in the report to be so, and of
-    those that nothing was refused by a warning is given.
+    """Tell the caller what became of the names in `accept`.
+
+    An entry whose refusal could not be overruled says so in the report. For a name under which nothing was refused a
+    warning is given.
     """
     overruled = {name for entry in report for name in (entry.evidence.accepted if entry.evidence else ())}
     refused = {entry.name for entry in report if entry.status != "fused"}
@@ -78,10 +80,10 @@ def failed(pattern: Pattern, what: str, error: Exception) -> str:
 
 
 def said(error: Exception) -> str:
-    """``"TypeError: no such thing (mine.py:12)"``: with the line that raised it, where that is neither fxfuse's nor
-    torch's."""
+    """``"TypeError: no such thing (mine.py:12)"``: an error with the last line of the traceback that is neither
+    fxfuse's nor torch's."""
     where = ""
-    with suppress(Exception):  # of an exception that cannot be printed nothing is said
+    with suppress(Exception):  # some exceptions cannot be printed
         text = str(error).strip()
         for frame in traceback.extract_tb(error.__traceback__):
             if not any(f"{os.sep}{own}{os.sep}" in frame.filename for own in ("fxfuse", "torch")):

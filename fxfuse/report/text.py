@@ -1,4 +1,4 @@
-"""The report as text: a line per operator, then what did not fuse and why, equal cases together."""
+"""The report as text: a line for each operator, then what did not fuse and why, with equal cases told once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Tally:
     refused: int
     near_misses: int
     parameters: str
-    """What the fused ones have in common; values that differ among them are left out."""
+    """The parameters that all its fused regions have in common; those that differ are left out."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Unfused:
     count: int
     source: str | None
     module: str | None
-    """Path of the first of them."""
+    """Path of the module of the first of them."""
     nodes: tuple[str, ...]
     """Nodes of the first of them."""
     name: str | None = None
-    """What `fuse(accept=…)` knows it by."""
+    """The name that `fuse(accept=…)` takes."""
 
     @property
     def where(self) -> str:
@@ -58,7 +58,7 @@ class FusedLine:
     operator: str
     source: str | None
     parameters: str
-    """What they have in common."""
+    """The parameters that they have in common."""
     modules: tuple[str, ...]
     nodes: int
     """Nodes of the first of them."""
