@@ -16,16 +16,16 @@ OK, BAD_INPUT, NO_PARITY = 0, 2, 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code."""
+    """Run one command and return its exit code."""
     arguments = parser().parse_args(argv)
-    # Tables and progress go to stdout and stderr of this moment: a test or a caller may have replaced them.
+    # Consoles are made here, not at import, because a test or a caller may have replaced stdout and stderr since.
     out, err = Console(file=sys.stdout, soft_wrap=False), Console(file=sys.stderr, soft_wrap=True)
     try:
         with warnings.catch_warnings():
             # Deprecations inside torch and onnxscript, which the user of a command cannot act on.
             warnings.simplefilter("ignore", DeprecationWarning)
             warnings.simplefilter("ignore", FutureWarning)
-            # Inputs that share a symbol are given its one name.
+            # torch warns that inputs with one symbol share its name, which is what is wanted.
             warnings.filterwarnings("ignore", "# The axis name: .* shares the same shape constraints")
             warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
             arguments.run(arguments, out, err)

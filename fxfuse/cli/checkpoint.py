@@ -1,4 +1,4 @@
-"""Real weights: safetensors and torchtune's files, whole or sharded, under torchtune's, Meta's or HF's names."""
+"""Reading real weights: safetensors or PyTorch files, whole or sharded, under torchtune's, Meta's or HF's names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NOT_WEIGHTS = ("adapter_", "recipe_state", "optimizer", "training_args", "schedu
 
 
 def load_checkpoint(model: torch.nn.Module, path: Path, family: str | None = None) -> None:
-    """Fills `model` with the weights in `path`, cast to the dtypes that `model` has.
+    """Fill `model` with the weights in `path`, cast to the dtypes that `model` has.
 
     Args:
         model: every parameter and persistent buffer of it must be in the checkpoint, and nothing else.
@@ -166,7 +166,7 @@ def _read_file(file: Path) -> Weights:
     except Exception as error:  # safetensors, pickle and zipfile each raise their own
         raise FxfuseError(f"cannot be read as weights: {type(error).__name__}: {error}", where=str(file)) from error
     if isinstance(loaded, dict) and isinstance(loaded.get("model"), dict):
-        loaded = loaded["model"]  # torchtune's recipes keep the weights under "model"
+        loaded = loaded["model"]  # torchtune's training recipes save the weights under this key
     if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
         raise FxfuseError("holds something other than named tensors", where=str(file))
     return loaded

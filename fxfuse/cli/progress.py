@@ -1,4 +1,4 @@
-"""Where the time and the memory went, said while it happens and again at the end."""
+"""Time and memory of each stage of a command, printed while it runs and again at the end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from rich.console import Console
 
 @dataclass
 class Stages:
-    """The steps of one command. On a terminal the running one spins; elsewhere each prints a line when it is done."""
+    """The stages of one command. A terminal shows a spinner for the running one; elsewhere each prints a line at its
+    end."""
 
     console: Console
     seconds: dict[str, float] = field(default_factory=dict)
@@ -23,7 +24,7 @@ class Stages:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Times the block. Its line is printed even if it fails, so that the reader sees how far things came."""
+        """Time the block. Its line is printed even if it fails, so that the reader sees how far the command came."""
         started = time.perf_counter()
         try:
             if self.console.is_terminal:
@@ -38,7 +39,7 @@ class Stages:
 
 
 def peak_memory() -> int:
-    """The most memory that this process has had in use, in bytes, file mappings included."""
+    """The peak resident memory of this process in bytes, mapped files included."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

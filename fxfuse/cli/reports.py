@@ -1,4 +1,4 @@
-"""``--report FILE``: the report as a page or as JSON, by the end of the file's name."""
+"""``--report FILE``: the report as a page (.html) or as data (.json)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Write = Callable[[Report, Mapping[str, Any], Sequence[Check]], None]
 
 @contextmanager
 def report_files(paths: Sequence[Path]) -> Iterator[Write]:
-    """Something that writes the report to all `paths`; that it can is found out now, not after the long work.
+    """A function that writes the report to all `paths`. Whether they can be written is found out before the long work.
 
     Raises:
         FxfuseError: a file that is neither .html nor .json, or that cannot be written.

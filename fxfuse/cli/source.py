@@ -49,16 +49,16 @@ class Loaded:
     kwargs: dict[str, Any] = field(default_factory=dict)
     dynamic_shapes: Any = None
     notes: list[str] = field(default_factory=list)
-    """What the user should know about it: that its weights are random."""
+    """Notes for the user, such as that the weights are random."""
     folder: Path | None = None
-    """Of the checkpoint, where its configuration and tokenizer lie."""
+    """The checkpoint's folder, where its configuration and tokenizer lie."""
 
 
 def load(request: Request) -> Loaded:
-    """Loads what `request` names.
+    """Load what `request` names.
 
     Raises:
-        FxfuseError: it names nothing, cannot be loaded, or an option does not apply to it.
+        FxfuseError: there is no such source, it cannot be loaded, or an option does not apply to it.
     """
     kind, _, name = request.source.partition(":")
     if kind == "torchtune" and not request.allow_missing:
@@ -117,7 +117,7 @@ def _torchtune(name: str, request: Request) -> Loaded:
 
 
 def _pretrained(request: Request) -> Loaded:
-    """An encoder of transformers; a decoder is exported with its cache, see `fxfuse.cli.generation`."""
+    """An encoder of transformers. Decoders are exported with their cache, by `fxfuse.cli.generation`."""
     holds = look(request.source)
     if holds.generates:
         raise FxfuseError(
@@ -149,7 +149,7 @@ def saved_program(path: Path) -> ExportedProgram:
     """The program in a file.
 
     Raises:
-        FxfuseError: there is no such file, or it is none that torch.export.save wrote.
+        FxfuseError: there is no such file, or torch.export.save did not write it.
     """
     if path.is_dir():
         raise FxfuseError(
@@ -161,7 +161,7 @@ def saved_program(path: Path) -> ExportedProgram:
         raise FxfuseError("no such file", where=str(path))
     try:
         program: ExportedProgram = torch.export.load(path)
-    except Exception as error:  # whatever zipfile, json, pickle or torch raise on what is no archive of theirs
+    except Exception as error:  # zipfile, json, pickle and torch each raise errors of their own on a file like that
         raise FxfuseError(
             f"not a program saved with torch.export.save: {type(error).__name__}: {_first_line(error)}",
             where=str(path),

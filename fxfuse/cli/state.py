@@ -1,4 +1,4 @@
-"""State that a model writes in place, as the command line tells of it."""
+"""How the command line reports state that a model writes in place."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def describe(pairs: Pairs) -> list[str]:
 
 
 def _uniform(tensor: torch.Tensor) -> float | int | bool | None:
-    """The number that every element is; None where they differ."""
+    """The number that all elements are; None if they differ."""
     if tensor.is_meta or tensor.numel() == 0 or tensor.is_complex():
         return None
     first = tensor.flatten()[0]

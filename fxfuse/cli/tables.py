@@ -1,4 +1,4 @@
-"""The tables that a person reads at the end."""
+"""The tables that a command prints at its end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fxfuse.report.text import tallies, unfused
 def show_report(console: Console, report: Report) -> None:
     """What was fused, and what was not and why."""
     rows = tallies(report)
-    # A column that is rarely of use: the table is to fit into 80.
+    # This column is shown only where it is of use, so that the table fits into 80 characters.
     decomposed = any(row.decomposed for row in rows)
     table = _table(
         f"Fused at opset {report.opset}: {report.nodes_before} → {report.nodes_after} nodes",
@@ -44,8 +44,8 @@ def show_report(console: Console, report: Report) -> None:
 def show_checks(console: Console, checks: list[Check]) -> None:
     """Parity, a row per backend and shape.
 
-    An ulp is one unit in the last place at the output's own magnitude; `own` is how many of them eager's rounding
-    moves its own result.
+    An ulp is one unit in the last place at the output's own magnitude. The column `own` says by how many ulps eager
+    PyTorch's result is off through its own rounding.
     """
     table = _table("Against eager PyTorch", "backend", ("inputs", "max abs", "ulp", "own ulp"), "result")
     for check in checks:

@@ -17,7 +17,7 @@ from fxfuse.errors import FxfuseError
 from fxfuse.installed import check_installed
 
 BATCH, SEQ = 2, 16
-"""Sizes of the sample inputs, where none are given."""
+"""Batch and length of the sample inputs if none are given."""
 
 Builder = Callable[..., torch.nn.Module]
 
@@ -28,11 +28,10 @@ def build(
     """The model that torchtune's builder `name` makes, in evaluation mode, and its family (``"llama3_2"``).
 
     Args:
-        name: of a model (``llama3_2_1b``) or of its components (``llama3_2``), perhaps with its family in front
-            (``qwen2.qwen2``).
-        options: arguments of the builder.
-        dtype: of weights and caches; torchtune builds under a default dtype, and its rotary caches depend on that.
-        blank: leave the weights uninitialised, for a checkpoint to fill.
+        name: the builder of a model (``llama3_2_1b``) or of its components (``llama3_2``), perhaps with its family
+        first (``qwen2.qwen2``). options: arguments of the builder. dtype: of weights and caches. It is PyTorch's
+        default dtype during the build, for torchtune's rotary caches depend on that. blank: leave the weights
+        uninitialised, for a checkpoint to fill.
 
     Raises:
         FxfuseError: unknown builder or option, missing option, or the builder refuses the values.
@@ -162,7 +161,7 @@ def _check_options(name: str, builder: Builder, options: Mapping[str, Any]) -> N
 
 
 def _fill_empty(model: torch.nn.Module) -> None:
-    """Draws what torchtune leaves to the checkpoint: CLIP's position embedding is `torch.empty`."""
+    """Draw weights that torchtune leaves uninitialised for a checkpoint: CLIP's position embedding is `torch.empty`."""
     position = getattr(model, "position_embedding", None)
     if isinstance(position, torch.nn.Parameter):
         with torch.no_grad():

@@ -19,7 +19,7 @@ from fxfuse.report.record import as_json, dumps
 
 
 def verify(arguments: argparse.Namespace, out: Console, err: Console) -> None:
-    """Prove the one against the other again.
+    """Prove again that the fused program computes what the original does.
 
     Raises:
         FxfuseError: bad input.
@@ -31,7 +31,7 @@ def verify(arguments: argparse.Namespace, out: Console, err: Console) -> None:
     if report is not None and report.is_dir():
         raise FxfuseError("the report's file is a folder", where=f"--report {report}")
     stages = Stages(err)
-    # That the report can be written is found out now, not after the long work.
+    # Whether the report can be written is found out here, before the long work.
     with nullcontext() if report is None else staging(report.absolute().parent, report.name) as folder:
         with stages.stage("load"):
             original, fused = saved_program(arguments.original), saved_program(arguments.fused)

@@ -1,8 +1,9 @@
 """A decoder of torchtune as one graph that prefills and decodes; `fxfuse.decoder.export` says with which inputs.
 
-torchtune's own caches are buffers of one batch size, which count the calls, and its decoders take no mask of padded
-tokens. So a copy of the model, which shares the weights, is captured: what its attentions call a cache joins the new
-keys to an input, and the mask [B, S, P + S] is made of `attention_mask` and of the order of the keys.
+torchtune's own caches are buffers of one batch size that count the calls, and its decoders take no mask for padded
+tokens. So a copy of the model is captured, which shares the weights. In it every attention is given a stand-in for its
+cache, which joins the new keys to an input of the graph, and the mask [B, S, P + S] is computed from `attention_mask`
+and the order of the keys.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ BATCH, NEW, PAST = "batch_size", "sequence_length", "past_sequence_length"
 
 
 def is_decoder(model: object) -> bool:
-    """Is it a `torchtune.modules.TransformerDecoder`? Told without importing torchtune."""
+    """Is it a `torchtune.modules.TransformerDecoder`? This does not import torchtune."""
     names = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(model).__mro__}
     return "torchtune.TransformerDecoder" in names
 
@@ -52,7 +53,7 @@ def export_growing(
     layers = range(len(stage.attentions))
     pasts = [f"past_key_values.{i}.{what}" for i in layers for what in ("key", "value")]
     batch, past, total = (torch.export.Dim(n) for n in (BATCH, PAST, "total_sequence_length"))
-    new = torch.export.Dim(NEW, max=getattr(model, "max_seq_len", None))  # it raises on more
+    new = torch.export.Dim(NEW, max=getattr(model, "max_seq_len", None))  # the model raises if there are more
     ids = {0: batch} if one_token else {0: batch, 1: new}
     axes = [ids, {0: batch, 1: total}, ids, tuple({0: batch, 2: past} for _ in pasts)]
     program = export(
@@ -70,7 +71,8 @@ def export_growing(
 
 
 class Stage(nn.Module):
-    """`model`, called as a runtime calls it: everything that a step needs goes in, all that the next one needs out."""
+    """`model` with the signature that a runtime calls: a step gets all it needs as inputs, and returns what the next
+    step needs."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -84,7 +86,7 @@ class Stage(nn.Module):
             attention.kv_cache = None
             attention.setup_cache(1, next(model.parameters()).dtype, 1)
             self.shapes.append(attention.kv_cache.k_cache.shape)
-            del attention.kv_cache  # under the name of a module nothing else can be set
+            del attention.kv_cache  # PyTorch lets a module's attribute be replaced only by another module
             attention.kv_cache = _Grown()
             attention.cache_enabled = True
             if (window := getattr(attention, "sliding_window_size", None)) is not None:
@@ -107,7 +109,7 @@ class Stage(nn.Module):
         return logits, *(tensor for attention in self.attentions for tensor in attention.kv_cache.present)
 
     def sample(self, length: int) -> tuple[Any, ...]:
-        """Inputs to capture with: two rows of `length` tokens, after a past of five."""
+        """Sample inputs for the capture: two rows of `length` tokens, after a past of five."""
         weight = next(self.model.parameters())
         ids = torch.ones(2, length, dtype=torch.int64, device=weight.device)
         positions = torch.arange(5, 5 + length, device=weight.device).expand(2, length).contiguous()
@@ -120,7 +122,7 @@ class Stage(nn.Module):
 
 
 class Eager:
-    """A decoder of torchtune, called as transformers' models are: in eager PyTorch, with a cache that grows."""
+    """A decoder of torchtune that can be called as transformers' models are: in eager PyTorch, with a growing cache."""
 
     def __init__(self, model: nn.Module) -> None:
         self.stage = Stage(model).eval()
@@ -136,7 +138,7 @@ class Eager:
     def __call__(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past_key_values: Any, **_: Any
     ) -> SimpleNamespace:
-        """`logits` [B, S, V] and `past_key_values`; None is no past."""
+        """Returns `logits` [B, S, V] and `past_key_values`; None for the past means that there is none."""
         if past_key_values is None:
             empty = ((len(input_ids), heads, 0, size) for _, heads, _, size in self.stage.shapes for _ in range(2))
             past_key_values = [self.weight.new_zeros(shape) for shape in empty]
@@ -152,7 +154,7 @@ class _Pasts(list[Tensor]):
 
 
 class _Grown:
-    """Stands for `torchtune.modules.KVCache`: `update` is all that an attention asks of it."""
+    """Stands in for `torchtune.modules.KVCache`, of which an attention only calls `update`."""
 
     past: tuple[Tensor, Tensor]
     present: tuple[Tensor, Tensor]
@@ -164,7 +166,7 @@ class _Grown:
 
 
 class _Window:
-    """Cuts from the mask [B, S, P + S] what lies `size` positions back, or further."""
+    """A hook that hides, in the mask [B, S, P + S], keys that lie `size` or more positions back."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -178,7 +180,7 @@ class _Window:
 
 
 def windows(model: nn.Module) -> dict[int, int]:
-    """How many positions a query sees, its own included, in the layers that limit that."""
+    """For each layer with a window, how many positions a query sees, its own included."""
     sizes = (getattr(attention, "sliding_window_size", None) for attention in _attentions(model))
     return {layer: size for layer, size in enumerate(sizes) if size is not None}
 

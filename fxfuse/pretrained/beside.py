@@ -1,4 +1,4 @@
-"""What stands in a checkpoint's folder beside the model: the other modules of a sentence-transformers one."""
+"""What a checkpoint's folder holds beside the model: the modules that sentence-transformers puts after it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 
 
 def left_out(folder: Path, *, allow_missing: bool = False) -> list[str]:
-    """What of `folder` is not exported, as notes: pooling and other modules that follow the model.
+    """Notes on what in `folder` is not exported: pooling and other modules that follow the model.
 
     Raises:
         FxfuseError: some of it has weights, unless `allow_missing`; or modules.json cannot be read.

@@ -1,4 +1,4 @@
-"""Which type a checkpoint is exported in: one that the runtime has kernels for, whatever it was stored in."""
+"""The type in which a checkpoint is exported: one that the runtime has kernels for, whatever it was stored in."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from fxfuse.errors import FxfuseError
 
 CPU_DTYPES = (torch.float32, torch.float16)
-"""What ONNX Runtime's CPU provider has kernels of Attention and RMSNormalization for."""
+"""The types for which ONNX Runtime's CPU provider has kernels of Attention and RMSNormalization."""
 
 NO_BFLOAT16 = (
     "bfloat16 does not run in ONNX Runtime's CPU provider, nor in fxfuse.runtime.Session: it takes a runtime "
@@ -41,7 +41,7 @@ def dtype_for_cpu(config: Any, asked: torch.dtype | None) -> tuple[torch.dtype, 
 
 
 def check_dtype(dtype: torch.dtype | None, package: str | None) -> None:
-    """Refuses a type that what the package is for cannot run.
+    """Refuse a type that the runtime of this kind of package cannot run.
 
     Raises:
         FxfuseError: bfloat16 for onnxruntime-genai, whose configuration names the CPU.

@@ -1,4 +1,4 @@
-"""What lies beside the weights in a checkpoint's folder and goes with the exported model."""
+"""Copying the files of a checkpoint that go with the exported model: tokenizer, configuration, preprocessor."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ CONFIGURATION = ("config.json", "preprocessor_config.json")
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copies what belongs to a tokenizer, as transformers names it."""
+    """Copy the files of a tokenizer, by the names that transformers gives them."""
     _copy(source, folder, TOKENIZER)
 
 
 def copy_configuration(source: Path, folder: Path) -> None:
-    """Copies what says what the model is and how its inputs are made."""
+    """Copy the files that say what the model is (config.json, …) and how its inputs are made (preprocessors)."""
     _copy(source, folder, CONFIGURATION)
 
 

@@ -16,9 +16,10 @@ ADAPTER = "adapter_config.json"
 FACTORY = "write a factory function that returns (model, args, kwargs, dynamic_shapes), and name it as SOURCE"
 
 _OTHER_INPUTS = {"pixel_values", "pixel_values_videos", "input_features", "input_values"}
-"""`main_input_name` of images, video and audio: beside input_ids they make a model multimodal."""
+"""Names of inputs (`main_input_name`) that are images, video or audio. A model that takes one of them beside input_ids
+is multimodal."""
 _OTHER_PARTS = ("vision", "image", "video", "audio", "speech")
-"""In the name of a configuration's part: it is of a tower for something other than text."""
+"""Words in the name of a part of a configuration; they say that it is of a tower for something other than text."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Holds:
 
 
 def is_pretrained(source: str) -> bool:
-    """Whether SOURCE is the folder of a checkpoint as transformers or peft write it."""
+    """Is SOURCE the folder of a checkpoint, as transformers or peft write it?"""
     return any((Path(source) / name).is_file() for name in ("config.json", ADAPTER))
 
 
@@ -115,7 +116,8 @@ def _class_of(config: Any, source: str, trust_remote_code: bool) -> Any:
 
 
 def _belongs(cls: Any, config: Any) -> bool:
-    """Is it a configuration of this class, or one with a part that is? Some model types share another's classes."""
+    """Is this a configuration that the class takes, or one with a part that is? Some model types share another's
+    classes."""
     from transformers.models.auto import modeling_auto
 
     if isinstance(config, cls.config_class) or cls.config_class in config.sub_configs.values():
@@ -141,7 +143,7 @@ def _kind(cls: Any, config: Any, source: str) -> Kind:
     """How a class is exported, by its inputs and its configuration's parts.
 
     Raises:
-        FxfuseError: it is several graphs, or takes what no sample inputs are known for.
+        FxfuseError: it would need several graphs, or takes inputs for which no samples are known.
     """
     name = config.architectures[0]
     taken = set(inspect.signature(cls.forward).parameters) if hasattr(cls, "forward") else set()

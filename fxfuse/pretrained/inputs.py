@@ -1,4 +1,4 @@
-"""Sample inputs of an encoder of transformers: tokens with padding, or images, and which of their dimensions vary."""
+"""Sample inputs for an encoder of transformers (tokens with padding, or images), and which of their dimensions vary."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from fxfuse.errors import FxfuseError
 from fxfuse.torch_seams import pytree
 
 BATCH, SEQ, CHOICES = 2, 16, 3
-"""Sizes of the samples, where none are given."""
+"""Batch and length of the samples if none are given."""
 
 PREPROCESSOR = "preprocessor_config.json"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A call of the model."""
+    """A sample call of the model, and which dimensions vary."""
 
     kwargs: dict[str, torch.Tensor]
     dynamic_shapes: dict[str, dict[int, str]]
@@ -32,12 +32,12 @@ class Sample:
 def sample_of(model: Any, folder: Path, batch: int | None = None, seq: int | None = None) -> Sample:
     """Inputs by name for an encoder: input_ids, attention_mask and token_type_ids [B, S], or pixel_values [B, C, H, W].
 
-    The first row of tokens is padded on the right, where the model takes a mask. Batch and length vary; an image's
-    sizes are the model's.
+    If the model takes a mask, the first row of tokens is padded on the right. Batch and length vary; the height and
+    width of images are those that the model was made for.
 
     Args:
         model: a `PreTrainedModel`.
-        folder: of its checkpoint, whose preprocessor_config.json may say how large images are.
+        folder: the folder of its checkpoint, whose preprocessor_config.json may say how large images are.
         batch: at least 2.
         seq: the number of tokens.
 
@@ -59,7 +59,7 @@ def _tokens(model: Any, batch: int, seq: int | None) -> Sample:
     config = model.config.get_text_config()
     limit = next((n for name in ("max_position_embeddings", "n_positions") if (n := getattr(config, name, None))), None)
     if seq is None:
-        # Half of a short table, so that the comparison at another length stays within it.
+        # At most half of a short table of positions, so that the comparison at another length stays within the table.
         seq = SEQ if not isinstance(limit, int) or limit < 0 else max(2, min(SEQ, limit // 2))
     elif seq < 2 or (isinstance(limit, int) and 0 < limit < seq):
         raise FxfuseError(f"the model takes at most {limit} tokens, and a sample needs 2", where=f"--seq {seq}")
@@ -70,7 +70,7 @@ def _tokens(model: Any, batch: int, seq: int | None) -> Sample:
     draw = torch.Generator().manual_seed(1)
     ids = torch.randint(0, config.vocab_size, shape, generator=draw)
     if isinstance(pad, int) and pad >= 0:
-        # The padding's own id stands where padding is, and nowhere else: some models find it by that.
+        # The id of padding stands only where padding is, because some models find the padding by it.
         ids[ids == pad] = (pad + 1) % config.vocab_size
     kwargs = {"input_ids": ids}
     if "attention_mask" in taken:
@@ -83,7 +83,7 @@ def _tokens(model: Any, batch: int, seq: int | None) -> Sample:
         kinds = torch.zeros(shape, dtype=torch.int64)
         kinds[..., seq // 2 :] = 1
         kwargs["token_type_ids"] = kinds
-    # The head reads all choices of a row at once, however many there are.
+    # A head for multiple choice reads all choices of a row at once, however many there are.
     axes = {0: "batch", len(shape) - 1: "sequence"} | ({1: "choices"} if choices else {})
     return Sample(kwargs, {name: dict(axes) for name in kwargs})
 
@@ -135,7 +135,7 @@ def _height_width(size: Any) -> tuple[int, int] | None:
 def output_names(program: ExportedProgram) -> list[str]:
     """What the model calls its outputs, ``"logits"`` or ``"hidden_states.0"``, in their order in the graph.
 
-    Of a program that returns no `ModelOutput` nor dict, nothing.
+    An empty list if the program returns neither a `ModelOutput` nor a dict.
     """
     spec = program.call_spec.out_spec
     if spec is None:

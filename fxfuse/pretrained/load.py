@@ -12,35 +12,35 @@ from fxfuse.pretrained.holds import Holds
 from fxfuse.pretrained.quiet import quiet
 
 SHOWN = 6
-"""So many names of weights are told; of more, how many."""
+"""At most this many names of weights are listed in a message; for the others their number is given."""
 
 
 def load(holds: Holds, dtype: torch.dtype, *, allow_missing: bool = False, local: bool = True) -> tuple[Any, list[str]]:
-    """The model in evaluation mode, and what its user should know about its weights.
+    """Load the model in evaluation mode; the list holds notes on its weights for the user.
 
-    Weights that the model ties (an output that is its embedding) need to be there once.
+    Tied weights (an output layer that is the embedding) need to be in the checkpoint only once.
 
     Args:
         dtype: of the weights.
-        allow_missing: go on where weights do not fit; what that means is in the notes.
-        local: look at nothing but files.
+        allow_missing: go on if weights do not fit; the notes then say what that means.
+        local: look at files only, not on the Hub.
 
     Raises:
         FxfuseError: it does not load, or weights are missing, unused, of another shape, or too large for float16.
     """
     quantised = getattr(holds.config, "quantization_config", None)
     try:
-        with quiet(), torch.random.fork_rng(devices=[]):  # what is missing is drawn
+        with quiet(), torch.random.fork_rng(devices=[]):  # transformers draws missing weights at random
             model, info = holds.cls.from_pretrained(
                 holds.source,
                 config=holds.config if isinstance(holds.config, _config_class(holds)) else None,
                 dtype=dtype,
                 local_files_only=local,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are an error of ours, with their names
+                ignore_mismatched_sizes=True,  # reported below, with their names
                 **({"trust_remote_code": True} if holds.trust_remote_code else {}),
             )
-    except Exception as error:  # a broken checkpoint raises what its reader raises
+    except Exception as error:  # readers of checkpoints raise errors of many types
         said = str(error).strip() or type(error).__name__
         if quantised:
             raise FxfuseError(
@@ -66,11 +66,11 @@ def load(holds: Holds, dtype: torch.dtype, *, allow_missing: bool = False, local
 
 
 def _complaints(info: dict[str, Any]) -> Iterator[tuple[str, list[str], str]]:
-    """What does not fit between the checkpoint and the class, by kind: what it is, whose, and what to do."""
+    """What does not fit between checkpoint and class: for each kind a sentence, the weights, and what to do."""
     missing, unused = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     shapes = [f"{name} ({list(has)}, not {list(own)})" for name, has, own in sorted(info["mismatched_keys"])]
     if missing:
-        # Where names differ, the same weights are missing and unused: both have to be seen.
+        # If names differ, the same weight is missing under one and unused under the other, so the message shows both.
         beside = f"; it has {_some(unused, 2)}, which the class does not use" if unused else ""
         yield (
             f"{_count(missing)} not in the checkpoint{beside}. transformers draws at random",
@@ -95,10 +95,10 @@ def _complaints(info: dict[str, Any]) -> Iterator[tuple[str, list[str], str]]:
 
 
 def check_finite(model: Any, where: str) -> None:
-    """Refuses weights that float16 cannot hold.
+    """Refuse weights that float16 cannot hold.
 
     Raises:
-        FxfuseError: one became infinite.
+        FxfuseError: a weight became infinite.
     """
     for name, weight in model.state_dict().items():
         if weight.dtype == torch.float16 and bool(weight.isinf().any()):

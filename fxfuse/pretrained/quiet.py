@@ -1,4 +1,4 @@
-"""transformers without its tables and progress bars: what it has to say of a load is told as an error of ours."""
+"""Silence transformers' tables and progress bars; `fxfuse.pretrained.load` tells what was wrong with a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ _quiet: ContextVar[bool] = ContextVar("fxfuse_quiet_transformers", default=False
 
 
 def quiet() -> AbstractContextManager[None]:
-    """Within the block transformers logs errors only and draws no bars: in all threads, for it asks nobody's context.
+    """Within the block transformers logs only errors and draws no progress bars. That holds in all threads, because
+    these settings of transformers are global.
 
-    When the last of several blocks ends, it is as it was before the first.
+    When the last of several blocks ends, the settings are as they were before the first.
     """
     return applied(_patches, _quiet)
 
