@@ -44,8 +44,8 @@ def export(arguments: argparse.Namespace, out: Console, err: Console) -> None:
     """Fuse, export, compare, and only then move the files into place.
 
     Raises:
-        FxfuseError: bad input. What stood in the folder before still does.
-        ParityError: the model computes something else. The folder holds no model then.
+        FxfuseError: bad input. The folder holds what it held before.
+        ParityError: the exported model computes something else. The folder holds no model then.
     """
     holds = look(arguments.source) if is_pretrained(arguments.source) else None
     check_options(arguments, holds)
@@ -86,7 +86,7 @@ def export(arguments: argparse.Namespace, out: Console, err: Console) -> None:
         notes = [*loaded.notes, *describe(pairs)]
         if working_dtype(program) == torch.bfloat16:
             notes.append(NO_BFLOAT16 + ("" if isinstance(loaded.model, ExportedProgram) else FOR_A_CPU))
-        # The session below maps the file; the model's own copy of the weights would be a second one.
+        # ONNX Runtime maps the written file below; weights that the model still holds would be in memory twice.
         del loaded, lifted, program, fused, onnx_program
         gc.collect()
         if arguments.parity:
@@ -141,7 +141,7 @@ def repair(arguments: argparse.Namespace, out: Console, err: Console) -> None:
     """Mend an ONNX file.
 
     Raises:
-        FxfuseError: bad input. What stood there before still does.
+        FxfuseError: bad input. The target is as it was before.
         ParityError: the mended file does not compute what the original does. It is not written.
     """
     from fxfuse.repair import repair
@@ -188,7 +188,7 @@ def request_of(arguments: argparse.Namespace) -> source.Request:
 
 
 def load_program(request: source.Request, stages: Stages) -> tuple[source.Loaded, Lifted]:
-    """The model that is asked for, and its capture, with what it writes in place as inputs and outputs."""
+    """The model that is asked for, and its capture, in which what it writes in place has become inputs and outputs."""
     with stages.stage("load"):
         loaded = source.load(request)
     with stages.stage("capture"):

@@ -30,13 +30,13 @@ from fxfuse.report.record import dumps
 
 
 def generates(arguments: argparse.Namespace, holds: Holds | None) -> bool:
-    """Whether it is a graph with a cache that is asked for. `holds` is what SOURCE holds, if it is a folder."""
+    """Is a graph with a cache asked for? `holds` is what SOURCE holds, if it is a folder."""
     asked = arguments.cache or arguments.package or arguments.pair or arguments.names
     return holds.generates if holds is not None else bool(asked and arguments.source.startswith("torchtune:"))
 
 
 def check_options(arguments: argparse.Namespace, holds: Holds | None) -> None:
-    """Refuses what applies to the other kind of source.
+    """Refuse options that apply only to other kinds of sources.
 
     Raises:
         FxfuseError: an option that has no meaning for this SOURCE.
@@ -89,10 +89,10 @@ def check_options(arguments: argparse.Namespace, holds: Holds | None) -> None:
 
 
 def export_generation(arguments: argparse.Namespace, holds: Holds | None, out: Console, err: Console) -> None:
-    """Loads, exports with its cache, compares a prompt and the steps after it, and writes the package.
+    """Load the model, export it with its cache, compare a prompt and the steps after it, and write the package.
 
     Raises:
-        FxfuseError: bad input. What stood in the folder before still does.
+        FxfuseError: bad input. The folder holds what it held before.
         ParityError: the graphs compute something else. Nothing is written then.
     """
     dtype = source.parse_dtype(arguments.dtype)
@@ -103,7 +103,7 @@ def export_generation(arguments: argparse.Namespace, holds: Holds | None, out: C
     with report_files(arguments.report) as write_reports:
         with stages.stage("load"):
             model, about, notes = load_model(arguments, holds, dtype)
-        # Late: they import transformers, which may not be installed.
+        # Imported here, because they import transformers, which may not be installed.
         from fxfuse.decoder.export import export_decoder, export_step
         from fxfuse.integrations.torchtune import Eager, is_decoder
         from fxfuse.package.write import write_package
@@ -183,7 +183,7 @@ def _fusing(arguments: argparse.Namespace) -> dict[str, Any]:
 def load_model(
     arguments: argparse.Namespace, holds: Holds | None, dtype: torch.dtype | None
 ) -> tuple[Any, dict[str, Any], list[str]]:
-    """The model, what a manifest says of it, and what its user should know."""
+    """The model, the facts about it for the manifest, and notes for the user."""
     if holds is not None:
         from fxfuse.package.write import facts
 
@@ -212,7 +212,7 @@ def load_model(
 
 
 def special_tokens(checkpoint: Path | None) -> dict[str, Any]:
-    """What the checkpoint's config.json says of its tokens, if there is one: torchtune's models say nothing of them."""
+    """Special tokens from the checkpoint's config.json, if there is one; a torchtune model does not know them."""
     file = checkpoint / "config.json" if checkpoint is not None else None
     if file is None or not file.is_file():
         return {}

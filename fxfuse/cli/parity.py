@@ -32,7 +32,7 @@ from fxfuse.parity.programs import check_device, program_cells
 from fxfuse.parity.summary import failures, notes, rows
 
 SHOWN = 20
-"""Failures that are printed one by one; the JSON file has them all."""
+"""At most this many failures are printed one by one; the JSON file has all of them."""
 
 
 def parity(arguments: argparse.Namespace, out: Console, err: Console) -> None:
@@ -46,7 +46,7 @@ def parity(arguments: argparse.Namespace, out: Console, err: Console) -> None:
     check_opset(arguments.opset)
     operators = _operators(arguments)
     if device.type == "cpu" and kernels.installed():
-        kernels.interpret()  # before anything is exported: that imports Triton for the compiler
+        kernels.interpret()  # before any export, which would import Triton as a compiler
     with json_file(arguments.json) as write_json:
         record = environment(device)
         if arguments.source is None:
@@ -75,7 +75,7 @@ def parity(arguments: argparse.Namespace, out: Console, err: Console) -> None:
 
 @contextmanager
 def json_file(path: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Something that writes a record to `path`; that it can is found out now, not after the long work."""
+    """A function that writes a record to `path`. Whether it can be written is found out here, before the long work."""
     if path is None:
         yield lambda record: None
         return
@@ -91,7 +91,7 @@ def json_file(path: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
 
 
 def _operators(arguments: argparse.Namespace) -> list[str]:
-    """Which operators' matrices to run; says now what is wrong with the options."""
+    """The operators whose matrices are to be run. Options that do not fit are refused here, before the long work."""
     known = matrix.operators()
     for name in arguments.op:
         if name not in known:
@@ -120,7 +120,7 @@ def _operator_cells(operators: list[str], full: bool, device: torch.device, err:
 
 
 def _program_cells(arguments: argparse.Namespace, device: torch.device, err: Console) -> list[Cell]:
-    """The model in every type that it can be had in; a saved program only in its own."""
+    """Comparisons of the model in every dtype that it can be built in; a saved program only in its own."""
     saved = arguments.source.endswith(".pt2")
     dtypes = [arguments.dtype] if arguments.dtype or saved else list(source.DTYPES)
     found: list[Cell] = []
@@ -149,7 +149,7 @@ def _show(out: Console, arguments: argparse.Namespace, cells: list[Cell], record
         + ("" if arguments.source is None else "; for a 16-bit model float32 stands in for float64"),
         caption_justify="left",
     )
-    # What is the same in every row is not worth a column.
+    # A column whose entry is the same in every row is left out.
     model = arguments.source is not None
     labels = {"operator": len(subjects) > 1, "type": True, "shape": model, "calls": not model}
     for label in (label for label, wanted in labels.items() if wanted):

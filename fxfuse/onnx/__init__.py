@@ -1,4 +1,6 @@
-"""From a model to ONNX: `export`, spelled like ``torch.onnx.export``; or that one itself, made to fuse: `install`."""
+"""From a model to ONNX: `export`, which is called like ``torch.onnx.export``; or `install` and `enabled`, which make
+``torch.onnx.export`` itself fuse.
+"""
 
 from fxfuse.files import save
 from fxfuse.onnx.capturing.capture import capture

@@ -1,4 +1,4 @@
-"""Is ``torch.onnx.export`` to fuse, here and now, and how: for the whole process, or within one context."""
+"""Whether ``torch.onnx.export`` is to fuse, and with which options: for the whole process, or within one context."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fxfuse.options import Options
 
 @dataclass(frozen=True, eq=False)
 class Active:
-    """One `install`, or one `with enabled():`."""
+    """The options of one `install` or one `with enabled():`."""
 
     options: Options
     said: set[str] = field(default_factory=set)
-    """Warnings that were given already."""
+    """Warnings that were given already, so that each is given once."""
 
     def warn(self, what: str, error: Exception | None = None) -> None:
-        """Say once that an export goes on without fusing, and why."""
+        """Warn, once for each reason, that an export goes on without fusing."""
         if error is not None:
             what += f" ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''})"
         if what not in self.said:
@@ -31,11 +31,11 @@ class Active:
 
 _process: Active | None = None
 _context: ContextVar[Active | bool] = ContextVar("fxfuse_active", default=True)
-"""What holds in this thread and context; True is what holds for the process, False is nothing."""
+"""The options in this thread and context. True: those of the process. False: none, nothing is fused."""
 
 
 def current() -> Active | None:
-    """What holds here: the innermost context's, else the process's."""
+    """The options that apply here: those of the innermost context, else those of the process, else None."""
     here = _context.get()
     return here if isinstance(here, Active) else _process if here else None
 
@@ -47,7 +47,7 @@ def for_process(active: Active | None) -> None:
 
 @contextmanager
 def within(active: Active | None) -> Iterator[None]:
-    """Within the block, in this thread and context, `active` holds; None is nothing."""
+    """Within the block, in this thread and context, these options apply; None: nothing is fused."""
     token = _context.set(False if active is None else active)
     try:
         yield

@@ -25,13 +25,13 @@ def check_export(
     args: tuple[Any, ...] = (),
     kwargs: dict[str, Any] | None = None,
 ) -> list[Check]:
-    """Runs `onnx_program` and `model` at the sample, at batch 1 and at another batch and length where these vary.
+    """Run `onnx_program` and `model` at the sample, at batch 1 and at another batch and length where these vary.
 
-    State that is written in place goes from each of these calls to the next.
+    State that is written in place is handed from each of these calls to the next.
 
     Args:
-        onnx_program: what is to be compared; it is written to a temporary folder.
-        model: what it was exported from. Its state is put back.
+        onnx_program: the exported program; it is written to a temporary folder.
+        model: the model that it was exported from. Its state is restored afterwards.
         lifted: the capture of `model`.
         args: sample inputs, for a program that was saved without any.
         kwargs: the same by name.
@@ -62,7 +62,7 @@ def check_export(
 
 
 def check_weights(model: torch.nn.Module | ExportedProgram) -> None:
-    """Refuses weights that hold no values.
+    """Refuse weights that hold no values.
 
     Raises:
         FxfuseError: one is on the meta device.

@@ -77,7 +77,7 @@ def export(
     dynamo: bool = True,
     **of_patterns: Any,
 ) -> torch.onnx.ONNXProgram:
-    """Exports `model` to ONNX with its RMSNorms, rotary embeddings and attentions as single standard operators.
+    """Export `model` to ONNX with its RMSNorms, rotary embeddings and attentions as single standard operators.
 
     Takes what ``torch.onnx.export(..., dynamo=True)`` takes, with the same meaning; what differs is listed here.
 
@@ -179,10 +179,10 @@ def lifted_program(
     kwargs: dict[str, Any] | None = None,
     dynamic_shapes: dict[str, Any] | tuple[Any, ...] | list[Any] | None = None,
 ) -> Lifted:
-    """`model` captured as in `as_program`, its state as inputs and outputs.
+    """`model` captured as in `as_program`, with the state that it writes in place as inputs and outputs.
 
-    State that is no buffer of the model's (the tensors of transformers' `StaticCache`) is captured as constants without
-    a name, which cannot be lifted, unless Dynamo traces it.
+    State that is not a buffer of the model (the tensors of transformers' `StaticCache`) would be captured as constants
+    without a name, which cannot be lifted. Such models are captured by Dynamo (`strict`), which gives them names.
 
     Raises:
         FxfuseError: what `as_program` refuses, or a write that cannot be lifted.
@@ -191,7 +191,7 @@ def lifted_program(
     try:
         return lift(program)
     except FxfuseError:
-        # Of a buffer that is assigned anew Dynamo would keep no trace.
+        # Dynamo would lose a buffer that is assigned anew (self.cache = …), so it is not the first choice.
         named_only = all(m.kind is not InputKind.CONSTANT_TENSOR for m in mutations(program))
         if named_only or not isinstance(model, torch.nn.Module):
             raise
@@ -205,14 +205,14 @@ def lifted_program(
 
 
 def names_of(model: object, args: Any, kwargs: Any, dynamic_shapes: Any, lifted: Lifted) -> Any:
-    """`dynamic_shapes` for `translate`, which takes the names of dimensions from them."""
+    """`dynamic_shapes` in the form from which `translate` takes the names of dimensions."""
     if isinstance(model, torch.nn.Module):
         return axis_names(model, check_inputs(args, kwargs), dynamic_shapes, lifted.program)
     return None if lifted.states else axis_names(model, ((), {}), dynamic_shapes, lifted.program)
 
 
 def check_values(program: ExportedProgram) -> None:
-    """Refuses weights without values: an ONNX file holds them.
+    """Refuse weights without values, because an ONNX file has to hold the values.
 
     Raises:
         FxfuseError: one of them is on the meta device.
@@ -257,7 +257,8 @@ def translate(
 ) -> torch.onnx.ONNXProgram:
     """The ONNX program of one that was lifted and fused (`lifted_program`, `fxfuse.fuse`).
 
-    torch drops what a program writes in place. `options` go to ``torch.onnx.export``.
+    The program has to be lifted, because torch drops what a program writes in place. `options` go to
+    ``torch.onnx.export``.
 
     Raises:
         FxfuseError: torch.onnx has no translation of a node, or its own one fails.
@@ -268,7 +269,7 @@ def translate(
         **translation_table(opset),
         **(custom_translation_table or {}),
     }
-    # Where the plugin is installed, it has nothing to add.
+    # The program is fused already: if the plugin is installed, it must not touch this export.
     with one_at_a_time(), within(None), quiet(), one_message():
         try:
             onnx_program = torch.onnx.export(
@@ -281,14 +282,14 @@ def translate(
         except torch.onnx.OnnxExporterError as error:
             check_no_complex(program, error)
             raise
-    assert onnx_program is not None  # None is what the TorchScript exporter returns
+    assert onnx_program is not None  # only the TorchScript exporter returns None
     finish(onnx_program, program)
     return onnx_program
 
 
 def finish(onnx_program: torch.onnx.ONNXProgram, fused: ExportedProgram) -> None:
-    """What torch's translation leaves to do: FlexAttention, masks for ONNX Runtime, integers of four bits, the report
-    for `fxfuse.report`."""
+    """Finish what torch translated: join FlexAttention nodes, rewrite masks for ONNX Runtime, pack integers of four
+    bits, attach the report for `fxfuse.report`."""
     check_taken(onnx_program.model)
     warn_of_widened(fused)
     join_flex_attention(onnx_program.model)

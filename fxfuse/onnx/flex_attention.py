@@ -4,9 +4,10 @@
     the mod's own operators                    ->       score_mod  (scores) -> scores, positions from its shape
     FlexOutput(scores, V)                               prob_mod   rows that see nothing give 0
 
-What is computed of the scores or of a position goes into `score_mod`; what it captures (tables, document ids, sizes)
-stays outside and is read from there. The operator's softmax gives NaN for a row of -inf throughout, flex_attention 0:
-`prob_mod` makes the one of the other. A row whose scores are NaN gives 0 too.
+Everything that is computed from the scores or from a position goes into `score_mod`. What the mod captures (tables,
+document ids, sizes) stays outside, and the subgraph reads it from there. For a row of -inf throughout the operator's
+softmax gives NaN, and flex_attention 0: `prob_mod` turns the one into the other. A row whose scores are NaN gives 0
+too, for the two cannot be told apart there.
 
 https://onnx.ai/onnx/operators/onnx_aionnxpreview_FlexAttention.html
 """
@@ -73,7 +74,7 @@ def _mod(output: ir.Node) -> tuple[ir.Node, list[ir.Node]]:
 
 
 def _read(node: ir.Node) -> Iterator[ir.Value]:
-    """What a node and its subgraphs read."""
+    """The values that a node and its subgraphs read."""
     yield from (value for value in node.inputs if value is not None)
     for graph in _subgraphs(node):
         for inner in graph.all_nodes():
@@ -85,7 +86,7 @@ def _subgraphs(node: ir.Node) -> list[ir.Graph]:
 
 
 def _joined(scores: ir.Node, between: Sequence[ir.Node], output: ir.Node) -> ir.Node:
-    """The one node; its output is named as the second half's."""
+    """The joined node; its output has the name of the second half's."""
     (y,) = output.outputs
     raw = scores.outputs[0]
     name = y.name or "flex_attention"
@@ -117,7 +118,7 @@ def _score_mod(scores: ir.Node, between: Sequence[ir.Node], result: ir.Value | N
 
 
 def _position(scores: ir.Value, axis: int, name: str) -> list[ir.Node]:
-    """0, 1, … along one axis of the scores, as wide as they are in rank."""
+    """Nodes that compute 0, 1, … along one axis of the scores, with as many axes as the scores have."""
     shape = ir.node("Shape", [scores], {"start": axis, "end": axis + 1})
     size = ir.node("Squeeze", shape.outputs)
     zero, one = _constant(0), _constant(1)
@@ -140,7 +141,7 @@ def _prob_mod(raw: ir.Value, name: str) -> ir.Graph:
 
 
 def _copy(node: ir.Node, known: Values, name: str) -> ir.Node:
-    """A node of the mod, within the subgraph. Names are its own: a subgraph's may not hide those around it."""
+    """A copy of a node of the mod for the subgraph. It gets new names, for a subgraph may not hide names around it."""
     copy = ir.Node(
         node.domain,
         node.op_type,

@@ -1,4 +1,4 @@
-"""What three functions inside ``torch.onnx`` are wrapped in while fxfuse is installed.
+"""The wrappers that three functions inside ``torch.onnx`` get while fxfuse is installed.
 
     torch.onnx.export(model, …)
       └─ export(model, …)                                     note how the module was marked by `fxfuse.prepass`, and
@@ -6,10 +6,10 @@
            ├─ _prepare_exported_program_for_export(program)   fuse, before anything is decomposed
            └─ _exported_program_to_onnx_program(prepared)     finish the result: boolean Where, the report
 
-Whatever goes wrong in here, the export goes on as if fxfuse were not there, and one warning says why. But for two
-things: what the program writes to in place, a buffer or an input, torch.onnx drops without a word, and is refused here;
-and a call of flex_attention that could not be fused, for which torch.onnx has no operator either, is refused with the
-reason.
+Whatever goes wrong in here, the export goes on as if fxfuse were not there, and one warning says why. Two things are
+errors all the same. A program that writes to a buffer or an input in place is refused, because torch.onnx would drop
+the write without a word. A call of flex_attention that could not be fused is refused with the reason, because
+torch.onnx has no operator for it either.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Ready:
 
     program: ExportedProgram
     source: ExportedProgram
-    """What it was fused from here; the program itself, if it came fused."""
+    """The program that was fused here; the fused program itself, if it came fused."""
     active: Active
 
 
@@ -87,10 +87,10 @@ def export(original: Function) -> Function:
 def _captured(
     model: Any, args: Any = (), kwargs: Any = None, *, registry: Any = None, dynamic_shapes: Any = None, **_: Any
 ) -> Any:
-    """The model's capture, as every door has it: torch's own may hold for the sample's sizes alone.
+    """The model, captured as every door of fxfuse does; torch's own capture may hold for the sample's sizes alone.
 
-    The model itself, if it is no module in evaluation mode, is not to be fused, or cannot be captured: torch then says
-    why.
+    The model itself is returned if it is not a module in evaluation mode, if it is not to be fused, or if it cannot be
+    captured: torch then says why.
     """
     opset = getattr(registry, "opset_version", None)
     fusable = isinstance(opset, int) and FIRST_OPSET <= opset <= LAST_OPSET
@@ -99,7 +99,7 @@ def _captured(
         return model
     try:
         return capture(model, tuple(args), kwargs, dynamic_shapes)
-    except Exception:  # what torch takes, and fxfuse does not, is torch's
+    except Exception:  # torch may take what fxfuse does not, so torch goes on with it
         return model
 
 
@@ -148,7 +148,7 @@ def translate(original: Function) -> Function:
 
 
 def _ready(program: ExportedProgram, registry: Any, active: Active) -> Ready | None:
-    """The program, fused and registered; None, after a warning, if that cannot be."""
+    """The fused program, its translations registered; None, after a warning, if that is not possible."""
     opset = getattr(registry, "opset_version", None)
     if not isinstance(opset, int) or not FIRST_OPSET <= opset <= LAST_OPSET:
         active.warn(
@@ -168,6 +168,6 @@ def _ready(program: ExportedProgram, registry: Any, active: Active) -> Ready | N
             if not own:  # the caller's custom_translation_table goes first
                 registry.register_op(operator, translation)
         return Ready(fused, fused if came_fused else program, active)
-    except Exception as error:  # a plugin never takes somebody else's export down
+    except Exception as error:  # a plugin must never break somebody else's export
         active.warn("fusing failed", error)
         return None

@@ -30,20 +30,20 @@ class TypedTape(ir.tape.Tape):
 
 
 def initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    """The initializer of that name; `tensor`, where there is none yet."""
+    """The initializer of that name; it is made of `tensor` if there is none yet."""
     if name not in graph.initializers:
         graph.register_initializer(ir.val(name, tensor.dtype, tensor.numpy().shape, const_value=tensor))
     return graph.initializers[name]
 
 
 def constant(graph: ir.Graph, numbers: list[int]) -> ir.Value:
-    """An initializer of int64, one for each list of numbers."""
+    """An initializer of int64 that holds these numbers; equal lists share one."""
     name = "fxfuse." + "_".join(str(n).replace("-", "minus") for n in numbers)
     return initializer(graph, name, ir.tensor(np.array(numbers, np.int64), name=name))
 
 
 def counted(graph: ir.Graph, count: int) -> ir.Value:
-    """0, 1, …, count - 1."""
+    """An initializer of 0, 1, …, count - 1."""
     return initializer(graph, f"fxfuse.slots_{count}", ir.tensor(np.arange(count, dtype=np.int64)))
 
 
@@ -66,6 +66,6 @@ def heads_together(graph: ir.Graph, add: Callable[[str, list[Any], Any], ir.Valu
 
 
 def takes_one_token(graph: ir.Graph) -> bool:
-    """Is it made for one new token a row?"""
+    """Is the graph made for one new token in each row?"""
     shapes = [value.shape for value in graph.inputs if value.name == "input_ids"]
     return bool(shapes) and shapes[0] is not None and shapes[0][1] == 1

@@ -5,8 +5,9 @@ fxfuse.onnx.install()              # for the process, until fxfuse.onnx.uninstal
 with fxfuse.onnx.enabled():        # for the block, in this thread (and async context) only
     torch.onnx.export(model, args, "model.onnx", dynamo=True, opset_version=24)
 
-The functions that `fxfuse.onnx.hooks` wraps are private to torch, and the same in torch 2.11 to 2.15. They are wrapped
-while anybody needs it, and put back after that. A torch in which they look different is left alone, with a warning.
+The functions that `fxfuse.onnx.hooks` wraps are private to torch; their signatures are the same in torch 2.11 to 2.15.
+They are wrapped while somebody needs it, and put back afterwards. If they look different in a newer torch, nothing is
+wrapped, and a warning says so.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ HOOKS: dict[str, Callable[[hooks.Function], hooks.Function]] = {
     ONNX_PREPARE: hooks.prepare,
     ONNX_TRANSLATE: hooks.translate,
 }
-"""Functions of `onnx_core`, and what they are wrapped in."""
+"""The names of torch's functions, and their wrappers."""
 
 _lock = threading.RLock()
 _users = 0
 _installed = False
 _ours: dict[hooks.Function, hooks.Function] = {}
-"""Functions that stand in torch.onnx now, and those they replaced."""
+"""The wrapped functions that stand in torch.onnx now, each with the function that it replaced."""
 
 
 def install(**options: Any) -> None:
@@ -127,7 +128,7 @@ def _wrap() -> None:
 
 
 def _unwrap() -> None:
-    """Put back what was there. What somebody else wrapped meanwhile stays theirs: ours does nothing beneath it."""
+    """Put torch's functions back. If somebody else wrapped ours meanwhile, it stays under theirs and does nothing."""
     core = onnx_core()
     for name in HOOKS:
         if (current := getattr(core, name, None)) in _ours:
@@ -135,7 +136,7 @@ def _unwrap() -> None:
 
 
 def _checked(name: str, function: Any) -> hooks.Function:
-    """The function, if it is called as it was: one program or model, `registry` by name, the rest optional."""
+    """The function, if its signature is as expected: a program or model, `registry` by name, all else optional."""
     where = f"{ONNX_CORE}.{name}"
     if not callable(function):
         raise Unfamiliar(f"this torch has no {where}")

@@ -1,4 +1,4 @@
-"""Names of lifted state in an ONNX graph, and what may share memory.
+"""The names of lifted state in an ONNX graph: which output is the next call's input, so that the two may share memory.
 
     state                                         input                       output
     a cache that attention number N reads         past_key_values.N.key       present.N.key
@@ -28,7 +28,8 @@ _ATTENTION = frozenset(
 
 
 def name_states(model: ir.Model, fused: ExportedProgram, states: tuple[State, ...]) -> list[tuple[State, str, str]]:
-    """Name the inputs and outputs that `fxfuse.state.lift` added, the last ones of the graph, and note the pairs.
+    """Name the inputs and outputs that `fxfuse.state.lift` added (the last ones of the graph), and write down the
+    pairs.
 
     Returns:
         Every state with the names of its input and its output.
@@ -42,7 +43,7 @@ def name_states(model: ir.Model, fused: ExportedProgram, states: tuple[State, ..
     inputs = {s.target: value for s, value in zip(buffers, model.graph.inputs[first_input:], strict=True)}
     tensors = {n.name for n in fused.graph.find_nodes(op="placeholder") if tensor(n) is not None}
     given = [name for name in fused.graph_signature.user_inputs if name in tensors]
-    named = dict(zip(given, model.graph.inputs, strict=True))  # by place: the caller may have named them
+    named = dict(zip(given, model.graph.inputs, strict=True))  # by position: the caller may have renamed them
     pairs = []
     for state, output in zip(states, model.graph.outputs[first_output:], strict=True):
         value = inputs.get(state.target) or named[state.placeholder]

@@ -1,4 +1,4 @@
-"""Nothing becomes large without a word: what an export reads wider than the model keeps it is named in a warning."""
+"""Warnings about tensors that the model keeps small (integers of few bits) and the exported graph reads wider."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from fxfuse.state.mutations import mutations
 
 
 def warn_of_widened(fused: ExportedProgram) -> None:
-    """One `FxfuseWarning` for each tensor that leaves larger than it was kept, with its module, both sizes and the
-    report's reason; the report has an entry for each."""
+    """Give an `FxfuseWarning` for each tensor that is larger in the file than in the model. It names the module, both
+    sizes and the reason; the report has an entry for each as well."""
     kept = Kept(fused, frozen=False, written=frozenset(str(m.target) for m in mutations(fused)))
     entries: list[Entry] = []
     with suppress(FxfuseError):  # a program that was fused in another process has no report
@@ -53,7 +53,7 @@ def _entry(found: Widened) -> Entry:
 
 
 def _target(program: ExportedProgram, found: Widened) -> str | None:
-    """The name that the tensor is kept under."""
+    """The name of the parameter, buffer or constant that the tensor is."""
     leaf: torch.fx.Node = found.kept
     while leaf.op != "placeholder" and leaf.all_input_nodes:
         leaf = leaf.all_input_nodes[0]
