@@ -30,9 +30,23 @@ def dequantize_affine(
     return (x * scale.reshape(one_each)).reshape(input.shape)
 
 
+def quantize(input: Tensor, scale: Tensor | float, zero_point: Tensor | int, *rest: Any, **kwargs: Any) -> Tensor:
+    """`quantize_per_tensor` of torch's `quantized_decomposed`, and `quantize_per_channel`, which is given an axis."""
+    *axis, low, high, kind = rest
+
+    def spread(value: Tensor | float) -> Tensor:
+        value = torch.as_tensor(value, dtype=torch.float64)
+        return value.reshape([-1 if d == axis[0] % input.dim() else 1 for d in range(input.dim())] if axis else [])
+
+    rounded = torch.round(input / spread(scale)) + spread(zero_point)
+    return rounded.clamp(low, high).to(kind)
+
+
 def exactly(node: Node) -> tuple[Callable[..., Any] | None, dict[str, Any]]:
     """What to call in the place of this node's operator, None for itself; and keyword arguments to call it with."""
     name = op_name(node)
+    if name in ("quantize_per_tensor", "quantize_per_channel"):
+        return quantize, {}
     if not name.startswith("dequantize_"):
         return None, {}
     schema = schema_of(node.target)

@@ -129,6 +129,9 @@ def pieces_of(name: str, call: Call) -> tuple[Pieces | None, Any]:
         return {"not a number": x.isnan(), "infinite": x.isinf()}, ()
     if name in _ROUNDS and isinstance(x, Tensor):
         return {"a fraction": x != x.trunc(), "beyond one": x.abs() >= 1, "negative": x < 0}, ()
+    if name in ("quantize_per_tensor", "quantize_per_channel") and isinstance(call.value, Tensor):
+        low, high = call.get("quant_min"), call.get("quant_max")
+        return {"below": call.value == low, "above": call.value == high, "between": call.value != low}, ()
     if name in ("floor_divide", "remainder", "fmod", "div", "divide") and isinstance(x, Tensor):
         over = (x / _tensor(call.args[1], x)).abs()
         return {"within": over < 1, "beyond": over >= 1, "negative": x < 0}, ()

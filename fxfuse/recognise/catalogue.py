@@ -17,6 +17,7 @@ SHIPPED = (
     "kv_cache",
     "cache_write",
     "dequantize_linear",
+    "quantize_linear",
 )
 """Modules of `fxfuse.patterns`, in the order in which they are applied: attention looks through rotary embeddings, and
 a cache is one where an attention reads it."""
