@@ -15,8 +15,8 @@ from fxfuse.onnx.capturing.asked import Inputs, asked, hint, name_of, named
 
 
 def axis_names(model: object, inputs: Inputs, dynamic_shapes: Any, program: ExportedProgram) -> Any:
-    """What ``torch.onnx.export`` of `program` takes the names from: one dict for each input of the graph; None where
-    there are no names.
+    """The names of dimensions as ``torch.onnx.export`` of `program` takes them: a dict for each input of the graph;
+    None if there are no names.
 
     Args:
         model: what `program` is the capture of: a module, called with `inputs`, or a program, of whose
@@ -35,7 +35,7 @@ def axis_names(model: object, inputs: Inputs, dynamic_shapes: Any, program: Expo
         if not is_named or one.axis is None or one.leaf not in axes:
             continue
         size, name = str(values[specs[one.leaf].arg.name].shape[one.axis]), name_of(one.dim)
-        if size not in given:  # torch warns of a size that is named twice
+        if size not in given:  # torch would warn if one size had two names
             axes[one.leaf][one.axis] = given[size] = name
         elif given[size] != name:
             warnings.warn(
@@ -47,7 +47,7 @@ def axis_names(model: object, inputs: Inputs, dynamic_shapes: Any, program: Expo
 
 
 def without_numbers(model: ir.Model) -> None:
-    """A dimension whose name is a number is that number. So torch writes a symbol that the capture fixed."""
+    """Turn dimensions whose name is a number into that number: torch writes symbols so that the capture fixed."""
     values = [*model.graph.inputs, *model.graph.initializers.values()]
     for value in (*values, *(out for node in model.graph.all_nodes() for out in node.outputs)):
         if value.shape is not None and any(_is_number(dim) for dim in value.shape):

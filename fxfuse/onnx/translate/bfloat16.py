@@ -2,12 +2,12 @@
 
     table (bfloat16) ── Neg ── Expand ── Cast        becomes        table ── Cast ── Neg ── Expand
 
-Tables and biases are kept in bfloat16 more often than anything is computed in it. ONNX Runtime's CPU provider moves
-such tensors and casts them (`onnxruntime_cpu_bfloat16` in `takes.json`), but does not even negate them. What it has no
-kernel for is computed in float32 and rounded once, as PyTorch's CPU kernels do; where nothing is rounded, no cast back
-is needed.
+Many models keep tables and biases in bfloat16 and compute nothing else in it. ONNX Runtime's CPU provider moves and
+casts such tensors (`onnxruntime_cpu_bfloat16` in `takes.json`), but has no kernel even to negate them. Operators
+without a kernel are computed in float32 here and rounded once, as PyTorch's CPU kernels do. Where nothing is rounded
+(Neg), the cast back is left out too.
 
-A model that multiplies matrices or attends in bfloat16 stays as it is: it is for a device that can.
+A model that multiplies matrices or attends in bfloat16 stays as it is: it is meant for a device that can.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import onnx_ir as ir
 from fxfuse.onnx.translate.takes import table
 
 EXACT = frozenset(["Abs", "Expand", "Max", "Min", "Neg", "Relu", "Tile", "Trilu", "Where"])
-"""Their results are among the numbers that they read, or those but for the sign."""
+"""Operators whose results are numbers that they read, perhaps with the other sign: nothing is rounded."""
 _COMPARES = frozenset(["Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"])
 _SUMS = frozenset(["Add", "CumSum", "Div", "Mul", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "Sub", "Sum"])
 _FUNCTIONS = frozenset(["Cos", "Erf", "Exp", "Log", "Pow", "Reciprocal", "Sigmoid", "Sin", "Softmax", "Sqrt", "Tanh"])
@@ -25,10 +25,10 @@ _ROUNDS = _SUMS | _FUNCTIONS | frozenset(["Ceil", "Floor", "Round"])
 
 
 def without_bfloat16_gaps(model: ir.Model) -> int:
-    """Computes in float32 what ONNX Runtime's CPU provider cannot in bfloat16, in place.
+    """Compute in float32, in place, what ONNX Runtime's CPU provider cannot compute in bfloat16.
 
     Returns:
-        How many nodes that were; 0 too where some have to stay in bfloat16.
+        How many nodes were changed; 0 also if some have to stay in bfloat16, for then none is.
     """
     kernels = frozenset(table()["onnxruntime_cpu_bfloat16"])
     nodes = [n for n in model.graph.all_nodes() if _touches(n) and not (n.domain == "" and n.op_type in kernels)]
@@ -50,7 +50,7 @@ def _touches(node: ir.Node) -> bool:
 
 
 def _widened(node: ir.Node, value: ir.Value, wide: dict[ir.Value, ir.Value]) -> ir.Value:
-    """The value in float32, for `node` and all that need it later."""
+    """The value in float32, from a cast before `node` that later nodes share."""
     if value not in wide:
         cast = _cast(value, ir.DataType.FLOAT)
         producer = value.producer()
@@ -65,7 +65,7 @@ def _widened(node: ir.Node, value: ir.Value, wide: dict[ir.Value, ir.Value]) -> 
 
 
 def _narrowed(node: ir.Node, output: ir.Value, wide: dict[ir.Value, ir.Value]) -> None:
-    """The node's output becomes one of float32, and what it was a cast of it."""
+    """Let the node give float32, and put a cast to bfloat16 in the place of its output."""
     assert node.graph is not None
     users = list(output.uses())
     output.type = ir.TensorType(ir.DataType.FLOAT)
@@ -88,7 +88,7 @@ def _narrowed(node: ir.Node, output: ir.Value, wide: dict[ir.Value, ir.Value]) -
 
 
 def _as_outputs(graph: ir.Graph | ir.Function, old: ir.Value, new: ir.Value) -> None:
-    """What leaves the graph keeps its name and type."""
+    """Outputs of the graph keep their names and types."""
     if not old.is_graph_output():
         return
     old.name, new.name = f"{old.name}_float32", old.name

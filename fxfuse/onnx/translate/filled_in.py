@@ -1,4 +1,5 @@
-"""Programs that were edited after their capture: what their new nodes compute is filled in."""
+"""Programs that were edited after their capture, by nodes without a value (``meta["val"]``): the values are filled
+in."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from fxfuse.torch_seams import entered, schema_of, set_graph_module
 
 @shared_specs()
 def with_values(program: ExportedProgram) -> ExportedProgram:
-    """The program, every node with the value it computes (``meta["val"]``): itself, or a copy where some had none.
+    """The program, with a value for every node. It is a copy if some had none, else the program itself.
 
     torch's verifier wants a value in every node, and a pass that inserts nodes may give none: transformers' exporter
     does so for `detach` (`_fix_detach_inplace` in transformers/exporters/exporter_onnx.py).
@@ -25,7 +26,7 @@ def with_values(program: ExportedProgram) -> ExportedProgram:
     mode = next(value.fake_mode for node in module.graph.nodes if hasattr(value := node.meta.get("val"), "fake_mode"))
     for old, new in zip(_graphs(program.graph_module), _graphs(module), strict=True):
         for old_node, node in zip(old.graph.nodes, new.graph.nodes, strict=True):
-            node.name = old_node.name  # the signature names nodes, and copying renames one that is called `input`
+            node.name = old_node.name  # copying renames a node called `input`, but the signature knows it by that name
             if _unknown(node):
                 args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
                 with entered(mode), torch.no_grad():

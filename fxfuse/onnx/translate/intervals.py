@@ -1,6 +1,7 @@
-"""Which numbers a value of an ONNX graph can hold: a few intervals, wide enough for certain.
+"""Which numbers a value of an ONNX graph can hold: a few intervals that contain all of them, and perhaps more.
 
-Read off constants, casts, sums, products, choices and whatever only moves elements; all else can be anything.
+They follow from constants, casts, sums, products, choices and operators that only move elements. The results of all
+other operators count as any number.
 """
 
 from __future__ import annotations
@@ -16,30 +17,30 @@ import onnx_ir as ir
 
 Interval = tuple[float, float]
 Intervals = frozenset[Interval]
-"""Every element lies in one of these, both ends included."""
+"""Every element lies in one of these intervals; both ends belong to them."""
 
 Operation = Callable[[Any, Any], Any]
-"""Monotone in both of its numbers, which are of one type."""
+"""A function of two numbers of one type that is monotone in each."""
 
 ANYTHING: Intervals = frozenset({(-math.inf, math.inf)})
 MOST = 8
-"""More intervals than these are joined into one."""
+"""If there are more intervals than this, they are joined into one."""
 MOST_NUMBERS = 1 << 24
-"""A constant with more elements than these is not looked at."""
+"""A constant with more elements than this is not looked at."""
 
 MOVES = frozenset(
     {"Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Reshape", "Slice", "Split", "Squeeze"}
     | {"Tile", "Transpose", "Unsqueeze"}
 )
-"""Their outputs' elements are elements of their first input."""
+"""Operators whose results are elements of their first input."""
 
 
 Use = tuple[ir.Node, int]
-"""An input of a node."""
+"""An input of a node: the node, and which of its inputs."""
 
 
 def places(node: ir.Node) -> list[int]:
-    """The inputs whose numbers `Numbers` reads for the numbers of this node's outputs; none where it reads none."""
+    """Which inputs of a node `Numbers` looks at to tell the numbers of its outputs; empty if it cannot tell."""
     if node.domain != "":
         return []
     if node.op_type in MOVES or node.op_type in ("Cast", "Trilu"):
@@ -50,11 +51,11 @@ def places(node: ir.Node) -> list[int]:
 
 
 class Numbers:
-    """What the values of a graph can hold; each is read once.
+    """The intervals of the values of a graph; each value is worked out once.
 
     Args:
-        changed: what a constant would hold, if it were written anew.
-        where: which nodes would read it so; without it, none.
+        changed: the content that a constant would have if it were written anew.
+        where: the nodes that would read the new content; without it, none would.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Numbers:
         self._constants: dict[tuple[ir.Value, bool], Intervals] = {}
 
     def at(self, use: Use) -> Intervals:
-        """The numbers of a node's input."""
+        """The intervals of the numbers at a node's input."""
         node, place = use
         value = node.inputs[place]
         if value is None:
@@ -98,7 +99,7 @@ class Numbers:
             return reduce(lambda x, b: _pairs(b[1], x, self.at((node, b[0]))), bounds, self.at((node, 0)))
         every = [self.at((node, place)) for place in read]
         if node.op_type in COMPUTED:
-            # It is known of these how a result is rounded.
+            # Only of these types is it known how a result is rounded.
             kind = {ir.DataType.FLOAT: np.float32, ir.DataType.FLOAT16: np.float16}.get(value.dtype)  # type: ignore[arg-type]
             f = COMPUTED[node.op_type]
             return ANYTHING if kind is None else reduce(lambda x, y: _pairs(f, x, y, kind), every)
@@ -120,7 +121,7 @@ def _is_constant(value: ir.Value) -> bool:
 
 
 def constant_at(use: Use) -> np.ndarray | None:
-    """The elements of a constant; None where it is none, they are not at hand or too many, or are no numbers."""
+    """The elements of a constant. None if it is no constant, if they are too many, not at hand, or not numbers."""
     value = use[0].inputs[use[1]]
     tensor = ir.convenience.get_const_tensor(value) if value is not None and _is_constant(value) else None
     if tensor is None or tensor.size > MOST_NUMBERS or tensor.dtype == ir.DataType.STRING:
@@ -133,7 +134,7 @@ def constant_at(use: Use) -> np.ndarray | None:
 
 
 def of_array(array: np.ndarray | None) -> Intervals:
-    """The numbers of an array: each, where there are few, or how far those that are finite reach."""
+    """The numbers of an array: each by itself if there are few, else the interval that the finite ones span."""
     if array is None:
         return ANYTHING
     flat = array.reshape(-1)
@@ -175,7 +176,8 @@ def _cast(source: ir.Value | None, to: ir.DataType | None, numbers: Intervals) -
 
 
 def _pairs(f: Operation, one: Intervals, two: Intervals, kind: Any = np.float32) -> Intervals:
-    """Of f's results: their ends are among those of its operands' ends. Where one is nan, anything."""
+    """The intervals of f's results. As f is monotone, their ends are results at ends of its operands. A nan among them
+    means any number."""
     result = set()
     with np.errstate(all="ignore"):
         for x, y in itertools.product(one, two):

@@ -1,19 +1,19 @@
-"""Masks that hide keys with the lowest number of their type: written so that ONNX Runtime's Attention averages, too.
+"""Masks that hide keys with the lowest number of their type, rewritten so that ONNX Runtime treats them as PyTorch
+does.
 
-A query whose mask is `finfo.min` at every key averages over the keys in PyTorch: the scores are lost against that
-number, and softmax sees one number everywhere. transformers' eager masks are such in the rows of the padding. ONNX's
-definition of Attention says the same, it gives 0 only where a mask is -inf. But ONNX Runtime (1.32, CPU) gives 0 where
-no key that `is_causal` and `nonpad_kv_seqlen` let through has a mask above the lowest number; it averages from the next
-number on. To its kernel the lowest number is the mark of a hidden key (`mask_filter_value` in
-onnxruntime/core/providers/cpu/llm/attention.h), and rows of such marks are 0 since
-https://github.com/microsoft/onnxruntime/pull/28958.
+In PyTorch a query whose mask is `finfo.min` at every key averages over the keys: the scores are lost when that number
+is added to them, so softmax sees one number everywhere. transformers' eager masks have such rows for padding. ONNX
+defines Attention in the same way; it gives 0 only where the whole mask is -inf. But ONNX Runtime (1.32, CPU) gives 0 if
+no key that `is_causal` and `nonpad_kv_seqlen` let through has a mask above the lowest number. Its kernel takes that
+number as the mark of a hidden key (`mask_filter_value` in onnxruntime/core/providers/cpu/llm/attention.h), and gives 0
+for rows of such marks since https://github.com/microsoft/onnxruntime/pull/28958. From the next number on it averages.
 
-So the lowest number becomes the next one above it, which hides as well: -inf and all others stay as they are. (A row
-with nothing above these two neighbours would now average over both; no model is known to tell them apart.)
+So the lowest number becomes the next one above it, which hides a key as well. -inf and all other numbers stay. (A row
+in which nothing is above these two neighbours would now average over both; no model is known that tells them apart.)
 
-    constants             are written anew, where nothing but masks is made of them: no node more
-    what could be lowest  (an input, say)    Where(Equal(mask, lowest), next, mask), once for all who read it
-    all else              stays: booleans, biases that are constant, other types, whose kernels know no such mark
+    a constant of which only masks are made     is written anew; no node is added
+    a mask that may hold the lowest number      Where(Equal(mask, lowest), next, mask), once for all who read it
+    all else                                    stays: booleans, constant biases, types whose kernels know no such mark
 
 Superfluous once ONNX Runtime looks for -inf.
 """
@@ -37,14 +37,14 @@ ABOVE: dict[Any, tuple[Any, Any]] = {
     np.dtype(np.float32): (LOWEST, NEXT),
     np.dtype(np.float16): (HALF_LOWEST, HALF_NEXT),
 }
-"""The lowest number of a type, and the next one."""
+"""For each type its lowest number, and the next one above it."""
 TYPES = {ir.DataType.FLOAT: np.dtype(np.float32), ir.DataType.FLOAT16: np.dtype(np.float16)}
 MASK = 3
 """Which of Attention's inputs the mask is."""
 
 
 def without_lowest(model: ir.Model) -> int:
-    """Rewrites the masks of the model's Attentions that can hold the lowest number of their type, in place.
+    """Rewrite, in place, the masks of the model's Attentions that may hold the lowest number of their type.
 
     Returns:
         How many were rewritten.
@@ -106,7 +106,7 @@ class _Change:
                 del self.graph.initializers[constant.name]
 
     def choose(self, uses: list[Use]) -> bool:
-        """Puts the nodes before these readers of a mask, or before what only moves its elements for masks alone.
+        """Insert the choice before these readers of a mask, or before nodes that only move its elements for masks.
 
         The mask is smaller there, and layers that expand or slice the same tensor share the nodes. Gives whether that
         was to be done still.
@@ -145,7 +145,7 @@ class _Change:
 
 
 def _is_choice(mask: ir.Value) -> bool:
-    """Is it one of `_choice`, of this run or one before?"""
+    """Was this mask made by `_choice`, in this run or an earlier one?"""
     node = mask.producer()
     condition = None if node is None or node.op_type != "Where" or node.inputs[0] is None else node.inputs[0].producer()
     if node is None or condition is None or condition.op_type != "Equal" or condition.inputs[0] is not node.inputs[2]:
@@ -174,7 +174,8 @@ def _without_lowest(array: np.ndarray) -> np.ndarray:
 
 
 def _makes_masks(node: ir.Node) -> bool:
-    """Is nothing made of the node's outputs but masks of Attentions, by operators that keep what a number means?"""
+    """Are the node's outputs used for nothing but masks of Attentions, through operators that keep a number's
+    meaning?"""
     if _is_attention(node):
         return True
     return not any(output.is_graph_output() for output in node.outputs) and all(

@@ -1,10 +1,11 @@
-"""Stored integers in an ONNX file: as small as they are, four bits where four are enough.
+"""Stored integers in an ONNX file, written in as few bits as they need: four where four are enough.
 
-PyTorch carries integers of four bits a byte each (`fxfuse.ops.dequantize_linear`). Here every DequantizeLinear whose
-integers are kept in the model gets them as INT4 or UINT4, two in a byte, if all the values fit, and its zero points,
-which have to be of the same type; zero points that are all 0 are left out. The value of no element changes. Nothing is
-made wider on the way: beside the integers that the program holds there is one tensor's packed copy at half the size,
-and the values are looked at in their own type. Integers that the model takes out of words were taken out before
+PyTorch keeps an integer of four bits in a byte (`fxfuse.ops.dequantize_linear`). Here the integers of every
+DequantizeLinear are written as INT4 or UINT4, two in a byte, if all values fit. So are its zero points, because ONNX
+wants them in the same type; zero points that are all 0 are left out. No value changes.
+
+Memory: nothing is widened on the way. Beside the integers that the program holds, there is one packed copy of one
+tensor, half as large. Integers that the model keeps several to a word were unpacked before
 (`fxfuse.onnx.translate.unpacked`).
 """
 
@@ -21,7 +22,7 @@ _KINDS = {ir.DataType.INT8: torch.int8, ir.DataType.UINT8: torch.uint8}
 
 
 def pack_integers(model: ir.Model) -> int:
-    """Writes what the model's DequantizeLinears read in as few bits as it takes, in place.
+    """Write, in place, the integers that the model's DequantizeLinears read in as few bits as they need.
 
     Returns:
         How many tensors of integers became smaller.
@@ -39,7 +40,7 @@ def pack_integers(model: ir.Model) -> int:
 
 
 def without_zeros(node: ir.Node) -> None:
-    """Leaves out zero points that are all 0, as they are where there are none."""
+    """Leave out zero points that are all 0, which is what ONNX takes if there are none."""
     zero = _zero(node)
     values = None if zero is None else _held(zero)
     if zero is None or values is None or values.any():
@@ -74,7 +75,7 @@ def _packed(graph: ir.Graph, x: ir.Value, nodes: list[ir.Node]) -> bool:
 
 
 def _as(graph: ir.Graph, zero: ir.Value, kind: ir.DataType) -> ir.Value:
-    """The zero points in this type; others may read the same ones in another."""
+    """A copy of the zero points in this type, for other nodes may read the same ones in another."""
     name = f"{zero.name}.{kind.name.lower()}"
     if name not in graph.initializers:
         values = _held(zero)
@@ -96,7 +97,7 @@ def _zero(node: ir.Node) -> ir.Value | None:
 
 
 def _held(value: ir.Value) -> np.ndarray | None:
-    """What an initializer, or a Constant, holds."""
+    """The content of an initializer or a Constant; None if it is neither."""
     producer = value.producer()
     constant = value.is_initializer() or (producer is not None and producer.op_type == "Constant")
     tensor = value.const_value if constant else None
@@ -104,7 +105,7 @@ def _held(value: ir.Value) -> np.ndarray | None:
 
 
 def _forget(*values: ir.Value) -> None:
-    """Takes initializers out that nobody reads any more."""
+    """Remove initializers that nobody reads any more."""
     for value in values:
         graph, name = value.graph, value.name
         if graph is not None and name in graph.initializers and not value.uses() and not value.is_graph_output():

@@ -1,4 +1,4 @@
-"""A fused program made ready for torch's translation: what torch.onnx has no way to write is written otherwise."""
+"""A fused program made ready for torch's translation: what torch.onnx cannot write is replaced by what it can."""
 
 from __future__ import annotations
 
@@ -30,17 +30,18 @@ _JOINED = torch.ops.aten.view_as_complex.default
 
 
 def ready(program: ExportedProgram) -> ExportedProgram:
-    """The program as it goes to translation; `program` itself, where nothing is to be done."""
+    """The program as it goes to translation; `program` itself if nothing needs to be changed."""
     return without_wide_numbers(without_complex(without_untaken(without_words(program))))
 
 
 def without_untaken(program: ExportedProgram) -> ExportedProgram:
     """The program with every fused operator whose types ONNX's operator does not take written out in ATen again.
 
-    A rotation in float64 is one: RotaryEmbedding has no such type, and casts would lose what the model asks for.
+    A rotation in float64 is an example: RotaryEmbedding has no such type, and a cast would lose the digits that the
+    model asks for.
 
     Returns:
-        A new program that shares the weights, and whose report says so; `program` itself, where there is none.
+        A new program that shares the weights and whose report says so; `program` itself if there is no such operator.
     """
     if not any(map(_untaken, program.graph.nodes)):
         return program
@@ -94,11 +95,11 @@ def _write_out(node: Node) -> None:
     name = node.name
     made = env[body.output_node().args[0]]  # type: ignore[index]
     node.graph.erase_node(node)
-    made.name = name  # outputs and the report know it by this name
+    made.name = name  # the outputs and the report refer to it by this name
 
 
 def check_no_complex(program: ExportedProgram, error: Exception) -> None:
-    """Says which complex operator it was, where the translation failed and there is one.
+    """If a translation failed and the program computes on complex tensors, say on which operator it failed.
 
     Raises:
         FxfuseError: there is an operator on complex tensors without a rule.

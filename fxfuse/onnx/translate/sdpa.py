@@ -1,7 +1,8 @@
 """The translation of calls of scaled_dot_product_attention that no pattern took.
 
-torch's own writes Attention for 4-D operands alone. It gives it the mask as it came, which ONNX Runtime wants to be
-[.., S, T] (`full` in `takes.json`), and does not ask whether the batches are equal, for the call broadcasts.
+torch's own translation writes Attention only for 4-D operands. It hands the mask on as it is, though ONNX Runtime wants
+[.., S, T] (`full` in `takes.json`); and it does not look whether the batches are equal, though PyTorch's call
+broadcasts them.
 
     4-D, batches and heads that are known to fit    Attention, its mask expanded to [.., S, T]
     all else                                        written out: MatMul, mask, Softmax, MatMul, which broadcast
@@ -26,7 +27,7 @@ SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 
 def translates(nodes: Iterable[Node]) -> bool:
-    """Are there such calls, and does none of them draw a dropout? That is torch's affair."""
+    """Are there such calls without dropout? Calls with dropout are left to torch."""
     calls = [n for n in nodes if n.target is SDPA]
     return bool(calls) and all(argument(n, "dropout_p") == 0.0 for n in calls)
 
@@ -56,7 +57,7 @@ def scaled_dot_product_attention(
     rank = len(key.shape)
     if enable_gqa and query.shape[-3] != key.shape[-3]:
         key, value = (_repeated(op, t, query) for t in (key, value))
-    # Half of the factor on either side, as PyTorch's own kernel has it: the products stay small.
+    # q and k each get the root of the factor, as in PyTorch's own kernel, so that the products stay small.
     size = query.shape[-1]
     half = math.sqrt(size**-0.5 if scale is None else abs(scale))
     factor = _number(op, half, query)
@@ -84,7 +85,7 @@ def _number(op: Any, number: float, like: Any) -> Any:
 
 
 def _fits(query: Any, key: Any, value: Any, grouped: bool) -> bool:
-    """Are they what Attention takes, as far as is known, and computes exactly? Then nothing broadcasts."""
+    """Does Attention take these operands and compute the same? It does if it is certain that nothing broadcasts."""
     if not len(query.shape) == len(key.shape) == len(value.shape) == 4 or query.dtype == ir.DataType.DOUBLE:
         return False
     if not query.shape[0] == key.shape[0] == value.shape[0] or key.shape[1] != value.shape[1]:
@@ -105,7 +106,7 @@ def _full(op: Any, mask: Any, query: Any, key: Any) -> Any:
 
 
 def _repeated(op: Any, t: Any, query: Any) -> Any:
-    """Each head as often as there are query heads to it."""
+    """Each key head repeated for all the query heads that read it."""
     heads, own, rank = query.shape[-3], t.shape[-3], len(t.shape)
     if not (isinstance(heads, int) and isinstance(own, int) and heads % own == 0):
         raise NotImplementedError(f"{heads} query heads over {own} key heads")

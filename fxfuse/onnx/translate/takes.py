@@ -41,7 +41,7 @@ def untaken(operator: str, dtype: torch.dtype) -> str | None:
 
 
 def check_taken(model: ir.Model) -> None:
-    """Are the inputs of what the table lists of types that the operator takes?
+    """Check that all inputs of operators in the table are of types that the operator takes.
 
     Raises:
         FxfuseError: one is not; the message names the node.

@@ -1,10 +1,10 @@
-"""Integers that a model takes out of words, taken out before torch.onnx sees the program.
+"""Integers that are kept several to a word, unpacked before torch.onnx sees the program.
 
-GPTQ, AWQ and compressed-tensors keep eight integers of four bits in an int32, and take them apart whenever they are
-read. What DequantizeLinear reads of them is computed here, by PyTorch, in the types in which the graph does it, and
-the program keeps the result, a byte each: torch.onnx need not translate shifts, masks and reinterpreted bytes, of which
-ONNX has only a part. `fxfuse.onnx.translate.packed` writes them two to a byte again. Of a model of W weights W bytes
-are held meanwhile, beside the words: a quarter of what it takes in float32.
+GPTQ, AWQ and compressed-tensors keep eight integers of four bits in an int32, and unpack them whenever they are read.
+Here PyTorch computes the integers that DequantizeLinear reads, by the calls and in the types of the graph, and the
+program keeps the result, a byte each. So torch.onnx need not translate shifts, masks and reinterpreted bytes, for which
+ONNX has operators only in part. `fxfuse.onnx.translate.packed` then writes two to a byte again. Meanwhile a model of W
+weights holds W bytes beside the words, a quarter of what float32 would take.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from fxfuse.torch_seams import is_erased
 
 _DEQUANTIZE = torch.ops.fxfuse.dequantize_linear.default
 _INTEGERS = (0, 2)
-"""Where the operator reads integers: x and its zero point."""
+"""The inputs that are integers: x and its zero point."""
 
 
 def without_words(program: ExportedProgram) -> ExportedProgram:
-    """The program with the integers that are computed of kept tensors alone, and that DequantizeLinear reads, kept.
+    """The program with integers as constants, where DequantizeLinear reads integers computed only from kept tensors.
 
     Returns:
-        A new program that shares the weights; `program` itself, where there are none.
+        A new program that shares the weights; `program` itself if there are no such integers.
     """
     if not any(node.target is _DEQUANTIZE for node in program.graph.nodes):
         return program
@@ -58,7 +58,8 @@ def without_words(program: ExportedProgram) -> ExportedProgram:
 
 
 def _computed(program: ExportedProgram) -> Iterator[tuple[Node, int, Kept]]:
-    """Where DequantizeLinear reads integers that are computed of nothing but what the program keeps."""
+    """The places at which DequantizeLinear reads integers that are computed only from tensors that the program
+    keeps."""
     held = Kept(program, frozen=True, written=frozenset(str(m.target) for m in mutations(program)))
     for node in program.graph.nodes:
         for place in _INTEGERS if node.target is _DEQUANTIZE else ():
@@ -70,7 +71,7 @@ def _computed(program: ExportedProgram) -> Iterator[tuple[Node, int, Kept]]:
 
 
 def _keep(program: ExportedProgram, source: Node, value: Tensor) -> Node:
-    """The input for a constant of this value, before the program's own inputs."""
+    """A new constant of this value; its placeholder stands before the program's own inputs."""
     name = f"c_{source.name}_integers"
     first = next(iter(program.graph.nodes))
     with program.graph.inserting_before(first):

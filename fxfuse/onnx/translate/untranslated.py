@@ -1,4 +1,4 @@
-"""A translation that failed, in one sentence: torch.onnx nests what went wrong in advice for those who work on it."""
+"""Errors of a translation in one sentence. torch.onnx wraps what went wrong in advice for its own developers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fxfuse.graph.source import source_line
 
 @contextmanager
 def one_message() -> Iterator[None]:
-    """Within the block, what ``torch.onnx.export`` raises of a program becomes an `FxfuseError`.
+    """Within the block, errors of ``torch.onnx.export`` about a program become an `FxfuseError`.
 
     Raises:
-        FxfuseError: the error at the bottom of torch's, with the node that was translated and the model's line.
+        FxfuseError: the error that torch's errors were caused by, with the node and the model's line.
     """
     try:
         yield
@@ -27,7 +27,7 @@ def one_message() -> Iterator[None]:
         while chain[-1].__cause__ is not None:
             chain.append(chain[-1].__cause__)
         root = chain[-1]
-        if isinstance(root, FxfuseError):  # of a translation of ours
+        if isinstance(root, FxfuseError):  # raised by a translation of ours
             raise root from None
         what = str(root).strip().split("\n")[0] or type(root).__name__
         node = next(filter(None, map(_translated, reversed(chain))), None)
@@ -41,7 +41,7 @@ def one_message() -> Iterator[None]:
 
 
 def _translated(error: BaseException) -> Node | None:
-    """The node that torch.onnx was at: its message has the name that the node got in decomposing, and no line."""
+    """The node at which torch.onnx failed. Its message has only the name that the node got in decomposing, no line."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     nodes = [frame.f_locals.get("node") for frame in reversed(frames)]
     return next((node for node in nodes if isinstance(node, Node)), None)

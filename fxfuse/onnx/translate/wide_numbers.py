@@ -1,8 +1,8 @@
 """Numbers that float32 cannot hold, kept on the way to ONNX.
 
-torch.onnx (2.13) writes the number of a call as a float32 constant and casts it: ``mask * finfo(float64).min`` becomes
-a product with -inf, and nan where the mask is 0. Such a number becomes a tensor without dims here, which is made by
-`full`, whose translation here keeps the type.
+torch.onnx (2.13) writes a number in a call as a float32 constant and casts it. So ``mask * finfo(float64).min`` becomes
+a product with -inf, which is nan where the mask is 0. Here such a number becomes a tensor without dimensions that
+`full` makes, and the translation of `full` below keeps its type.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from fxfuse.torch_seams import schema_of
 _LARGEST = torch.finfo(torch.float32).max
 FULL = torch.ops.aten.full.default
 _MAKES = frozenset(["full", "full_like", "new_full"])
-"""What makes a tensor of a number: torch.onnx decomposes it to `full`, which has a translation here."""
+"""Operators that make a tensor of a number. torch.onnx decomposes them to `full`, which is translated here."""
 
 
 def without_wide_numbers(program: ExportedProgram) -> ExportedProgram:
-    """The program with every float64 number beyond float32's range as a tensor; `program` itself, where there is none.
+    """The program with every float64 number beyond float32's range as a tensor; `program` itself if there is none.
 
     Raises:
         FxfuseError: an operator takes such a number as a number only.
@@ -68,7 +68,7 @@ def _beyond(number: float) -> bool:
 
 
 def _wide(node: Node) -> list[int]:
-    """Which arguments of a call in float64 are such numbers."""
+    """Positions of the arguments of a float64 call that are numbers beyond float32's range."""
     value = tensor(node)
     if node.op != "call_function" or value is None or value.dtype != torch.float64 or op_name(node) in _MAKES:
         return []
