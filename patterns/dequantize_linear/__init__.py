@@ -6,14 +6,14 @@ Source: https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html
                                                                                        of what is kept alone
     a · (x to float) ── times scales, a column of the product each          becomes    a · DequantizeLinear(x)
 
-Asked of a region from stored integers to y: is each element of y one of the integers less a whole number, times
-another number? Which element of which tensor are these? From that follow the blocks, however the model's author
-spelled them: torchao's `dequantize_affine`, reshaped groups, rows broadcast over. Of a product the same is asked with a
-unit matrix for a.
+A region from stored integers to y is run, and asked: is each element of y one of the integers less a whole number,
+times another number, and which elements of which tensors are those two? From the answers follow the blocks, however the
+model's author spelled them: torchao's `dequantize_affine`, groups made by a reshape, rows that are broadcast. A product
+is asked the same with a unit matrix for a.
 
-It is proven over the whole range of the stored type, and of that of the zero points; zero points of a wider type only
-where all that they hold is known to fit (`frozen=True`, and every export). y is the same bit by bit, or less of its
-computation is taken; where only the cast is left, the scale is 1.
+The rewrite is proven over the whole range of the stored type and of that of the zero points. Zero points of a wider
+type are taken only if all that they hold is known to fit (`frozen=True`, and every export). y has to be the same bit by
+bit. If it is not, a smaller part of the computation is tried; if only the cast is left, the scale is 1.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ _TURNS = frozenset(["t", "transpose", "permute", "swapaxes", "swapdims", "movedi
 _KEPT_AS_IS = frozenset(["clone", "contiguous", "alias", "detach"])
 _PRODUCTS = frozenset(["mm", "matmul", "linear"])
 _REPEATS = frozenset(["repeat_interleave", "expand", "expand_as", "broadcast_to", "repeat", "tile", "index"])
-"""What gives an element to several places: scales and zero points are read before it."""
+"""Operators that repeat elements. The region reads scales and zero points in front of these, as they are kept."""
 _LIMIT = 40
-"""Nodes of a region, at most."""
+"""The most nodes of a region."""
 _BACK = 8
-"""How many nodes before the last one are tried as the end of a region."""
+"""How many nodes in front of the last one are tried as the end of a region, if the last one does not do."""
 
 
 def _walked(name: str) -> bool:
@@ -61,7 +61,7 @@ def _walked(name: str) -> bool:
 
 
 class DequantizeLinear:
-    """Stored integers as the numbers that they stand for."""
+    """Stored integers, turned into the numbers that they stand for."""
 
     name = "dequantize_linear"
     operator = "DequantizeLinear"
@@ -69,7 +69,7 @@ class DequantizeLinear:
 
     def propose(self, view: GraphView, ask: Questions) -> Iterator[Proposal]:
         leaves = sorted(ask.kept.stored(view.nodes), key=size_in_bytes, reverse=True)
-        ends = {end: leaf for leaf in reversed(leaves) for end in _ends(leaf, ask)}  # a zero point is not the integers
+        ends = {end: leaf for leaf in reversed(leaves) for end in _ends(leaf, ask)}  # the first wins
         for leaf in leaves:
             for end in (e for e, largest in ends.items() if largest is leaf):
                 for product, y in _scaled_products(end, ask):
@@ -77,7 +77,7 @@ class DequantizeLinear:
                     yield Proposal(y, () if scaled is None else (scaled,), best_rank=0)
                 outputs = list(_outputs(end, leaf))
                 if fake(leaf).dtype not in SMALL and not _is_packed(view, ask, leaf, outputs[0]):
-                    continue  # as large as what is made of it
+                    continue  # the weight is kept in a type as large as the result
                 regions = [r for r in (_region(view, ask, leaf, y) for y in outputs) if r is not None]
                 why = None if regions else Reason("it cannot be looked at at any size that can be run", NEAR)
                 yield Proposal(outputs[0], regions, missed=why, nodes=(end,), best_rank=0)
@@ -122,7 +122,7 @@ class DequantizeLinear:
 
 
 def _ends(leaf: Node, ask: Questions) -> Iterator[Node]:
-    """The last nodes that are made of this and of other things that are kept, alone, and are of floating point."""
+    """The last floating-point nodes that are computed only from this tensor and others that the program keeps."""
     seen, stack = {leaf}, [leaf]
     found: dict[Node, None] = {}
     while stack:
@@ -138,7 +138,7 @@ def _ends(leaf: Node, ask: Questions) -> Iterator[Node]:
 
 
 def _outputs(end: Node, leaf: Node) -> Iterator[Node]:
-    """Where a region may end: before the last transposes, for they stay as they are; else further and further back."""
+    """Nodes at which a region may end: in front of the last transposes, which stay as they are; then further back."""
     node = end
     while op_name(node) in _TURNS | _KEPT_AS_IS and is_float(_first(node)):
         node = _first(node)
@@ -169,7 +169,8 @@ def _comes_from(node: Node, leaf: Node) -> bool:
 
 
 def _scaled_products(end: Node, ask: Questions) -> Iterator[tuple[Node, Node]]:
-    """Products with the weight that are scaled by what is kept, and the scaled ones."""
+    """Products with the weight whose result is multiplied by tensors that the program keeps: (product, scaled
+    result)."""
     for product in real_users(end):
         given = isinstance(product.args[0], Node) and is_float(product.args[0])
         if op_name(product) not in _PRODUCTS or len(product.args) != 2 or product.args[1] is not end or not given:
@@ -184,7 +185,8 @@ def _scaled_products(end: Node, ask: Questions) -> Iterator[tuple[Node, Node]]:
 
 
 def _region(view: GraphView, ask: Questions, leaf: Node, y: Node, given: Any = None) -> Region | None:
-    """From what is kept, and what is `given`, to y, with fewer rows to ask; None where that cannot be."""
+    """The region from the kept tensors, and from `given`, to y. It is cut to fewer rows, so that asking takes less;
+    None if that is not possible."""
     region = _around(view, ask, leaf, y, given)
     if region is None:
         return None
@@ -197,7 +199,8 @@ def _region(view: GraphView, ask: Questions, leaf: Node, y: Node, given: Any = N
 
 
 def _around(view: GraphView, ask: Questions, leaf: Node, y: Node, given: Any = None) -> Region | None:
-    """Scales and zero points are taken as they are kept, before they are repeated; those that are packed, after."""
+    """The region around a leaf. It reads scales and zero points as they are kept, in front of repeats; those that are
+    packed in words it reads where they are unpacked."""
     nodes, others, stack = set[Node](), dict[Node, None](), [y]
     while stack:
         node = stack.pop()
@@ -224,12 +227,12 @@ def _is_packed(view: GraphView, ask: Questions, leaf: Node, y: Node) -> bool:
 
 
 def _is_counted(node: Node) -> bool:
-    """Numbers that are counted up: by how much words are shifted."""
+    """Is it made by counting (arange)? Such numbers say by how much words are shifted."""
     return op_name(node) == "arange" and not node.all_input_nodes
 
 
 def _is_packed_beside(node: Node, leaf: Node) -> bool:
-    """Zero points that are taken out of words of their own, before they are repeated."""
+    """Is it zero points, unpacked from words of their own, in front of any repeat?"""
     if is_float(node) or op_name(node) in _REPEATS or _comes_from(node, leaf):
         return False
     stack, seen = [node], set[Node]()
@@ -244,7 +247,7 @@ def _is_packed_beside(node: Node, leaf: Node) -> bool:
 
 
 def _type(ask: Questions, part: Unpacked) -> torch.dtype | None:
-    """The type for the integers, which that of the zero points has to be too."""
+    """The type in which the operator reads the integers, and its zero points; None if they fit no type of a byte."""
     kinds = types_of(part.integers)
     chosen = chosen_by(part.after)
     whole = [n for n in part.after.others if n not in chosen and not is_float(n)]
@@ -253,7 +256,7 @@ def _type(ask: Questions, part: Unpacked) -> torch.dtype | None:
 
 
 def _fits(ask: Questions, node: Node, kind: torch.dtype) -> bool:
-    """Are all of what it holds known to be integers of another, narrower type?"""
+    """Is it known that all values it holds are integers of this narrower type?"""
     own = fake(node).dtype
     if own == kind or own == torch.bool or own.is_complex or (own.is_floating_point and not _is_taken_off(node)):
         return False
@@ -266,7 +269,8 @@ def _fits(ask: Questions, node: Node, kind: torch.dtype) -> bool:
 
 
 def _is_taken_off(node: Node) -> bool:
-    """Of floating point: read by a subtraction, perhaps moved about before; a scale may hold whole numbers too."""
+    """Is this floating-point tensor subtracted from something, so that it may be zero points? Whole numbers alone do
+    not tell, because a scale may hold whole numbers too."""
     users = real_users(node)
     return bool(users) and all(
         op_name(u) in ("sub", "rsub", "add")
@@ -277,19 +281,19 @@ def _is_taken_off(node: Node) -> bool:
 
 
 def _zero_points(node: Node) -> list[Any]:
-    """What a library's operator is given as zero points: torchao and TorchTune keep them in the type of the scales."""
+    """The zero points that a library's operator is given; torchao and TorchTune keep them in the type of the scales."""
     names = [a.name for a in schema_of(node.target).arguments]  # type: ignore[union-attr]
     return [a for name, a in zip(names, node.args, strict=False) if name.startswith("zero_point")]
 
 
 def _shape(region: Region) -> tuple[int, ...]:
-    """The shape of the weight; of a product, that of what is multiplied with."""
+    """The shape of the weight; for a product, that of the operand that the weight is."""
     shape = tuple(fake(region.output).shape)
     return (fake(region.sources[1]).shape[-1], shape[-1]) if len(region.sources) > 1 else shape
 
 
 def _form(region: Region, how: Dequantized, inside: torch.dtype) -> Form:
-    """The operator with scales of type `inside`; then the product, where it is of one."""
+    """DequantizeLinear with scales of type `inside`, and the product behind it if the region has one."""
     out = fake(region.output).dtype
     ways = {fake(r.sources[0]).numel(): (r, unpacked(r), _shape(r)) for r in (region.asked, region)}
 
@@ -307,7 +311,7 @@ def _form(region: Region, how: Dequantized, inside: torch.dtype) -> Form:
 
 
 def _stored(how: Dequantized, ask: Questions, region: Region) -> str:
-    """The type that the integers are written in, as far as that is known."""
+    """The type in which the file will hold the integers, as far as it is known."""
     part = unpacked(region)
     assert part is not None, "the region was recognised"
     zeros = [region.others[part.places[p.place]] for p in how.found.zeros]

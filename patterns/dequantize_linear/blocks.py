@@ -1,4 +1,4 @@
-"""How finely scales and zero points lie over a tensor of integers: one for all, one a row, one a block."""
+"""How many of the integers share a scale and a zero point: all of them, a row, or a block."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Blocks:
         return shape[self.axis] if self.whole and self.axis is not None else self.size
 
     def shape(self, shape: Sequence[int]) -> list[int]:
-        """Of scales for integers of this shape."""
+        """The shape of the scales for integers of this shape."""
         if self.axis is None:
             return []
         if not self.size:
@@ -33,7 +33,7 @@ class Blocks:
         return [s // self.size_of(shape) if a == self.axis else s for a, s in enumerate(shape)]
 
     def first(self, index: Tensor) -> Tensor:
-        """Of what is alike within each block, one for each."""
+        """The first element of each block; all of a block are equal."""
         if self.axis is None:
             return index.reshape(-1)[0]
         if not self.size:

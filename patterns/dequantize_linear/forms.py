@@ -1,4 +1,5 @@
-"""What was found of stored integers, put as DequantizeLinear has it: blocks, scales and zero points in their places."""
+"""The answers about stored integers as inputs of DequantizeLinear: blocks, and scales and zero points in their
+places."""
 
 from __future__ import annotations
 
@@ -19,14 +20,14 @@ from fxfuse.recognise.answers import NEAR, Reason
 
 @dataclass(frozen=True)
 class Dequantized:
-    """(x - zero point) · scale of integers as they lie in memory, turned afterwards."""
+    """(x - zero point) · scale, computed over the integers as they lie in memory; the result is permuted afterwards."""
 
     found: ScaledIntegers
     order: tuple[int, ...]
-    """The axes of the result as memory has them."""
+    """The axes of the result in the order of memory."""
     blocks: Blocks
     parts: dict[int, Placed]
-    """How scales and zero points lie over the blocks, by their place among the region's others."""
+    """For each scale and zero point, by its place in `Region.others`, which of its elements belongs to which block."""
     kind: torch.dtype
     """The type that the operator takes the integers in."""
 
@@ -34,7 +35,7 @@ class Dequantized:
         """The result, of this shape.
 
         Args:
-            inside: the type of the scale and of the result, but where all is in float64.
+            inside: the type of the scale and of the result; float64 if the inputs are, as in a proof.
         """
         laid_out = [shape[a] for a in self.order]
         cut = self.blocks.shape(laid_out)
@@ -83,12 +84,13 @@ class Dequantized:
 
 
 def is_exact(others: Sequence[Tensor]) -> bool:
-    """Are these float64, as a proof has them?"""
+    """Are these float64? A proof evaluates the form so."""
     return any(t.dtype == torch.float64 for t in others)
 
 
 def dequantized(found: ScaledIntegers, region: Region, kind: torch.dtype) -> Dequantized | Reason:
-    """`found` of a region, if blocks along one axis, and views, say where all of it lies."""
+    """The inputs of DequantizeLinear for these answers; a reason if blocks along one axis and views cannot express
+    them."""
     info = torch.iinfo(kind)
     if not info.min <= found.zero <= info.max:
         return Reason(f"its zero point is {found.zero}, and {kind} does not hold it", NEAR)

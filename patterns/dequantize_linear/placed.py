@@ -1,4 +1,5 @@
-"""Which element of a tensor stands at which place of another shape, where that is a matter of strides alone."""
+"""Which element of a tensor stands at which place of another shape, as far as strides (a permute and an expand) say
+it."""
 
 from __future__ import annotations
 
@@ -11,13 +12,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Placed:
-    """A tensor's elements over a shape: `axes` of the shape, in the order in which the tensor's memory has them; along
-    the other axes they repeat."""
+    """How a tensor's elements are spread over a shape: its memory counts these `axes` of the shape, in this order, and
+    its elements repeat along all others."""
 
     axes: tuple[int, ...]
 
     def __call__(self, values: Tensor, shape: Sequence[int]) -> Tensor:
-        """The elements of `values` where they belong in `shape`."""
+        """`values` spread over `shape`."""
         sizes = [shape[a] for a in self.axes]
         if list(values.shape) != sizes:
             values = values.reshape(sizes)
@@ -31,9 +32,10 @@ class Placed:
 
 
 def placed(index: Tensor, count: int) -> Placed | None:
-    """How elements 0 to count - 1 of a tensor lie in the shape of `index`, which says the element at each place.
+    """How elements 0 to count - 1 of a tensor are spread over the shape of `index`, which holds the element at each
+    place.
 
-    None where it is no matter of strides, or some elements are nowhere.
+    None if strides cannot say it, or if some elements stand nowhere.
     """
     steps = []
     for axis, size in enumerate(index.shape):

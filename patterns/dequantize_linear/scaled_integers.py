@@ -1,7 +1,9 @@
-"""What a region makes of stored integers: (x - zero point) · scale, and which tensors those are. Asked, not read.
+"""Does a region compute (x - zero point) · scale of stored integers, and which tensors are those? It is run to find
+out.
 
-For all inputs but one held still, which element of that one shows at which place of the result? Bit by bit: an input
-that is one more where bit b of its element's number is set moves the result at the places where that element is.
+All inputs but one are held still. To learn which element of that one is used at which place of the result, its elements
+are numbered, and for each bit b of the numbers those with bit b set are changed. The places at which the result changes
+are those of elements whose number has bit b.
 """
 
 from __future__ import annotations
@@ -24,14 +26,14 @@ _TOLERANCE = 1e-9
 
 @dataclass(frozen=True)
 class Part:
-    """An input's part in the scale or in the zero point."""
+    """The part that one input has in the scale or in the zero point."""
 
     place: int
     """Which of `Region.others`."""
     index: Tensor
-    """Its element at each place of the result."""
+    """Number of its element at each place of the result."""
     sign: int
-    """Of a scale: 1 where it multiplies, -1 where it divides. Of a zero point: 1, or -1 where it is added to x."""
+    """For a scale 1 if it multiplies, -1 if it divides. For a zero point 1, or -1 if it is added to x."""
 
 
 @dataclass(frozen=True)
@@ -39,27 +41,27 @@ class ScaledIntegers:
     """y = (x - zero point) · scale."""
 
     index: Tensor
-    """x's element at each place of the result."""
+    """Number of x's element at each place of the result."""
     scales: tuple[Part, ...]
     factor: float
-    """The number that the scale is beside them."""
+    """A constant factor of the scale, beside these inputs."""
     zeros: tuple[Part, ...]
     zero: int
-    """The number that the zero point is beside them."""
+    """A constant summand of the zero point, beside these inputs."""
 
 
 class Asked:
-    """A region of stored integers, its first input, that can be asked."""
+    """A region whose first input is stored integers, to be run with chosen inputs."""
 
     def __init__(self, region: Region, evaluator: Evaluator, held: Mapping[Node, Tensor]) -> None:
         self.region, self.evaluator = region, evaluator
         self.x = fake(region.sources[0])
         gen = generator(11)
         self.given = [torch.eye(int(fake(n).shape[-1]), dtype=torch.float64) for n in region.sources[1:]]
-        """Of a product with the integers: a unit matrix, so that its result is what it multiplies with."""
+        """If the region is a product: a unit matrix for the other operand, so that the result is the weight."""
         self.others = [held[n] if n in held else _draw(draw(n, evaluator, gen), fake(n).dtype) for n in region.others]
         self.held = frozenset(region.others.index(n) for n in held)
-        """Places of those that stay as they are."""
+        """Places of the inputs that keep their value."""
 
     def __call__(self, x: Tensor | int, others: list[Tensor] | None = None) -> Tensor:
         """The result for these integers, or for one number throughout."""
@@ -79,7 +81,7 @@ class Asked:
         return slope, -at_0 / slope
 
     def ratios(self, place: int, value: Tensor, slope: Tensor, zero: Tensor) -> tuple[Tensor, bool]:
-        """What this value of one input multiplies the scale by; and does the zero point stay?"""
+        """By what the scale is multiplied if one input takes this value; and whether the zero point stays as it is."""
         changed, moved = self.slope_and_zero(_with(self.others, place, value))
         return changed / slope, _close(moved, zero)
 
@@ -94,8 +96,8 @@ def scaled_integers(
     """What scales the region's integers, and where their zero is.
 
     Args:
-        names: those of its others, for reasons.
-        held: what some of its others hold, which say where something is read.
+        names: names of `Region.others`, for the words of reasons.
+        held: inputs that keep what the program holds for them, because they say where others are read.
     """
     try:
         asked = Asked(region, evaluator, held)
@@ -116,7 +118,7 @@ def _answer(asked: Asked, names: Sequence[str]) -> ScaledIntegers | Reason:
         if still and (sign := 1 if _close(doubled, 2.0) else -1 if _close(doubled, 0.5) else 0):
             scales.append((place, sign))
         elif still and _close(doubled, 1.0):
-            continue  # it is read for its type or shape alone
+            continue  # only its type or shape is used
         elif not _close(doubled, 1.0):
             why = f"{names[place]} is added in the unit of the result, where DequantizeLinear has a zero point"
             return Reason(why, NEAR)
@@ -157,7 +159,7 @@ def _answer(asked: Asked, names: Sequence[str]) -> ScaledIntegers | Reason:
 
 
 def _index(ask: Callable[[Tensor], Tensor], base: Tensor) -> Tensor:
-    """The element of an input at each place of the result; `base` is what the input is where no bit is set."""
+    """The number of an input's element at each place of the result; `base` is the input's value with no bit set."""
     before = ask(base)
     numbers = torch.arange(base.numel()).reshape(base.shape)
     index = torch.zeros(before.shape, dtype=torch.int64)
@@ -172,7 +174,7 @@ def _with(values: list[Tensor], place: int, value: Tensor) -> list[Tensor]:
 
 
 def _draw(value: Tensor, kind: torch.dtype) -> Tensor:
-    """Scales that are far from 0, and small whole numbers that are not 0."""
+    """A draw for one input: floats far from 0 for scales, small whole numbers other than 0 for integers."""
     return value.abs() + 0.5 if kind.is_floating_point else value + 1
 
 

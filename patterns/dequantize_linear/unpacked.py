@@ -1,7 +1,7 @@
-"""Integers that are kept several to a word (two of four bits in a byte, eight in an int32): where they are taken apart.
+"""Integers that are kept several to a word (two of four bits in a byte, eight in an int32): where they are unpacked.
 
-A region of such words is no multiple of them, but of what the words are taken apart into: a node on the way that
-everything goes through, after the last operator on bits.
+The result of such a region is not proportional to the words, but to the integers that are unpacked from them. So the
+region is split at the node that holds the integers: everything goes through it, and no operator on bits comes after it.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ _HELD = {torch.uint8: (0, 255), torch.int8: (-128, 127)}
 
 @dataclass(frozen=True)
 class Unpacked:
-    """A region in two: from its words to the integers, and from those to the result."""
+    """A region in two parts: from the words to the integers, and from the integers to the result."""
 
     integers: Node
-    """The first source itself, where nothing is packed."""
+    """The node of the integers; the region's first source itself if nothing is packed."""
     before: tuple[Node, ...]
-    """What takes the words apart, in order; the integers are last."""
+    """The nodes that unpack the words, in order; the last one is the integers."""
     after: Region
-    """A region of the integers."""
+    """The region from the integers to the result."""
     places: tuple[int, ...]
-    """Which of the whole region's others those of `after` are."""
+    """For each of `after.others` its place among the whole region's others."""
 
     def __call__(self, region: Region, x: Tensor, others: Sequence[Tensor]) -> Tensor:
         """The integers of these words."""
@@ -88,7 +88,7 @@ def unpacked(region: Region) -> Unpacked | None:
 
 
 def tables(region: Region) -> set[Node]:
-    """What words are taken apart with: it is read before the integers, and stays as it is."""
+    """Tensors with which words are unpacked (shifts, masks). They keep the values that the program holds."""
     found = unpacked(region)
     if found is None:
         return set()
@@ -96,7 +96,7 @@ def tables(region: Region) -> set[Node]:
 
 
 def chosen_by(region: Region) -> set[Node]:
-    """Integers among the region's others that say which row of another tensor is read: GPTQ's `g_idx`."""
+    """Integer inputs that say which row of another tensor is read, such as GPTQ's `g_idx`."""
     inside, found = set(region.nodes), set[Node]()
     stack = [i for n in region.nodes if op_name(n) == "index" for i in n.all_input_nodes if i is not n.args[0]]
     while stack:
@@ -109,7 +109,7 @@ def chosen_by(region: Region) -> set[Node]:
 
 
 def types_of(integers: Node) -> list[torch.dtype]:
-    """Types that hold every one of the integers, whatever the words are: a byte before what is wider."""
+    """Types that hold all of the integers, whatever the words are; those of a byte come before wider ones."""
     kind, held = fake(integers).dtype, bounds(integers)
     if kind in _HELD:
         return [kind]
@@ -118,8 +118,8 @@ def types_of(integers: Node) -> list[torch.dtype]:
 
 
 def _cut(region: Region) -> Node | None:
-    """The last node of integers through which all goes that comes from the words, after the last operator on bits and
-    before other tensors (zero points) are taken off."""
+    """The node at which to split: the last node of integers that everything from the words goes through, after the last
+    operator on bits, and before other tensors (zero points) are subtracted."""
     last = max(place for place, node in enumerate(region.nodes) if op_name(node) in BITS)
     found = None
     for node in region.nodes[last:]:
@@ -132,12 +132,12 @@ def _cut(region: Region) -> Node | None:
 
 
 def _reaches(region: Region, without: Node) -> bool:
-    """Is there a way from the words to the result that leaves this node out?"""
+    """Is there a path from the words to the result that does not go through this node?"""
     return region.sources[0] in _needed(region, [region.output], without)
 
 
 def _needed(region: Region, nodes: Iterable[Node], without: Node | None = None) -> set[Node]:
-    """What these are computed of, themselves included."""
+    """The nodes that these are computed from, themselves included."""
     inside, found, stack = set(region.nodes), set[Node](), list(nodes)
     while stack:
         node = stack.pop()
