@@ -23,7 +23,7 @@ from fxfuse.graph.equal import computes_twice, merge_moves, part
 from fxfuse.graph.marks import INSERTED
 from fxfuse.graph.program import check_program, copy_program, name_outputs
 from fxfuse.graph.recompose import recompose, take_apart
-from fxfuse.ops.registry import check_opset
+from fxfuse.ops.opsets import check_opset
 from fxfuse.options import BUDGET, DEFAULT_OPSET, Options, check_frozen
 from fxfuse.quiet import shared_specs
 from fxfuse.recognise.answers import Pattern

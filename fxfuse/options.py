@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from fxfuse.errors import FxfuseError
-from fxfuse.ops.registry import check_opset
+from fxfuse.ops.opsets import check_opset
 from fxfuse.recognise.answers import Pattern, is_pattern
 from fxfuse.recognise.catalogue import catalogue
 from fxfuse.recognise.declared import check_known, check_opset_of, chosen

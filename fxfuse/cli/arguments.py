@@ -10,9 +10,11 @@ from typing import Any
 from fxfuse.cli import commands
 from fxfuse.cli.parity import parity
 from fxfuse.cli.two_programs import verify
+from fxfuse.ops import OPS
 from fxfuse.options import BUDGET
 from fxfuse.recognise.catalogue import catalogue
 from fxfuse.recognise.declared import keywords
+from fxfuse.repair.file import rules
 
 SOURCES = """\
 SOURCE is one of
@@ -31,11 +33,7 @@ GPU Triton's kernels run in its interpreter.
 
 """ + SOURCES.replace("3 the exported model does not compute what the original does", "3 an implementation is wrong")
 
-REPAIRS = """\
-mended are
-  RotaryEmbedding      whose cos, sin or position_ids have batch 1, so that it fails at any other
-  RMSNormalization     of x and scale in different types, which does not load
-  Attention            whose keys and values were repeated for every query head
+_REPAIRS = """\
 both files are then run against each other in ONNX Runtime
 
 exit codes: 0 done, or nothing to mend; 2 bad input; 3 the mended model does not compute what the original does
@@ -50,11 +48,19 @@ exit codes: 0 proven; 2 bad input; 3 the two differ, or could not be proven to b
 """
 
 
+OPERATORS = ", ".join(sorted({op.onnx_name for op in OPS.values()}))
+
+
+def mended() -> str:
+    """What `fxfuse repair` mends, by what each rule says of itself."""
+    return "\n".join(["mended are", *(f"  {rule.what}" for rule in rules()), _REPAIRS])
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser; `run` of the parsed arguments is the command."""
     top = argparse.ArgumentParser(
         prog="fxfuse",
-        description="Fuse RMSNorm, rotary embeddings and attention in a PyTorch model, and export it to ONNX.",
+        description=f"Recognise {OPERATORS} in a PyTorch model, however they are written, and export it to ONNX.",
     )
     subparsers = top.add_subparsers(required=True, metavar="COMMAND")
 
@@ -101,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--no-parity", dest="parity", action="store_false", help="do not compare with eager")
     inspect = command("inspect", commands.inspect, "fuse a model and report; export nothing", SOURCES)
     _source(inspect)
-    repair = command("repair", commands.repair, "mend an ONNX file on disk whose fused operators do not run", REPAIRS)
+    repair = command("repair", commands.repair, "mend an ONNX file on disk whose fused operators do not run", mended())
     repair.add_argument("model", type=Path, metavar="MODEL", help="an ONNX file of opset 23 or later")
     repair.add_argument("--out", required=True, type=Path, metavar="FILE", help="the file to write")
     repair.add_argument("--no-parity", dest="parity", action="store_false", help="do not run it against the original")

@@ -22,7 +22,7 @@ from fxfuse.files import move_into, save, staging
 from fxfuse.fusion import fuse_with
 from fxfuse.onnx.exporter import lifted_program, names_of, translate
 from fxfuse.onnx.state_names import name_states
-from fxfuse.ops.registry import check_opset
+from fxfuse.ops.opsets import check_opset
 from fxfuse.options import Options
 from fxfuse.parity import working_dtype
 from fxfuse.parity.eager import Check, check_fused, check_model, expectations

@@ -18,7 +18,7 @@ from fxfuse.cli.progress import Stages
 from fxfuse.cli.reports import REPORT, report_files, run_record
 from fxfuse.decoder.options import check_decoder_options
 from fxfuse.errors import FxfuseError
-from fxfuse.ops.registry import check_opset
+from fxfuse.ops.opsets import check_opset
 from fxfuse.options import check_accept, check_budget
 from fxfuse.package.genai import check_form
 from fxfuse.parity.eager import Check

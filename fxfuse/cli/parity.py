@@ -22,7 +22,7 @@ from fxfuse.cli.commands import load_program, request_of
 from fxfuse.cli.progress import Stages
 from fxfuse.errors import FxfuseError, ParityError
 from fxfuse.files import staging
-from fxfuse.ops.registry import check_opset
+from fxfuse.ops.opsets import check_opset
 from fxfuse.parity import matrix
 from fxfuse.parity.cell import IMPLEMENTATIONS, Cell
 from fxfuse.parity.environment import environment

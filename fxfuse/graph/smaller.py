@@ -20,7 +20,7 @@ from torch.fx.node import map_arg
 from fxfuse.graph.emit import KEPT_META
 from fxfuse.graph.region import Region
 from fxfuse.graph.view import GraphView, argument, fake, is_size, op_name, size_text, tensor
-from fxfuse.ops.registry import differ
+from fxfuse.ops.arguments import differ
 from fxfuse.torch_seams import entered
 
 LARGE = 16

@@ -18,7 +18,7 @@ from fxfuse.decoder.export import export_decoder
 from fxfuse.decoder.names import Names
 from fxfuse.errors import FxfuseError, FxfuseWarning, ParityError, callers_level
 from fxfuse.files import move_into, staging
-from fxfuse.ops.registry import check_opset
+from fxfuse.ops.opsets import check_opset
 from fxfuse.options import BUDGET, DEFAULT_OPSET
 from fxfuse.parity import OnnxRuntime, compare, float32_twin
 from fxfuse.pretrained import dtype_for_cpu, load, look

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal
 from fxfuse.errors import FxfuseError
 from fxfuse.installed import check_installed
 from fxfuse.onnx.plugin import enabled
-from fxfuse.ops.registry import check_opset
+from fxfuse.ops.opsets import check_opset
 from fxfuse.options import BUDGET, DEFAULT_OPSET, Options
 from fxfuse.quiet import quiet
 from fxfuse.recognise.answers import Pattern

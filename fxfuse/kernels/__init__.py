@@ -3,9 +3,11 @@
     run("rms_norm", x, w, epsilon=1e-6)     the kernel of fxfuse::rms_norm, with the operator's arguments
     missing(x.device)                       why no kernel runs there, or None
     unsupported("rms_norm", x, w)           why the kernel does not take this call, or None
+    names()                                 the operators that have a kernel
     interpret()                             from now on kernels run in Triton's interpreter, on the CPU
 
-Importing this package needs neither Triton nor a GPU; the kernels are imported when the first of them runs.
+Importing this package needs neither Triton nor a GPU. The kernels stand with their operators, in
+`fxfuse/ops/<operator>/`, and are imported when the first of them runs; here is what they share.
 """
 
 from __future__ import annotations
@@ -19,11 +21,9 @@ from typing import Any
 import torch
 
 from fxfuse.errors import FxfuseError
+from fxfuse.kernels.table import kernels, names
 
-NAMES = ("rms_norm", "rotary_embedding", "attention", "attention_with_present", "tensor_scatter")
-"""The operators that have a kernel."""
-
-__all__ = ["NAMES", "interpret", "missing", "run", "unsupported"]
+__all__ = ["interpret", "missing", "names", "run", "unsupported"]
 
 
 def run(name: str, *args: Any, **kwargs: Any) -> Any:
@@ -41,11 +41,10 @@ def run(name: str, *args: Any, **kwargs: Any) -> Any:
     why = unsupported(name, *args, **kwargs)
     if why is not None:
         raise FxfuseError(f"the kernel does not take this call: {why}", where=name, hint=f"use torch.ops.fxfuse.{name}")
-    from fxfuse.kernels import calls
     from fxfuse.kernels.launch import device_of
 
     with device_of(device):
-        return calls.KERNELS[name].function(*args, **kwargs)
+        return kernels()[name].function(*args, **kwargs)
 
 
 def unsupported(name: str, *args: Any, **kwargs: Any) -> str | None:
@@ -54,13 +53,11 @@ def unsupported(name: str, *args: Any, **kwargs: Any) -> str | None:
     Raises:
         FxfuseError: there is no such kernel, Triton is not installed, or the arguments do not fit the operator.
     """
-    if name not in NAMES:
-        raise FxfuseError(f"{name} has no kernel", where=name, hint="one of " + ", ".join(NAMES))
+    if name not in names():
+        raise FxfuseError(f"{name} has no kernel", where=name, hint="one of " + ", ".join(names()))
     if not installed():
         raise FxfuseError("Triton is not installed", where=name, hint="pip install 'fxfuse[triton]'")
-    from fxfuse.kernels import calls
-
-    return calls.KERNELS[name].unsupported(*args, **kwargs)
+    return kernels()[name].unsupported(*args, **kwargs)
 
 
 def missing(device: torch.device | str = "cuda") -> str | None:

@@ -22,7 +22,6 @@ from fxfuse.graph.source import source_line
 from fxfuse.onnx.active import within
 from fxfuse.onnx.capturing.capture import META, capture, check_inputs, check_program
 from fxfuse.onnx.check import check_export, check_weights
-from fxfuse.onnx.flex_attention import join_flex_attention
 from fxfuse.onnx.state_names import name_states
 from fxfuse.onnx.translate.axes import axis_names, without_numbers
 from fxfuse.onnx.translate.bfloat16 import without_bfloat16_gaps
@@ -35,7 +34,8 @@ from fxfuse.onnx.translate.takes import check_taken
 from fxfuse.onnx.translate.untranslated import one_message
 from fxfuse.onnx.widened import warn_of_widened
 from fxfuse.ops import holds_fused, translation_table
-from fxfuse.ops.registry import check_opset
+from fxfuse.ops.opsets import check_opset
+from fxfuse.ops.registry import JOINS
 from fxfuse.options import Options
 from fxfuse.parity import require_onnxruntime
 from fxfuse.prepass import options_of
@@ -77,7 +77,7 @@ def export(
     dynamo: bool = True,
     **of_patterns: Any,
 ) -> torch.onnx.ONNXProgram:
-    """Export `model` to ONNX with its RMSNorms, rotary embeddings and attentions as single standard operators.
+    """Export `model` to ONNX with what the patterns recognise as single standard operators.
 
     Takes what ``torch.onnx.export(..., dynamo=True)`` takes, with the same meaning; what differs is listed here.
 
@@ -288,11 +288,12 @@ def translate(
 
 
 def finish(onnx_program: torch.onnx.ONNXProgram, fused: ExportedProgram) -> None:
-    """Finish what torch translated: join FlexAttention nodes, rewrite masks for ONNX Runtime, pack integers of four
-    bits, attach the report for `fxfuse.report`."""
+    """Finish what torch translated: join operators of several nodes, rewrite masks for ONNX Runtime, pack integers
+    of four bits, attach the report for `fxfuse.report`."""
     check_taken(onnx_program.model)
     warn_of_widened(fused)
-    join_flex_attention(onnx_program.model)
+    for join in JOINS:
+        join(onnx_program.model)
     without_numbers(onnx_program.model)
     without_boolean_where(onnx_program.model)
     without_bfloat16_gaps(onnx_program.model)

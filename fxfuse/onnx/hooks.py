@@ -36,7 +36,7 @@ from fxfuse.onnx.translate.filled_in import with_values
 from fxfuse.onnx.translate.missing import missing_translations
 from fxfuse.onnx.translate.ready import ready
 from fxfuse.ops import holds_fused, translation_table
-from fxfuse.ops.registry import FIRST_OPSET, LAST_OPSET
+from fxfuse.ops.opsets import FIRST_OPSET, LAST_OPSET
 from fxfuse.options import Options
 from fxfuse.patterns.flex_attention.capturing.capture import flex_capture
 from fxfuse.prepass import options_of

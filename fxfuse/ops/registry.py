@@ -1,26 +1,42 @@
 """How an operator of this package is put together: one record, one way to register it.
 
 Every operator is a `torch.library` operator in the namespace `fxfuse`. Its composite implementation serves every
-device; `fxfuse.kernels.dispatch` adds the kernels that take its place on CUDA.
+device; its Triton kernels, where it has some, take the composite's place on CUDA (`fxfuse.kernels.dispatch`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
 
 import torch
 
 from fxfuse.errors import FxfuseError
-from fxfuse.ops.switch import kernels_wanted
+from fxfuse.kernels.dispatch import Choice, serve
+from fxfuse.kernels.switch import kernels_wanted
+from fxfuse.ops.opsets import check_opset
 from fxfuse.torch_seams import OpOverload
 
-FIRST_OPSET = 23
-"""The first ONNX opset with RMSNormalization, RotaryEmbedding and Attention."""
 
-LAST_OPSET = 25
-"""The last ONNX opset that these translations were checked against."""
+class Takes(TypedDict, total=False):
+    """Which floating-point types an ONNX operator takes, and what ONNX Runtime wants beyond the definition.
+
+    Types are called float16, bfloat16, float32, float64. tests/onnx/test_takes.py asks onnx and ONNX Runtime again.
+    """
+
+    types: list[str]
+    """Of the floating-point inputs, by onnx.defs at opset 24."""
+    exact: list[str]
+    """The types in which nothing is lost, where those are fewer."""
+    alike: list[str]
+    """Inputs that ONNX Runtime wants of one type, though the definition does not."""
+    full: str
+    """An input whose last two dims ONNX Runtime does not broadcast."""
+    needs: dict[str, list[str]]
+    """Outputs that ONNX Runtime has to be asked for where these inputs are given."""
+    onnxruntime_cpu: list[str]
+    """The types that its CPU provider (1.32) has a kernel for, or a function body of kernels."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +55,10 @@ class OnnxOp:
     """What it runs where there is no kernel; takes what the operator takes."""
     decomposition: Callable[..., Any]
     """The same computation in ATen operators only; takes what the operator takes."""
+    found_by: tuple[str, ...]
+    """The `Pattern.operator` of the patterns that it comes of."""
+    takes: Takes = field(default_factory=lambda: Takes())
+    """What the ONNX operator takes, where that is not every floating-point type."""
 
     def translation(self, opset: int) -> Callable[..., Any]:
         """The function that writes this operator as one ONNX node of `opset`.
@@ -65,6 +85,12 @@ OPS: dict[OpOverload, OnnxOp] = {}
 """Every operator of this package, by the overload that stands in a graph."""
 PARTS: dict[OpOverload, OnnxOp] = {}
 """Operators several of which make one ONNX operator."""
+JOINS: list[Callable[[Any], object]] = []
+"""What makes one node of the nodes of `PARTS`, in place: each takes an `onnx_ir.Model`."""
+ANALYTIC: set[str] = set()
+"""Operators, as ``"fxfuse::rms_norm"``, that compute an analytic function of what flows through them."""
+ACCUMULATING: set[str] = set()
+"""The names of the operators that add up within one call, as a matrix product does."""
 
 
 def define_op(
@@ -79,29 +105,73 @@ def define_op(
     onnx_name: str,
     since_opset: int,
     make_translation: Callable[[int], Callable[..., Any]],
+    takes: Takes | None = None,
+    kernels: str | None = None,
+    choose: Choice | None = None,
+    found_by: tuple[str, ...] | None = None,
+    analytic: bool = False,
+    accumulates: bool = False,
     part: bool = False,
 ) -> OnnxOp:
-    """Register `fxfuse::name` with all its parts and enter it in `OPS`, or in `PARTS`."""
-    qualified = f"fxfuse::{name}"
-    torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(qualified, "default", composite)
-    torch.library.register_fake(qualified, fake)
-    torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+    """Register `fxfuse::name` with all its parts and enter it in `OPS`, or in `PARTS`.
+
+    Args:
+        name: of the operator, without the namespace.
+        schema: its arguments and outputs, as torch.library takes them.
+        composite: what it runs where there is no kernel.
+        fake: its outputs' shapes, types and strides; raises FxfuseError on what does not fit.
+        setup_context: keeps for `backward` what it needs, as torch.library.register_autograd has it.
+        backward: the gradients of the inputs.
+        decomposition: the same computation in ATen operators only.
+        onnx_name: the ONNX operator (default domain) that it becomes.
+        since_opset: the first opset that has that ONNX operator.
+        make_translation: takes the opset, gives the function for torch.onnx.export's `custom_translation_table`.
+        takes: what the ONNX operator takes, where that is not every floating-point type.
+        kernels: the module whose `KERNELS` has its Triton kernel; imported when a kernel runs for the first time.
+        choose: gives what to call for these arguments in place of the kernel; None means always the kernel.
+        found_by: the `Pattern.operator` of the patterns that it comes of; None means the one of `onnx_name`.
+        analytic: does it compute an analytic function of what flows through it? Rounding to integers does not.
+        accumulates: does it add up within one call?
+        part: do several of these make one ONNX operator?
+    """
+    _define(name, schema, composite, fake)
+    torch.library.register_autograd(f"fxfuse::{name}", backward, setup_context=setup_context)
     overload: OpOverload = getattr(torch.ops.fxfuse, name).default
-    op = OnnxOp(overload, onnx_name, since_opset, make_translation, composite, decomposition)
+    op = OnnxOp(
+        overload,
+        onnx_name,
+        since_opset,
+        make_translation,
+        composite,
+        decomposition,
+        found_by or (onnx_name,),
+        takes or Takes(),
+    )
     (PARTS if part else OPS)[overload] = op
+    if analytic:
+        ANALYTIC.add(f"fxfuse::{name}")
+    if accumulates:
+        ACCUMULATING.add(name)
+    if kernels is not None:
+        serve(name, kernels, composite, choose)
     return op
 
 
-def define_backward(name: str, schema: str, *, composite: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def define_backward(
+    name: str, schema: str, *, composite: Callable[..., Any], fake: Callable[..., Any], kernels: str
+) -> None:
     """Register `fxfuse::name`, a backward pass that has a kernel; `composite` is what it runs where there is none.
 
     An operator's backward function calls it where `has_kernel` says so. It has no gradient of its own.
     """
-    qualified = f"fxfuse::{name}"
-    torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(qualified, "default", composite)
-    torch.library.register_fake(qualified, fake)
+    _define(name, schema, composite, fake)
+    serve(name, kernels, composite, backward=True)
+
+
+def _define(name: str, schema: str, composite: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    torch.library.define(f"fxfuse::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(f"fxfuse::{name}", "default", composite)
+    torch.library.register_fake(f"fxfuse::{name}", fake)
 
 
 def has_kernel(grad: torch.Tensor) -> bool:
@@ -130,87 +200,3 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
 def holds_fused(program: torch.export.ExportedProgram) -> bool:
     """Does the program hold operators of this package?"""
     return any(node.target in OPS or node.target in PARTS for node in program.graph.nodes if node.op == "call_function")
-
-
-def check_opset(opset: object) -> None:
-    """Raise FxfuseError unless the fused operators exist in this opset."""
-    if not isinstance(opset, int) or isinstance(opset, bool) or not FIRST_OPSET <= opset <= LAST_OPSET:
-        raise FxfuseError(
-            f"the fused operators exist in ONNX opsets {FIRST_OPSET} to {LAST_OPSET}, not in opset {opset!r}",
-            where="opset",
-            hint="use 24: it has all of them, and ONNX Runtime has kernels for all of them",
-        )
-
-
-def refuse(what: str, where: str, hint: str | None = None) -> NoReturn:
-    """Raise FxfuseError; `where` names the argument."""
-    raise FxfuseError(what, where=where, hint=hint)
-
-
-# Sizes can be symbols, which type checkers take for ints. What is not known of a symbol must not be asked of it
-# either: the answer would be a guard on the program's input.
-
-
-def differ(a: int, b: int) -> bool:
-    """Are the sizes known to differ?"""
-    return a != b if type(a) is type(b) is int else _known(a != b)
-
-
-def equal(a: int, b: int) -> bool:
-    """Are the sizes known to be equal?"""
-    return a == b if type(a) is type(b) is int else _known(a == b)
-
-
-def exceeds(a: int, b: int) -> bool:
-    """Is `a` known to be larger than `b`?"""
-    return a > b if type(a) is type(b) is int else _known(a > b)
-
-
-def _known(condition: bool) -> bool:
-    from fxfuse.torch_seams import statically_known_true
-
-    return statically_known_true(condition)
-
-
-def show(tensor: torch.Tensor) -> str:
-    """A tensor's shape, for messages."""
-    return "[" + ", ".join(str(size) for size in tensor.shape) + "]"
-
-
-def as_laid_out(tensor: torch.Tensor, order: Sequence[int] | None = None) -> torch.Tensor:
-    """`tensor`, its memory in `order` of the dims (default: contiguous), copied only if it must be.
-
-    A fake implementation promises strides; sizes of 1 make that more than `contiguous()`, which leaves the
-    strides of such dims as they came.
-    """
-    order = range(tensor.dim()) if order is None else order
-    target = torch.empty_permuted(tensor.shape, tuple(order), dtype=tensor.dtype, device=tensor.device)
-    if tensor.stride() == target.stride():
-        return tensor
-    return target.copy_(tensor)
-
-
-ONNX_FLOATS = {1: torch.float32, 10: torch.float16, 11: torch.float64, 16: torch.bfloat16}
-"""ONNX's numbers (TensorProto.DataType) of the floating-point types that `stash_type` and the like can name."""
-
-
-def onnx_float(number: int, where: str) -> torch.dtype:
-    if number not in ONNX_FLOATS:
-        refuse(f"{number} is no ONNX floating-point type; known are {list(ONNX_FLOATS)}", where)
-    return ONNX_FLOATS[number]
-
-
-def one_node(operator: Callable[..., Any], inputs: Sequence[Any], attributes: dict[str, Any], defaults: Any) -> Any:
-    """What `operator` of an onnxscript opset returns: the outputs of one node.
-
-    Inputs that are None at the end are left out, and so are attributes at their default, which torch's recorder
-    would write down.
-    """
-    while inputs[-1] is None:
-        inputs = inputs[:-1]
-    given = {name: value for name, value in attributes.items() if value != defaults[name]}
-    outputs = operator(*inputs, **given)
-    node = (outputs[0] if isinstance(outputs, Sequence) else outputs).producer()
-    for name in set(node.attributes) - set(given):
-        del node.attributes[name]
-    return outputs

@@ -9,8 +9,9 @@ import onnx
 import torch
 from torch import Tensor
 
+from fxfuse.ops.calls import Call
 from fxfuse.ops.registry import OnnxOp
-from fxfuse.parity.matrix import Call
+from fxfuse.parity.matrix import matrix_of
 from fxfuse.parity.ort import OnnxRuntime
 from fxfuse.torch_seams import schema_of
 
@@ -50,41 +51,7 @@ def refusal(call: Call) -> str | None:
     """What the CPU provider of ONNX Runtime 1.32 is known not to do, as seen in runs of this matrix."""
     if any(arg is not None and arg.dtype == torch.bfloat16 for arg in call.args):
         return "it has no bfloat16 kernels"
-    if call.op == "rms_norm":
-        X, scale = call.args
-        assert X is not None and scale is not None
-        if X.dtype != scale.dtype:
-            return "it wants X and scale of one type, the specification does not"
-    if call.op.startswith("attention"):
-        return _attention_refusal(call.op, call.kwargs.get("is_causal", 0), *call.args)
-    return None
-
-
-def _attention_refusal(
-    name: str,
-    is_causal: int,
-    Q: Tensor | None,
-    K: Tensor | None,
-    V: Tensor | None,
-    mask: Tensor | None = None,
-    past_key: Tensor | None = None,
-    past_value: Tensor | None = None,
-    lengths: Tensor | None = None,
-) -> str | None:
-    assert Q is not None and K is not None
-    P = 0 if past_key is None else past_key.shape[2]
-    T, Sq = P + K.shape[-2 if K.dim() == 4 else 1], Q.shape[-2 if Q.dim() == 4 else 1]
-    if past_key is not None and name == "attention":
-        return "it does not take past_key without giving present_key"
-    if past_key is not None and is_causal and Sq == 1 and T > P + 1:
-        return "it leaves is_causal out where there is one query, also where there are more new keys than one"
-    if mask is not None and mask.shape[-1] != T:
-        return "it wants a mask as long as the keys, the specification does not"
-    if mask is not None and mask.is_floating_point():
-        lowest = torch.finfo(mask.dtype).min
-        if bool((mask <= lowest).all(-1).any()):
-            return "it gives 0 to a query whose mask is the lowest number everywhere, the formula gives the mean of V"
-    return None
+    return matrix_of(call.op).refused(call)
 
 
 def model(op: OnnxOp, call: Call) -> onnx.ModelProto:
@@ -92,10 +59,7 @@ def model(op: OnnxOp, call: Call) -> onnx.ModelProto:
     names = [f"i{n}" if arg is not None else "" for n, arg in enumerate(call.args)]
     count = len(schema_of(op.overload).returns)
     outputs = [f"o{n}" for n in range(count)]
-    attributes = dict(call.kwargs)
-    if call.op.startswith("attention") and call.args[0].dim() == 4:  # type: ignore[union-attr]
-        attributes = {name: value for name, value in attributes.items() if not name.endswith("num_heads")}
-    node = onnx.helper.make_node(op.onnx_name, names, outputs, **attributes)
+    node = onnx.helper.make_node(op.onnx_name, names, outputs, **matrix_of(call.op).attributes(call))
     inputs = [
         onnx.helper.make_tensor_value_info(name, TYPES[arg.dtype], list(arg.shape))
         for name, arg in zip(names, call.args, strict=True)

@@ -19,11 +19,12 @@ from torch import Tensor
 import fxfuse.ops
 from fxfuse import kernels
 from fxfuse.errors import FxfuseError
+from fxfuse.kernels.switch import use_kernels
+from fxfuse.ops.calls import Call
 from fxfuse.ops.registry import OnnxOp
-from fxfuse.ops.switch import use_kernels
 from fxfuse.parity.cell import Cell, judged, skipped
 from fxfuse.parity.compare import rms
-from fxfuse.parity.matrix import Call
+from fxfuse.parity.matrix import matrix_of
 from fxfuse.parity.node import Refused, run_node
 
 Tensors = tuple[Tensor, ...]
@@ -32,7 +33,7 @@ Tensors = tuple[Tensor, ...]
 def cells(call: Call, *, backward: bool = True, onnxruntime: bool = True) -> Iterator[Cell]:
     """Every implementation's cell for one call. ONNX Runtime's runs on the CPU wherever the call's tensors are."""
     op = _operator(call.op)
-    differentiable = backward and call.op != "tensor_scatter"
+    differentiable = backward and matrix_of(call.op).differentiable
     exact = run(op.decomposition, widened(call), differentiable)
     eager = run(op.decomposition, call, differentiable)
     yield from _cells(call, "eager", eager, eager, exact)
@@ -80,8 +81,7 @@ def run(function: Callable[..., Any], call: Call, differentiable: bool) -> Ran:
 def widened(call: Call) -> Call:
     """The call in float64, without the roundings that its arguments ask for."""
     args = tuple(a.double() if a is not None and a.is_floating_point() else a for a in call.args)
-    kwargs = {**call.kwargs, "stash_type": 11} if call.op == "rms_norm" else call.kwargs
-    return Call(call.op, call.point, args, kwargs, torch.float64)
+    return Call(call.op, call.point, args, {**call.kwargs, **matrix_of(call.op).exactly}, torch.float64)
 
 
 def _no_kernel(call: Call) -> str | None:

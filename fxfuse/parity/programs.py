@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 import fxfuse
 from fxfuse import kernels
 from fxfuse.errors import FxfuseError
-from fxfuse.ops.switch import use_kernels
+from fxfuse.kernels.switch import use_kernels
 from fxfuse.parity.cell import Cell, judged, skipped
 from fxfuse.parity.ort import check_onnx, open_session
 from fxfuse.parity.shapes import ShapeCase, shape_cases

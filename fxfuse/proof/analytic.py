@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from fxfuse.graph.higher_order import higher_order
 from fxfuse.graph.view import LAYOUT, op_name
+from fxfuse.ops.registry import ACCUMULATING, ANALYTIC
 from fxfuse.torch_seams import schema_of
 
 MOVED = (LAYOUT - {"index", "gather", "take_along_dim", "index_select"}) | frozenset(
@@ -115,12 +116,6 @@ _SMOOTH = frozenset(
         "conv3d",
         "convolution",
         "scaled_dot_product_attention",
-        "rotary_embedding",
-        "attention",
-        "attention_with_qk",
-        "attention_with_present",
-        "tensor_scatter",
-        "dequantize_linear",
         "dequantize_affine",
         "dequantize_per_tensor",
         "dequantize_per_channel",
@@ -192,9 +187,8 @@ ACCUMULATES = frozenset(
         "norm",
         "linalg_vector_norm",
         "addcmul",
-        "attention",
     ]
-)
+) | frozenset(ACCUMULATING)
 """Operators that add up within one call. What their sums lose to rounding shows only if their operands are put a little
 off: nothing of the sum can be put off from outside."""
 _NORMS = frozenset(["norm", "linalg_vector_norm", "linalg_norm"])
@@ -224,6 +218,8 @@ def analytic_call(name: str, schema: Any, args: Any, kwargs: Any) -> bool:
                 return declared.default_value if declared.has_default_value() else None
         return None
 
+    if schema is not None and schema.name in ANALYTIC:
+        return True
     if name in MOVED or name in _SMOOTH or name in _EXTREMES:
         return given("rounding_mode") is None if name in ("div", "divide") else True
     if name == "pow":

@@ -105,6 +105,10 @@ class Pattern(Protocol):
 
     A pattern that is a frozen dataclass may have options of its own (`fxfuse.recognise.declared`). What else a pattern
     may do, where it has to: `Prepares`, `Varies`.
+
+    A shipped pattern may say more of itself: `after` and `before`, the names of patterns that apply before it and after
+    it (`fxfuse.recognise.catalogue.ordered`), and `signs`, the names of operators by which one suspects it where nobody
+    can look (`fxfuse.report.left`).
     """
 
     name: str

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
+import pkgutil
 import warnings
+from collections.abc import Sequence
+from functools import cache
+from graphlib import TopologicalSorter
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 
 from fxfuse.errors import FxfuseWarning, callers_level
 from fxfuse.recognise.answers import Pattern, is_pattern
 
-SHIPPED = (
-    "rms_norm",
-    "rotary_embedding",
-    "attention",
-    "flex_attention",
-    "kv_cache",
-    "cache_write",
-    "dequantize_linear",
-    "quantize_linear",
-)
-"""Modules of `fxfuse.patterns`, in the order in which they are applied: attention looks through rotary embeddings, and
-a cache is one where an attention reads it."""
 GROUP = "fxfuse.patterns"
 _registered: list[Pattern] = []
 
@@ -46,9 +38,41 @@ def unregister(name: str) -> None:
     _registered[:] = [p for p in _registered if p.name != name]
 
 
+@cache
+def _shipped() -> tuple[Pattern, ...]:
+    found = pkgutil.iter_modules(import_module("fxfuse.patterns").__path__)
+    folders = sorted(module.name for module in found if module.ispkg)
+    return tuple(ordered([import_module(f"fxfuse.patterns.{name}").PATTERN for name in folders]))
+
+
 def shipped() -> list[Pattern]:
-    """The patterns that come with fxfuse."""
-    return [import_module(f"fxfuse.patterns.{name}").PATTERN for name in SHIPPED]
+    """The patterns that come with fxfuse, one in each folder of `fxfuse.patterns`, in the order in which they apply."""
+    return list(_shipped())
+
+
+def ordered(patterns: Sequence[Pattern]) -> list[Pattern]:
+    """The patterns by what they say of themselves; where nothing is said they stay as they come.
+
+    A pattern may name others: `after`, those that apply before it does, and `before`, those that apply after it.
+    """
+    sorter: TopologicalSorter[str] = TopologicalSorter()
+    for pattern in patterns:
+        sorter.add(pattern.name, *getattr(pattern, "after", ()))
+        for later in getattr(pattern, "before", ()):
+            sorter.add(later, pattern.name)
+    sorter.prepare()
+    named = {pattern.name: pattern for pattern in patterns}
+    place = {name: number for number, name in enumerate(named)}
+    found: list[Pattern] = []
+    ready = list(sorter.get_ready())
+    while ready:
+        name = min(ready, key=lambda name: place.get(name, -1))
+        ready.remove(name)
+        sorter.done(name)
+        ready += sorter.get_ready()
+        if name in named:
+            found.append(named[name])
+    return found
 
 
 def catalogue() -> list[Pattern]:

@@ -14,13 +14,14 @@ from onnxscript.rewriter import RewriteRule
 
 from fxfuse.errors import FxfuseError
 from fxfuse.files import move_into, staging
-from fxfuse.ops.registry import FIRST_OPSET
-from fxfuse.repair.attention import RepeatedHeads
-from fxfuse.repair.rms_norm import MixedTypes
-from fxfuse.repair.rotary_embedding import BatchOfOne
+from fxfuse.ops.folders import parts
+from fxfuse.ops.opsets import FIRST_OPSET
 from fxfuse.repair.verify import Run, verify
 
-RULES: tuple[Any, ...] = (MixedTypes, BatchOfOne, RepeatedHeads)
+
+def rules() -> list[Any]:
+    """What the `repair.py` of the operators' folders mend."""
+    return [rule for module in parts("repair") for rule in module.RULES]
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def repair(source: str | os.PathLike[str], target: str | os.PathLike[str], *, pa
 
 def _rules() -> dict[str, RewriteRule]:
     """The rules, by a sentence that says what each does."""
-    return {rule.what: rule.rule() for rule in RULES}
+    return {rule.what: rule.rule() for rule in rules()}
 
 
 def _load(path: Path) -> ir.Model:

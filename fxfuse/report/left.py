@@ -12,23 +12,17 @@ from fxfuse.graph.blocks.wrapped import flattened
 from fxfuse.graph.source import module_path, source_line
 from fxfuse.graph.view import op_name
 from fxfuse.proof.accepted import break_name
+from fxfuse.recognise.catalogue import shipped
 from fxfuse.report.model import Entry
-
-_HOLD = {
-    "rms_norm": "RMSNormalization",
-    "rsqrt": "RMSNormalization",
-    "softmax": "Attention",
-    "scaled_dot_product_attention": "Attention",
-}
-"""Which ONNX operator a call of this name may be part of."""
 
 
 def left_alone(blocks: Blocks) -> Iterator[Entry]:
     """An entry for each kind of operator that may stand in a block of autocast whose casts cannot be worked out."""
+    signs = {sign: pattern.operator for pattern in shipped() for sign in getattr(pattern, "signs", ())}
     for name, inside, unclear in blocks.left:
         found: dict[str, Node] = {}
         for node in flattened(inside.nodes):
-            if (operator := _HOLD.get(op_name(node))) is not None:
+            if (operator := signs.get(op_name(node))) is not None:
                 found.setdefault(operator, node)
         device, dtype = inside.mode[:2] if inside.is_autocast else ("", "")
         within = f"torch.autocast({device!r}, {dtype})" if inside.is_autocast else "torch.autocast"

@@ -15,14 +15,11 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
-from fxfuse.ops.registry import FIRST_OPSET, LAST_OPSET, OPS, PARTS
+from fxfuse.ops.opsets import FIRST_OPSET, LAST_OPSET
+from fxfuse.ops.registry import OPS, PARTS
 from fxfuse.options import DEFAULT_OPSET, Options
 from fxfuse.recognise.answers import Pattern, Varies
 from fxfuse.recognise.declared import opset_of
-from fxfuse.torch_seams import schema_of
-
-_SEVERAL = {"attention_with_present": ("Attention", "KVCache")}
-"""Operators that come of more than one pattern."""
 
 
 def attempts(
@@ -67,8 +64,8 @@ def _parts(every: list[Pattern], called: list[Node]) -> list[list[Pattern]]:
     for target in {n.target for n in called}:
         op = OPS.get(target) or PARTS.get(target)  # type: ignore[call-overload]
         if op is not None:
-            names.update(_SEVERAL.get(schema_of(op.overload).name.split("::")[1], (op.onnx_name,)))
-    own = {op.onnx_name for op in (OPS | PARTS).values()} | {"KVCache"}
+            names.update(op.found_by)
+    own = {name for op in (OPS | PARTS).values() for name in (op.onnx_name, *op.found_by)}
     some = [p for p in every if p.operator in names or p.operator not in own]
     older = [p for p in every if p.since_opset <= FIRST_OPSET]
     found: list[list[Pattern]] = []

@@ -44,6 +44,9 @@ class Attention:
     name = "attention"
     operator = "Attention"
     since_opset = 23
+    after = ("rotary_embedding",)
+    """It looks through rotary embeddings."""
+    signs = ("softmax", "scaled_dot_product_attention")
 
     def propose(self, view: GraphView, ask: Questions) -> Iterator[Proposal]:
         for node in view.nodes:

@@ -39,6 +39,7 @@ class CacheWrite:
     name = "cache_write"
     operator = "TensorScatter"
     since_opset = 24
+    after = ("kv_cache",)
 
     def propose(self, view: GraphView, ask: Questions) -> Iterator[Proposal]:
         for node in view.nodes:

@@ -66,6 +66,8 @@ class DequantizeLinear:
     name = "dequantize_linear"
     operator = "DequantizeLinear"
     since_opset = 23
+    after = ("cache_write",)
+    """The others read caches of integers and scales as the model writes them."""
 
     def propose(self, view: GraphView, ask: Questions) -> Iterator[Proposal]:
         leaves = sorted(ask.kept.stored(view.nodes), key=size_in_bytes, reverse=True)

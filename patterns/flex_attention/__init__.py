@@ -62,6 +62,7 @@ class FlexAttention:
     name = "flex_attention"
     operator = "Attention"
     since_opset = 23
+    after = ("attention",)
 
     windows: Windows = option(
         Windows,

@@ -45,6 +45,8 @@ class KVCache:
     name = "kv_cache"
     operator = "KVCache"
     since_opset = 23
+    after = ("attention", "flex_attention")
+    """A cache is one where an attention reads it."""
 
     def propose(self, view: GraphView, ask: Questions) -> Iterator[Proposal]:
         claimed: set[Node] = set()

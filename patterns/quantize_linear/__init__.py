@@ -37,6 +37,7 @@ class QuantizeLinear:
 
     name = "quantize_linear"
     operator = "QuantizeLinear"
+    after = ("dequantize_linear",)
     since_opset = 23
 
     def propose(self, view: GraphView, ask: Questions) -> Iterator[Proposal]:

@@ -52,6 +52,7 @@ class RMSNorm:
     name = "rms_norm"
     operator = "RMSNormalization"
     since_opset = 23
+    signs = ("rms_norm", "rsqrt")
 
     def propose(self, view: GraphView, ask: Questions) -> Iterator[Proposal]:
         for node in view.nodes:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fxfuse.cli import main
-from fxfuse.kernels import calls as kernel_calls
+from fxfuse.kernels.table import kernels as kernel_table
 
 LLAMA = [
     "torchtune:llama3_2", "--set", "vocab_size=64", "--set", "num_layers=1", "--set", "num_heads=4",
@@ -35,12 +35,12 @@ def test_operators(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
-    right = kernel_calls.KERNELS[op]
+    right = kernel_table()[op]
 
     def wrong(*args: Any, **kwargs: Any) -> Any:
         return right.function(*args, **kwargs).roll(1, -1)
 
-    monkeypatch.setitem(kernel_calls.KERNELS, op, right._replace(function=wrong))
+    monkeypatch.setitem(kernel_table(), op, right._replace(function=wrong))
 
 
 def test_a_failure_is_exit_code_3(
@@ -59,13 +59,13 @@ def test_a_failure_is_exit_code_3(
 
 def test_a_model(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
-    for name, kernel in list(kernel_calls.KERNELS.items()):
+    for name, kernel in list(kernel_table().items()):
 
         def counted(*args: Any, name: str = name, kernel: Any = kernel, **kwargs: Any) -> Any:
             ran.append(name)
             return kernel.function(*args, **kwargs)
 
-        monkeypatch.setitem(kernel_calls.KERNELS, name, kernel._replace(function=counted))
+        monkeypatch.setitem(kernel_table(), name, kernel._replace(function=counted))
     assert main(["parity", *LLAMA]) == 0
     printed = capsys.readouterr().out
     assert "torchtune:llama3_2: largest error" in printed

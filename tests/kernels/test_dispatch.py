@@ -11,12 +11,12 @@ import torch
 
 from fxfuse import kernels
 from fxfuse.errors import FxfuseError
-from fxfuse.kernels import calls
-from fxfuse.ops.attention_arguments import Attributes
-from fxfuse.ops.attention_backward import composite, sdpa_gradients
-from fxfuse.ops.attention_math import Problem, gradients
-from fxfuse.ops.attention_sdpa import has_fused_kernel
-from fxfuse.ops.switch import kernels_wanted, use_kernels
+from fxfuse.kernels import table
+from fxfuse.kernels.switch import kernels_wanted, use_kernels
+from fxfuse.ops.attention.arguments import Attributes
+from fxfuse.ops.attention.backward import composite, sdpa_gradients
+from fxfuse.ops.attention.math import Problem, gradients
+from fxfuse.ops.attention.sdpa import has_fused_kernel
 from tests.kernels.device import DEVICE
 
 ops = torch.ops.fxfuse
@@ -29,14 +29,13 @@ on_the_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="on a GPU the kerne
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that run, by operator."""
     ran: list[str] = []
-    for table in (calls.KERNELS, calls.BACKWARD):
-        for name, kernel in list(table.items()):
+    for name, kernel in list(table.kernels().items()):
 
-            def function(*args: object, name: str = name, kernel: calls.Kernel = kernel, **kwargs: object) -> object:
-                ran.append(name)
-                return kernel.function(*args, **kwargs)
+        def function(*args: object, name: str = name, kernel: table.Kernel = kernel, **kwargs: object) -> object:
+            ran.append(name)
+            return kernel.function(*args, **kwargs)
 
-            monkeypatch.setitem(table, name, kernel._replace(function=function))
+        monkeypatch.setitem(table.kernels(), name, kernel._replace(function=function))
     return ran
 
 
@@ -115,7 +114,7 @@ real = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "triton" else real(name, *rest)
 import torch, fxfuse
 from fxfuse import kernels
-from fxfuse.ops.switch import use_kernels
+from fxfuse.kernels.switch import use_kernels
 x = torch.randn(2, 8, requires_grad=True)
 with use_kernels("always") as declined:
     torch.ops.fxfuse.rms_norm(x, torch.ones(8)).sum().backward()
@@ -174,7 +173,7 @@ def test_sdpas_own_gradients_are_the_textbooks(a: Attributes) -> None:
     ids=["soft-cap", "lengths", "float64 softmax", "no keys"],
 )
 def test_what_sdpa_has_no_fast_path_for(p: Problem, a: Attributes, monkeypatch: pytest.MonkeyPatch) -> None:
-    import fxfuse.ops.attention_sdpa as module
+    import fxfuse.ops.attention.sdpa as module
 
     monkeypatch.setattr(module, "can_use_flash_attention", lambda params: True)
 

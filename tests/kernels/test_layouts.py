@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxfuse import kernels
-from fxfuse.ops.switch import use_kernels
+from fxfuse.kernels.switch import use_kernels
 from tests.kernels.device import DEVICE
 
 ops = torch.ops.fxfuse

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxfuse.ops.switch import use_kernels
-from fxfuse.parity.matrix import moved
+from fxfuse.kernels.switch import use_kernels
+from fxfuse.ops.calls import moved
 from tests.kernels.device import DEVICE
 from tests.ops.samples import SAMPLES, Sample
 

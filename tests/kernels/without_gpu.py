@@ -17,10 +17,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import fxfuse.ops
-from fxfuse.kernels import attention, dispatch, rms_norm, rotary_embedding, tensor_scatter
-from fxfuse.kernels.calls import KERNELS
-from fxfuse.ops.attention_arguments import Attributes, Inputs, check
-from fxfuse.ops.attention_math import Problem
+from fxfuse.kernels import dispatch
+from fxfuse.kernels.table import kernels
+from fxfuse.ops.attention.arguments import Attributes, Inputs, check
+from fxfuse.ops.attention.kernels import launching as attention
+from fxfuse.ops.attention.math import Problem
+from fxfuse.ops.rms_norm import kernels as rms_norm
+from fxfuse.ops.rotary_embedding import kernels as rotary_embedding
+from fxfuse.ops.tensor_scatter import kernels as tensor_scatter
 from fxfuse.parity.matrix import calls
 
 assert fxfuse.ops.OPS
@@ -75,7 +79,7 @@ def compile_matrix(op: str) -> list[dict[str, Any]]:
     """
     for call in itertools.islice(calls(op, "pairs"), 0, None, 4 if op == "attention" else 1):
         Compiler.label = str(call)
-        KERNELS[op].function(*call.args, **call.kwargs)
+        kernels()[op].function(*call.args, **call.kwargs)
     return Compiler.compiled
 
 

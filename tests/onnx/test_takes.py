@@ -10,11 +10,11 @@ from torch.export import Dim
 
 import fxfuse.onnx
 from fxfuse.errors import FxfuseError
-from fxfuse.onnx.translate.takes import TYPES, check_taken, table
+from fxfuse.onnx.translate.takes import TYPES, bfloat16_kernels, check_taken, operators
 from fxfuse.parity import require_onnxruntime
 from fxfuse.parity.ort import onnxruntime_outputs
 
-OPERATORS = table()["operators"]
+OPERATORS = operators()
 SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
     "RMSNormalization": ((2, 8), (8,)),
     "RotaryEmbedding": ((2, 4, 5, 8), (2, 5, 4), (2, 5, 4)),
@@ -74,7 +74,7 @@ def test_bfloat16_kernels_are_those_that_onnx_runtime_has(operator: str) -> None
     if operator in BINARY:
         kinds.append(ir.DataType.INT64 if operator in INDEXED else ir.DataType.BFLOAT16)
         shapes.append(INDEXED.get(operator, (8, 8)))  # type: ignore[arg-type]
-    assert loads(model_of(operator, kinds, tuple(shapes))) == (operator in table()["onnxruntime_cpu_bfloat16"])
+    assert loads(model_of(operator, kinds, tuple(shapes))) == (operator in bfloat16_kernels())
 
 
 def test_a_type_that_the_operator_does_not_have_is_refused() -> None:

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from fxfuse.errors import FxfuseError
-from fxfuse.kernels import calls as kernel_calls
+from fxfuse.kernels.table import kernels as kernel_table
+from fxfuse.ops.calls import Draw
 from fxfuse.parity.cell import IMPLEMENTATIONS
-from fxfuse.parity.matrix import DTYPES, Draw, calls, operators
+from fxfuse.parity.matrix import DTYPES, calls, operators
 from fxfuse.parity.node import refusal
 from fxfuse.parity.operators import cells, widened
 
@@ -76,9 +77,9 @@ WRONG: dict[str, tuple[str, Callable[[Any], Any]]] = {
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_kernel_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     op, spoil = WRONG[name]
-    right = kernel_calls.KERNELS[op]
+    right = kernel_table()[op]
     wrong = right._replace(function=lambda *args, **kwargs: spoil(right.function(*args, **kwargs)))
-    monkeypatch.setitem(kernel_calls.KERNELS, op, wrong)
+    monkeypatch.setitem(kernel_table(), op, wrong)
     large = (c for c in calls(op) if c.dtype == torch.float32 and c.args[0].numel() > 100)  # type: ignore[union-attr]
     found = list(cells(next(large).on(DEVICE), backward=False))
     assert [cell.implementation for cell in found if not cell.passed] == ["triton"]

@@ -129,7 +129,7 @@ class Wrong(RewriteRuleClassBase):
 def test_a_wrong_mend_is_not_written(
     healthy: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(story, "RULES", (Wrong,))
+    monkeypatch.setattr(story, "rules", lambda: [Wrong])
     with pytest.raises(ParityError, match="does not compute what the original does"):
         repair(healthy.path, tmp_path / "fixed.onnx")
     assert list(tmp_path.iterdir()) == []

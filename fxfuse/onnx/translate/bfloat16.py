@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from fxfuse.onnx.translate.takes import table
+from fxfuse.onnx.translate.takes import bfloat16_kernels
 
 EXACT = frozenset(["Abs", "Expand", "Max", "Min", "Neg", "Relu", "Tile", "Trilu", "Where"])
 """Operators whose results are numbers that they read, perhaps with the other sign: nothing is rounded."""
@@ -30,7 +30,7 @@ def without_bfloat16_gaps(model: ir.Model) -> int:
     Returns:
         How many nodes were changed; 0 also if some have to stay in bfloat16, for then none is.
     """
-    kernels = frozenset(table()["onnxruntime_cpu_bfloat16"])
+    kernels = bfloat16_kernels()
     nodes = [n for n in model.graph.all_nodes() if _touches(n) and not (n.domain == "" and n.op_type in kernels)]
     if not all(n.domain == "" and n.op_type in EXACT | _COMPARES | _ROUNDS for n in nodes):
         return 0

@@ -1,16 +1,16 @@
-"""What operators take, by ONNX's definition and in ONNX Runtime: the table `takes.json`, and checks against it."""
+"""What operators take, by ONNX's definition and in ONNX Runtime: what each says of itself, and checks against it."""
 
 from __future__ import annotations
 
 import json
 from functools import cache
 from importlib import resources
-from typing import Any
 
 import onnx_ir as ir
 import torch
 
 from fxfuse.errors import FxfuseError
+from fxfuse.ops.registry import OPS, Takes
 
 TYPES = {
     "float16": (ir.DataType.FLOAT16, torch.float16),
@@ -18,20 +18,26 @@ TYPES = {
     "float32": (ir.DataType.FLOAT, torch.float32),
     "float64": (ir.DataType.DOUBLE, torch.float64),
 }
-"""The table's names of types."""
+"""The names of types in `Takes`."""
+
+
+def operators() -> dict[str, Takes]:
+    """What each ONNX operator takes, by its name."""
+    return {op.onnx_name: op.takes for op in OPS.values() if op.takes}
 
 
 @cache
-def table() -> dict[str, Any]:
+def bfloat16_kernels() -> frozenset[str]:
+    """The ONNX operators that ONNX Runtime's CPU provider (1.32) computes in bfloat16."""
     text = resources.files("fxfuse.onnx.translate").joinpath("takes.json").read_text(encoding="utf-8")
-    found: dict[str, Any] = json.loads(text)
-    return found
+    return frozenset(json.loads(text)["onnxruntime_cpu_bfloat16"])
 
 
 def untaken(operator: str, dtype: torch.dtype) -> str | None:
     """Why ONNX's operator cannot compute in this floating-point type what fxfuse's does; None where it can."""
-    entry = table()["operators"].get(operator, {})
-    taken, exact = (entry.get(name, list(TYPES)) for name in ("types", "exact"))
+    entry = operators().get(operator, Takes())
+    taken = entry.get("types", list(TYPES))
+    exact = entry.get("exact", list(TYPES))
     if not dtype.is_floating_point:
         return None
     name = next((n for n, (_, torch_type) in TYPES.items() if torch_type == dtype), str(dtype))
@@ -41,14 +47,15 @@ def untaken(operator: str, dtype: torch.dtype) -> str | None:
 
 
 def check_taken(model: ir.Model) -> None:
-    """Check that all inputs of operators in the table are of types that the operator takes.
+    """Check that all inputs of operators that say what they take are of such types.
 
     Raises:
         FxfuseError: one is not; the message names the node.
     """
     names = {onnx: name for name, (onnx, _) in TYPES.items()}
+    takes = operators()
     for node in model.graph.all_nodes():
-        entry = table()["operators"].get(node.op_type) if node.domain == "" else None
+        entry = takes.get(node.op_type) if node.domain == "" else None
         if entry is None:
             continue
         types = [names[v.dtype] for v in node.inputs if v is not None and v.dtype in names]

@@ -13,10 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fxfuse.ops
 from fxfuse import kernels
+from fxfuse.kernels.switch import use_kernels
 from fxfuse.ops import attention as attention_op
 from fxfuse.ops import rms_norm as rms_norm_op
 from fxfuse.ops import rotary_embedding as rotary_op
-from fxfuse.ops.switch import use_kernels
 
 assert fxfuse.ops.OPS
 ops = torch.ops.fxfuse

@@ -26,7 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxfuse.ops.registry import ONNX_FLOATS, define_op, differ, equal, one_node, onnx_float, refuse, show
+from fxfuse.ops.arguments import ONNX_FLOATS, differ, equal, onnx_float, refuse, show
+from fxfuse.ops.outputs import one_node
+from fxfuse.ops.registry import define_op
 
 SCHEMA = (
     "(Tensor x, Tensor x_scale, Tensor? x_zero_point=None, *, int axis=1, int block_size=0, int output_dtype=0)"
@@ -204,4 +206,5 @@ define_op(
     onnx_name="DequantizeLinear",
     since_opset=23,
     make_translation=make_translation,
+    analytic=True,
 )

@@ -27,17 +27,22 @@ Raises FxfuseError, naming the argument: shapes, types or attributes that do not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fxfuse.errors import FxfuseError
-from fxfuse.ops import attention_math as math_
-from fxfuse.ops.attention_arguments import Attributes, Inputs, Sizes, check
-from fxfuse.ops.attention_backward import fast_gradients
-from fxfuse.ops.registry import as_laid_out, define_op, equal, has_kernel, one_node, refuse
+from fxfuse.kernels.dispatch import Choice, kernel
+from fxfuse.kernels.switch import kernels_forced
+from fxfuse.ops.arguments import equal, refuse
+from fxfuse.ops.attention import math as math_
+from fxfuse.ops.attention.arguments import Attributes, Inputs, Sizes, check
+from fxfuse.ops.attention.backward import fast_gradients
+from fxfuse.ops.attention.sdpa import has_fused_kernel
+from fxfuse.ops.attention.translation import make_translation
+from fxfuse.ops.outputs import as_laid_out
+from fxfuse.ops.registry import Takes, define_op, has_kernel
 
 ARGUMENTS = (
     "(Tensor Q, Tensor K, Tensor V, Tensor? attn_mask=None, Tensor? past_key=None, Tensor? past_value=None, "
@@ -45,7 +50,6 @@ ARGUMENTS = (
     "int qk_matmul_output_mode=0, float? scale=None, float softcap=0.0, int? softmax_precision=None, "
     "int left_window_size=-1, int right_window_size=-1)"
 )
-DEFAULTS = Attributes()._asdict()
 
 Outputs = Tensor | tuple[Tensor | None, ...]
 
@@ -185,68 +189,35 @@ def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(out)
 
 
-def make_translation(count: int) -> Callable[[int], Callable[..., Any]]:
-    """The translation that gives the first `count` outputs of an Attention node."""
+def choose(count: int, name: str) -> Choice:
+    """What to call for the first `count` outputs: SDPA where it has a fused kernel, else ours."""
+    ours = kernel(name)
 
-    def for_opset(opset: int) -> Callable[..., Any]:
-        import onnx_ir as ir
-        from onnxscript.onnx_opset import opset23, opset24
+    def chosen(*inputs: Tensor | None, **attributes: Any) -> Callable[..., Any] | str:
+        i, a = Inputs(*inputs), Attributes(**attributes)  # type: ignore[arg-type]
+        sizes = checked(i, a, count)
+        p = math_.problem(i, a, sizes, math_.split_heads(i.K, a.kv_num_heads), math_.split_heads(i.V, a.kv_num_heads))
+        if not kernels_forced() and has_fused_kernel(p, a, sizes.T):
+            return composite(count)
+        return ours(*inputs, **attributes)
 
-        op = opset24 if opset >= 24 else opset23
-
-        def attention(
-            Q: Any,
-            K: Any,
-            V: Any,
-            attn_mask: Any = None,
-            past_key: Any = None,
-            past_value: Any = None,
-            nonpad_kv_seqlen: Any = None,
-            *,
-            is_causal: int = 0,
-            kv_num_heads: int = 0,
-            q_num_heads: int = 0,
-            qk_matmul_output_mode: int = 0,
-            scale: float | None = None,
-            softcap: float = 0.0,
-            softmax_precision: int | None = None,
-            left_window_size: int = -1,
-            right_window_size: int = -1,
-        ) -> Any:
-            if nonpad_kv_seqlen is not None and opset < 24:
-                raise FxfuseError(
-                    f"Attention takes nonpad_kv_seqlen from opset 24 on, the export asks for {opset}",
-                    where="nonpad_kv_seqlen",
-                    hint="export with opset_version=24",
-                )
-            windows = {"left_window_size": left_window_size, "right_window_size": right_window_size}
-            windows = {name: size for name, size in windows.items() if size >= 0}
-            if windows and opset < 25:
-                raise FxfuseError(
-                    f"Attention takes windows from opset 25 on, the export asks for {opset}",
-                    where=next(iter(windows)),
-                    hint="export with opset_version=25",
-                )
-            inputs = Inputs(Q, K, V, attn_mask, past_key, past_value, nonpad_kv_seqlen)
-            a = Attributes(
-                is_causal, kv_num_heads, q_num_heads, qk_matmul_output_mode, scale, softcap, softmax_precision
-            )
-            if len(Q.shape) == 4:
-                # Four dims say it themselves, and opset 25 forbids to repeat it.
-                a = a._replace(q_num_heads=0, kv_num_heads=0)
-            outputs = one_node(op.Attention, inputs, a._asdict(), DEFAULTS)
-            # Put there by hand: onnxscript's Attention is that of the onnx release which it is used with.
-            node = (outputs[0] if isinstance(outputs, Sequence) else outputs).producer()
-            for name, size in windows.items():
-                node.attributes[name] = ir.AttrInt64(name, size)
-            return outputs[0] if count == 1 else tuple(outputs[:count])
-
-        return attention
-
-    return for_opset
+    return chosen
 
 
-for _name, _count in (("attention", 1), ("attention_with_present", 3), ("attention_with_qk", 4)):
+TAKES: Takes = {
+    "types": ["float16", "bfloat16", "float32", "float64"],
+    "exact": ["float16", "bfloat16", "float32"],  # scale is a float32, and softmax too unless it is asked otherwise
+    "alike": ["Q", "K", "V", "past_key", "past_value"],
+    "full": "attn_mask",
+    "needs": {"past_key": ["present_key", "present_value"]},
+    "onnxruntime_cpu": ["float16", "float32", "float64"],
+}
+OPERATORS = {"attention": 1, "attention_with_present": 3, "attention_with_qk": 4}
+"""How many outputs each has."""
+_FUSED = [name for name in OPERATORS if name != "attention_with_qk"]
+"""Those that have a kernel: none of them keeps the Sq × T scores."""
+
+for _name, _count in OPERATORS.items():
     define_op(
         _name,
         ARGUMENTS + " -> " + ("Tensor" if _count == 1 else "(" + ", ".join(["Tensor"] * _count) + ")"),
@@ -258,4 +229,10 @@ for _name, _count in (("attention", 1), ("attention_with_present", 3), ("attenti
         onnx_name="Attention",
         since_opset=23,
         make_translation=make_translation(_count),
+        analytic=True,
+        takes=TAKES,
+        kernels=f"{__name__}.kernels" if _name in _FUSED else None,
+        choose=choose(_count, _name),
+        found_by=("Attention", "KVCache") if _name == "attention_with_present" else None,
+        accumulates=_name == "attention",
     )

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxfuse.kernels.attention_backward import keys_kernel, queries_kernel
-from fxfuse.kernels.attention_forward import forward_kernel
-from fxfuse.kernels.attention_scores import ADDED_MASK, BOOL_MASK, NO_MASK
 from fxfuse.kernels.launch import ceil_div, interpreted, math_dtype, power_of_two, shared_memory, triton_dtype, wrapped
-from fxfuse.ops.attention_arguments import Attributes, Inputs, Maybe, Sizes
-from fxfuse.ops.attention_math import Problem, merge_heads, problem, softmax_is_precise, split_heads
+from fxfuse.ops.attention.arguments import Attributes, Inputs, Maybe, Sizes
+from fxfuse.ops.attention.kernels.backward import keys_kernel, queries_kernel
+from fxfuse.ops.attention.kernels.forward import forward_kernel
+from fxfuse.ops.attention.kernels.scores import ADDED_MASK, BOOL_MASK, NO_MASK
+from fxfuse.ops.attention.math import Problem, merge_heads, problem, softmax_is_precise, split_heads
 
 WIDEST = {2: 256, 4: 256, 8: 128}
 """Elements of a head that a program can hold, by their size in bytes."""

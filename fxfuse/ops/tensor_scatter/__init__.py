@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxfuse.ops.registry import define_op, differ, exceeds, one_node, refuse, show
+from fxfuse.ops.arguments import differ, exceeds, refuse, show
+from fxfuse.ops.outputs import one_node
+from fxfuse.ops.registry import define_op
 
 SCHEMA = "(Tensor past_cache, Tensor update, Tensor? write_indices=None, *, int axis=-2, str mode='linear') -> Tensor"
 DEFAULTS = {"axis": -2, "mode": "linear"}
@@ -148,4 +150,11 @@ define_op(
     onnx_name="TensorScatter",
     since_opset=24,
     make_translation=make_translation,
+    analytic=True,
+    takes={
+        "types": ["float16", "bfloat16", "float32", "float64"],
+        "alike": ["past_cache", "update"],
+        "onnxruntime_cpu": ["float16", "bfloat16", "float32", "float64"],
+    },
+    kernels=f"{__name__}.kernels",
 )

@@ -41,3 +41,6 @@ class MixedTypes(RewriteRuleClassBase):
 def _wider(a: ir.DataType, b: ir.DataType) -> ir.DataType:
     """The narrowest type that holds all values of both; for float16 and bfloat16 that is float32."""
     return ir.DataType.FLOAT if a.itemsize == b.itemsize else max(a, b, key=lambda dtype: dtype.itemsize)
+
+
+RULES = (MixedTypes,)

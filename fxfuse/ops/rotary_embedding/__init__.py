@@ -21,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxfuse.ops.registry import define_backward, define_op, differ, exceeds, has_kernel, one_node, refuse, show
+from fxfuse.ops.arguments import differ, exceeds, refuse, show
+from fxfuse.ops.outputs import one_node
+from fxfuse.ops.registry import define_backward, define_op, has_kernel
 
 SCHEMA = (
     "(Tensor X, Tensor cos_cache, Tensor sin_cache, Tensor? position_ids=None, *, "
@@ -236,6 +238,13 @@ define_op(
     onnx_name="RotaryEmbedding",
     since_opset=23,
     make_translation=make_translation,
+    analytic=True,
+    takes={
+        "types": ["float16", "bfloat16", "float32"],
+        "alike": ["X", "cos_cache", "sin_cache"],
+        "onnxruntime_cpu": ["float16", "float32"],
+    },
+    kernels=f"{__name__}.kernels",
 )
 
 define_backward(
@@ -244,4 +253,5 @@ define_backward(
     "int interleaved=0, int num_heads=0, int rotary_embedding_dim=0) -> Tensor",
     composite=composite_backward,
     fake=fake_backward,
+    kernels=f"{__name__}.kernels",
 )

@@ -91,3 +91,6 @@ def _heads(value: ir.Value) -> int | str:
     sizes = _sizes(value, 4)
     assert sizes is not None
     return sizes[1]
+
+
+RULES = (RepeatedHeads,)

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from fxfuse.kernels.language import rounded
 from fxfuse.kernels.launch import ceil_div, interpreted, math_dtype, power_of_two, triton_dtype, wrapped
-from fxfuse.ops.rotary_embedding import heads_last, output
+from fxfuse.kernels.table import Kernel
+from fxfuse.ops.rotary_embedding import check, heads_last, output
 
 
 @triton.jit
@@ -79,6 +80,20 @@ def rotate_kernel(
         rest = some[:, :, None] & (d < REST)
         x = tl.load(X + x_at[:, :, None] + (d + 2 * HALF) * xd, rest, 0.0)
         tl.store(Y + y_at[:, :, None] + (d + 2 * HALF), x, rest)
+
+
+def unsupported(
+    X: Tensor,
+    cos_cache: Tensor,
+    sin_cache: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    interleaved: int = 0,
+    num_heads: int = 0,
+    rotary_embedding_dim: int = 0,
+) -> None:
+    """It takes all of them."""
+    check(X, cos_cache, sin_cache, position_ids, interleaved, num_heads, rotary_embedding_dim)
 
 
 def forward(
@@ -141,3 +156,9 @@ def rotate(
         MATH=triton_dtype(math_dtype(X.dtype)), TOKENS=tokens, HEADS=heads, BLOCK=block, BLOCK_REST=block_rest,
         num_warps=4,
     )  # fmt: skip
+
+
+KERNELS = {
+    "rotary_embedding": Kernel(unsupported, forward),
+    "rotary_embedding_backward": Kernel(lambda *args, **kwargs: None, backward),
+}

@@ -20,7 +20,7 @@ from typing import Any
 import onnx_ir as ir
 
 from fxfuse.errors import FxfuseError
-from fxfuse.ops.flex_attention import DOMAIN, OUTPUT, SCORES
+from fxfuse.ops.flex_attention.halves import DOMAIN, OUTPUT, SCORES
 
 PREVIEW = "ai.onnx.preview"
 INDICES = ("b", "h", "q", "kv")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
 
-from fxfuse.ops.attention_arguments import Attributes
-from fxfuse.ops.attention_math import Problem, grouped, sdpa_computes
+from fxfuse.ops.attention.arguments import Attributes
+from fxfuse.ops.attention.math import Problem, grouped, sdpa_computes
 
 
 def has_fused_kernel(p: Problem, a: Attributes, T: int) -> bool:
-    """Does `attention_math.sdpa` end in FlashAttention or the memory-efficient kernel?
+    """Does `math.sdpa` end in FlashAttention or the memory-efficient kernel?
 
     Soft-caps are none of SDPA's; of ragged lengths it would read every padded key.
 

@@ -20,17 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxfuse.ops.registry import (
-    as_laid_out,
-    define_backward,
-    define_op,
-    differ,
-    has_kernel,
-    one_node,
-    onnx_float,
-    refuse,
-    show,
-)
+from fxfuse.ops.arguments import differ, onnx_float, refuse, show
+from fxfuse.ops.outputs import as_laid_out, one_node
+from fxfuse.ops.registry import define_backward, define_op, has_kernel
 
 SCHEMA = "(Tensor X, Tensor scale, *, int axis=-1, float epsilon=1e-05, int stash_type=1) -> Tensor"
 DEFAULTS = {"axis": -1, "epsilon": 1e-05, "stash_type": 1}
@@ -151,6 +143,14 @@ define_op(
     onnx_name="RMSNormalization",
     since_opset=23,
     make_translation=make_translation,
+    analytic=True,
+    takes={
+        "types": ["float16", "bfloat16", "float32", "float64"],
+        "alike": ["X", "scale"],
+        "onnxruntime_cpu": ["float16", "float32", "float64"],
+    },
+    kernels=f"{__name__}.kernels",
+    accumulates=True,
 )
 
 define_backward(
@@ -158,4 +158,5 @@ define_backward(
     "(Tensor grad, Tensor X, Tensor scale, *, int axis, float epsilon, int stash_type) -> (Tensor, Tensor)",
     composite=composite_backward,
     fake=fake_backward,
+    kernels=f"{__name__}.kernels",
 )

@@ -14,8 +14,8 @@ m + log z: where all scores are the lowest float, as models mask, log z would be
 import triton
 import triton.language as tl
 
-from fxfuse.kernels.attention_scores import scores, tile
 from fxfuse.kernels.language import rounded
+from fxfuse.ops.attention.kernels.scores import scores, tile
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
     attention_backward   the gradients of Q, K, V and the mask, for heads split and the past joined on
 
-The textbook's gradients (`attention_math.gradients`) hold the Sq × T weights in memory; neither of the two does.
+The textbook's gradients (`math.gradients`) hold the Sq × T weights in memory; neither of the two does.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxfuse.ops import attention_math as math_
-from fxfuse.ops.attention_arguments import Attributes, Maybe
-from fxfuse.ops.attention_math import Problem
-from fxfuse.ops.attention_sdpa import has_fused_kernel
-from fxfuse.ops.registry import as_laid_out, define_backward
-from fxfuse.ops.switch import kernels_forced
+from fxfuse.kernels.switch import kernels_forced
+from fxfuse.ops.attention import math as math_
+from fxfuse.ops.attention.arguments import Attributes, Maybe
+from fxfuse.ops.attention.math import Problem
+from fxfuse.ops.attention.sdpa import has_fused_kernel
+from fxfuse.ops.outputs import as_laid_out
+from fxfuse.ops.registry import define_backward
 
 SCHEMA = (
     "(Tensor Q, Tensor K, Tensor V, Tensor? mask, Tensor? lengths, Tensor grad, *, "
@@ -90,4 +91,4 @@ def fake(
     )
 
 
-define_backward("attention_backward", SCHEMA, composite=composite, fake=fake)
+define_backward("attention_backward", SCHEMA, composite=composite, fake=fake, kernels="fxfuse.ops.attention.kernels")

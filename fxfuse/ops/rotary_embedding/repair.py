@@ -62,3 +62,6 @@ def _batch(op: Any, x: ir.Value) -> Any:
                 if size == dim:
                     return op.Shape(value, start=axis, end=axis + 1)
     return op.Shape(x, start=0, end=1)
+
+
+RULES = (BatchOfOne,)

@@ -12,8 +12,8 @@ another program writes, so that the result is the same every time.
 import triton
 import triton.language as tl
 
-from fxfuse.kernels.attention_scores import scores, tile
 from fxfuse.kernels.language import rounded
+from fxfuse.ops.attention.kernels.scores import scores, tile
 
 
 @triton.jit

@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fxfuse.kernels.launch import ceil_div, collapse, interpreted, padded, power_of_two, wrapped
+from fxfuse.kernels.table import Kernel
+from fxfuse.ops.tensor_scatter import check
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Types to move elements as, by their size in bytes."""
@@ -43,8 +45,10 @@ def scatter_kernel(
     tl.store(PRESENT + slot[:, None] * N + n, tl.where(new, update, past), here)
 
 
-def unsupported(past_cache: Tensor) -> str | None:
-    """Why the kernel does not take this call."""
+def unsupported(
+    past_cache: Tensor, update: Tensor, write_indices: Tensor | None = None, *, axis: int = -2, mode: str = "linear"
+) -> str | None:
+    check(past_cache, update, write_indices, axis, mode)
     size = past_cache.element_size()
     return None if size in INTEGERS else f"elements of {size} bytes ({past_cache.dtype})"
 
@@ -80,3 +84,6 @@ def four_dims(tensor: Tensor, axis: int) -> tuple[Tensor, list[int]]:
     if m is None or n is None:
         return four_dims(tensor.contiguous(), axis)
     return tensor, [stride[0], m[1][0][0], stride[axis], n[1][0][0]]
+
+
+KERNELS = {"tensor_scatter": Kernel(unsupported, forward)}

@@ -27,9 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxfuse.ops.arguments import ONNX_FLOATS, onnx_float, refuse
 from fxfuse.ops.dequantize_linear import check as check_layout
 from fxfuse.ops.dequantize_linear import spread
-from fxfuse.ops.registry import ONNX_FLOATS, define_op, one_node, onnx_float, refuse
+from fxfuse.ops.outputs import one_node
+from fxfuse.ops.registry import define_op
 
 SCHEMA = (
     "(Tensor x, Tensor y_scale, Tensor? y_zero_point=None, *, int axis=1, int block_size=0, int output_dtype=0,"

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxfuse.ops.registry import differ, exceeds, onnx_float, refuse, show
+from fxfuse.ops.arguments import differ, exceeds, onnx_float, refuse, show
 
 Maybe = Tensor | None
 

@@ -7,8 +7,8 @@ https://onnx.ai/onnx/operators/onnx_aionnxpreview_FlexAttention.html
     flex_output   Y = softmax(scores)·V; a row that is -inf throughout gives 0
 
 An export graph has no node that holds a function. So the operator is two: what is computed on the way from the
-outputs of the first to the second is its `score_mod`, which `fxfuse.onnx.flex_attention` puts where ONNX has it; what
-comes from elsewhere is captured.
+outputs of the first to the second is its `score_mod`, which `join` puts where ONNX has it; what comes from elsewhere is
+captured.
 
 Q [B, Hq, S, D], K [B, Hkv, T, D], V [B, Hkv, T, Dv], of one floating-point type; Hkv divides Hq. Scores are float32,
 or float64 where Q is; Y [B, Hq, S, Dv] is of V's type and in memory [B, S, Hq, Dv].
@@ -19,18 +19,19 @@ Raises FxfuseError, naming the argument: shapes, types or a scale that do not fi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fxfuse.ops.attention_math import grouped, grouped_matmul
-from fxfuse.ops.registry import as_laid_out, define_op, differ, refuse, show
+from fxfuse.ops.arguments import differ, refuse, show
+from fxfuse.ops.attention.math import grouped, grouped_matmul
+from fxfuse.ops.flex_attention.halves import OUTPUT, SCORES, half
+from fxfuse.ops.outputs import as_laid_out
+from fxfuse.ops.registry import JOINS, define_op
 
-DOMAIN = "fxfuse"
-"""Of the two nodes that stand in an ONNX graph until they are made one."""
-SCORES, OUTPUT = "FlexScores", "FlexOutput"
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 ScoresAndPositions = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -142,31 +143,11 @@ def backward_output(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     return grad_scores, (grouped(p, heads).mT @ grouped(grad, heads)).to(V.dtype)
 
 
-def half(name: str, inputs: Sequence[str], outputs: Sequence[str], attributes: Sequence[str] = ()) -> Any:
-    """Makes the translation that writes one half as a node of `DOMAIN`."""
+def join(model: ir.Model) -> int:
+    """See `fxfuse.ops.flex_attention.join`, which is imported when there is a model to look through."""
+    from fxfuse.ops.flex_attention.join import join_flex_attention
 
-    def for_opset(opset: int) -> Callable[..., Any]:
-        import onnx.defs
-        from onnxscript.values import Op, Opset
-
-        Parameter, Attribute = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.Attribute
-        schema = onnx.defs.OpSchema(
-            name,
-            DOMAIN,
-            1,
-            inputs=[Parameter(i, f"T{i}") for i in inputs],
-            outputs=[Parameter(o, f"T{o}") for o in outputs],
-            type_constraints=[(f"T{i}", ["tensor(float)", "tensor(double)"], "") for i in (*inputs, *outputs)],
-            attributes=[Attribute(a, onnx.defs.OpSchema.AttrType.FLOAT, "") for a in attributes],
-        )
-        operator = Op(Opset(DOMAIN, 1), name, schema)
-
-        def translated(*args: Any, **kwargs: Any) -> Any:
-            return operator(*args, **kwargs)
-
-        return translated
-
-    return for_opset
+    return join_flex_attention(model)
 
 
 define_op(
@@ -195,3 +176,4 @@ define_op(
     make_translation=half(OUTPUT, ("scores", "V"), ("Y",)),
     part=True,
 )
+JOINS.append(join)

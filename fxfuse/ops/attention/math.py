@@ -2,7 +2,7 @@
 
     Y = softmax(softcap(Q·Kᵀ·scale) + mask) · V        keys and values: past, then new
 
-`attention_arguments.py` names the arguments and their shapes; `attention.py` makes operators of this.
+`arguments.py` names the arguments and their shapes; `__init__.py` makes operators of this.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxfuse.ops.attention_arguments import Attributes, Inputs, Maybe, Sizes
-from fxfuse.ops.registry import equal, onnx_float
+from fxfuse.ops.arguments import equal, onnx_float
+from fxfuse.ops.attention.arguments import Attributes, Inputs, Maybe, Sizes
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 """Not by its name in torch.nn.functional, which exporters replace while they work (transformers' exporter_onnx.py,

@@ -31,7 +31,9 @@ from fxfuse.kernels.launch import (
     triton_dtype,
     wrapped,
 )
-from fxfuse.ops.registry import onnx_float
+from fxfuse.kernels.table import Kernel
+from fxfuse.ops.arguments import onnx_float
+from fxfuse.ops.rms_norm import check
 
 LONGEST = 65536
 """Elements of a row that a program can hold: 64 float32 registers in each of 1024 threads."""
@@ -149,8 +151,18 @@ def laid_out(X: Tensor, W: Tensor, axis: int) -> list[int] | None:
     return [size1, size2, *x_outer, xn, *w_outer, wn]
 
 
-def unsupported(X: Tensor, scale: Tensor, *, axis: int = -1, epsilon: float = 1e-5, stash_type: int = 1) -> str | None:
-    """Why the kernel does not take this call."""
+def unsupported(X: Tensor, scale: Tensor, **attributes: Any) -> str | None:
+    check(X, scale, attributes.get("axis", -1))
+    onnx_float(attributes.get("stash_type", 1), "stash_type")
+    return too_long(X, attributes.get("axis", -1))
+
+
+def backward_unsupported(grad: Tensor, X: Tensor, scale: Tensor, **attributes: Any) -> str | None:
+    return too_long(X, attributes.get("axis", -1))
+
+
+def too_long(X: Tensor, axis: int) -> str | None:
+    """Why no kernel takes rows of this length."""
     N = X.shape[axis % X.dim() :].numel()
     return f"a row of {N} elements is longer than {LONGEST}" if N > LONGEST else None
 
@@ -188,3 +200,9 @@ def backward(
     else:
         total = parts.view(X.shape)
     return grad_X, total.sum_to_size(scale.shape).to(scale.dtype)
+
+
+KERNELS = {
+    "rms_norm": Kernel(unsupported, forward),
+    "rms_norm_backward": Kernel(backward_unsupported, backward),
+}
