@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
-from torch.nn.attention.flex_attention import _sliced_mask_mod_error as sliced_mask_mod_error
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
@@ -83,7 +82,6 @@ __all__ = [
     "flex_operator_module",
     "make_fx",
     "pytree",
-    "sliced_mask_mod_error",
     "statically_known_true",
     "torch_flex",
     "without_modes",

@@ -202,6 +202,12 @@ def at_every_position(mask_mod: Callable[..., Any], *positions: torch.Tensor) ->
     return found
 
 
+def sliced_mask_mod() -> Callable[..., Any]:
+    """The function of a mask that was sliced: calling it raises, until it is set anew."""
+    raises: Callable[..., Any] = torch_flex._sliced_mask_mod_error
+    return raises
+
+
 def is_mask_mod(function: Callable[..., Any]) -> bool:
     """Does the function take what a mask_mod takes, and not what a score_mod takes?"""
     return torch_flex._get_mod_type(function) == torch_flex._ModificationType.MASK_MOD

@@ -14,7 +14,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 from fxfuse.patterns.flex_attention.capturing.closures import with_tensors, without_tensors
-from fxfuse.torch_seams import is_mask_mod, pytree, sliced_mask_mod_error, torch_flex
+from fxfuse.torch_seams import is_mask_mod, pytree, sliced_mask_mod, torch_flex
 
 LARGE = 1 << 30
 """The block size that flex_attention itself gives to "no mask": it compares no lengths with such a mask's."""
@@ -31,7 +31,7 @@ class OneBlockMask(BlockMask):
 
     def __getitem__(self, index: Any) -> OneBlockMask:
         """As with any sliced mask, its function is to be set anew."""
-        return one_block(sliced_mask_mod_error, self.seq_lengths, self.kv_num_blocks.device)
+        return one_block(sliced_mask_mod(), self.seq_lengths, self.kv_num_blocks.device)
 
     def _adjust(self, new_q_len: int, new_kv_len: int) -> OneBlockMask:
         return one_block(self.mask_mod, (new_q_len, new_kv_len), self.kv_num_blocks.device)
