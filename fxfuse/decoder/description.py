@@ -188,10 +188,16 @@ def cache_of(model: ir.Model, file: str) -> CacheDescription:
     rings = bool(forms & {"sliding", "streaming"})
     layers = _layers(pasts, rings, file)
     if len(forms) != 1 or len(dtypes) != 1 or (len(fixed) != 1 and not rings) or layers is None:
-        raise FxfuseError("not a decoder with one cache of keys and values in every layer", where=file)
+        raise FxfuseError(
+            "not a decoder with one cache of keys and values in every layer",
+            where=file,
+            hint="fxfuse.onnx.decoder.export_decoder and `fxfuse export` write such graphs",
+        )
     (form,), (dtype,) = forms, dtypes
     if dtype not in _DTYPES:
-        raise FxfuseError("the cache is neither float32, float16 nor bfloat16", where=file)
+        raise FxfuseError(
+            "the cache is neither float32, float16 nor bfloat16", where=file, hint="export the model in one of these"
+        )
     length = (None if rings else fixed.pop()) or (said.max_length if said is not None else None)
     aliases = {} if form == "growing" else {place.present: value.name or "" for place, value in pasts}
     sinks, window = (None, None) if said is None else (said.sinks, said.window)

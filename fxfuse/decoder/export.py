@@ -1,11 +1,13 @@
-"""A causal language model as one graph that prefills and decodes, named as an ecosystem expects it.
+"""Exports a causal language model as one graph that prefills and decodes, named as an ecosystem expects it.
 
     input_ids      [B, S]           logits          [B, S, vocabulary]
     attention_mask [B, P + S]       present, key    [B, H, P + S, D]     of every layer, and value
     position_ids   [B, S]
     past, key      [B, H, P, D]     of every layer, and value; P is 0 in the first call
 
-What the cache's tensors are called: `fxfuse.decoder.names`.
+Capture gives a graph whose cache grows; everything else is made of that (`fxfuse.decoder.forms`). What the tensors of
+the cache are called is said in `fxfuse.decoder.names`, and what the graph says of its cache in
+`fxfuse.decoder.description`.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from fxfuse.quiet import quiet
 from fxfuse.versions import CACHE_NAMES
 
 _ONE_TOKEN = ("dimension inputs['input_ids'].shape[1]", "dimension inputs['position_ids'].shape[1]")
-"""Of which torch warns that a sample of one fixes them: here that is asked for."""
+"""Dimensions of which torch warns that a sample of size 1 fixes them; a graph for one token asks for just that."""
 _WINDOW = "._sliding_window_tensor"
 _AXES = {
     "input_ids": ("batch_size", "sequence_length"),
@@ -58,31 +60,36 @@ def export_decoder(
     budget: float = BUDGET,
     strict: bool = False,
 ) -> ir.Model:
-    """The graph of `model`, a `PreTrainedModel` that generates text from text, with its cache as inputs and outputs.
+    """The graph of a decoder, with its cache as inputs and outputs; its inputs and outputs are listed above.
 
-    Or of a `torchtune.modules.TransformerDecoder`; its own caches, if they were set up, play no part.
+    A copy of the model is captured, and its weights are shared.
 
     Args:
+        model: a `PreTrainedModel` that generates text from text, or a `torchtune.modules.TransformerDecoder`, whose own
+            caches play no part if they were set up.
+        opset: of the ONNX graph, 23 to 25.
+        names: what the tensors of the cache are called: "optimum", "genai" or "hf" (`fxfuse.decoder.names`).
         cache: "growing" gives back a longer cache than it took; "static" writes into buffers of any length T, which
             input and output may share (`fxfuse.decoder.forms.static`); "sliding" is static, and layers with a window
-            have rings of its size (`fxfuse.decoder.forms.ring`); "streaming" reads without end, and keeps the first
-            tokens and the last (`fxfuse.decoder.forms.streaming`): not what the model computes, but for it to go on;
-            "auto" is growing.
+            have rings of its size (`fxfuse.decoder.forms.ring`); "streaming" reads without end and keeps the first
+            tokens and the last (`fxfuse.decoder.forms.streaming`), which is not what the model computes, but lets it go
+            on; "auto" is growing.
         profile: "cpu" writes what ONNX Runtime's CPU kernels run fastest: queries scaled before the attention
             (`fxfuse.decoder.scaled_query`) and slices of a static cache; "cuda" reads its buffers whole.
-        ragged: of a static cache; each row stands at a length of its own (`fxfuse.decoder.forms.ragged`), and there is
-            no attention_mask.
-        one_token: for S = 1 only, which needs no causal mask.
-            Static, sliding and streaming caches have the same layout in both graphs, which take turns on one cache.
+        ragged: of a static cache, whether each row has a length of its own (`fxfuse.decoder.forms.ragged`); the graph
+            has no attention_mask then.
+        one_token: whether the graph is for one new token a row alone (S = 1), which needs no causal mask. It has the
+            same cache as the graph for any number of tokens, and the two may take turns on it.
         sinks: of a streaming cache, how many of the first tokens are kept; None: 4.
-        window: of a streaming cache, how many of the last are.
+        window: of a streaming cache, how many of the last tokens are kept.
         accept: refusals to overrule by name; see `fxfuse.fuse`.
         budget: seconds after which the search for more to fuse ends; see `fxfuse.fuse`.
-        strict: is nothing fused that differs on the smallest rows? See `fxfuse.fuse`.
+        strict: whether to leave what differs on the smallest rows; see `fxfuse.fuse`.
 
     Raises:
-        FxfuseError: a model that is no such, a cache that is not one key and one value a layer (with `names` other than
-            "hf"), an opset outside 23–25 (for a static cache 24–25), unknown `names` or `cache`.
+        FxfuseError: the model is no such decoder; its cache holds something else than one key and one value a layer
+            (with `names` other than "hf"); the graph does not allow the cache that is asked for; an option has a value
+            that is not known, or options do not go together (a static cache needs opset 24, for example).
     """
     check_decoder_options(
         opset=opset,
@@ -128,10 +135,10 @@ def export_step(model: Any, *, names: Names = "genai", **options: Any) -> ir.Mod
 
 
 def windows_of(model: Any) -> dict[int, int]:
-    """How many positions a query sees, its own included, in the layers that limit that.
+    """By layer with a sliding window, how many positions a query sees, its own included.
 
     Raises:
-        FxfuseError: no layer does.
+        FxfuseError: no layer has one.
     """
     if torchtune.is_decoder(model):
         windows = torchtune.windows(model)
@@ -172,7 +179,8 @@ def _of_transformers(model: Any, opset: int, names: Names, one_token: bool, fusi
 
 
 def _decode_stage(model: Any, one_token: bool) -> tuple[Any, dict[str, Any]]:
-    """What `generate` calls for more than one new token, with a past: traced so, it takes an empty past as well."""
+    """What `generate` of transformers calls to read more than one new token after a past, and the inputs of that call.
+    Captured with a past, the graph takes an empty one as well."""
     from transformers.exporters.utils import decompose_for_generation
 
     # Padding at the left, or `generate` would find the mask superfluous and leave it out.
@@ -205,7 +213,8 @@ def _decode_stage(model: Any, one_token: bool) -> tuple[Any, dict[str, Any]]:
 
 
 def _drop_windows(graph: ir.Graph) -> None:
-    """Takes out the size of a sliding window, a number that transformers passes through the graph with the cache."""
+    """Takes the size of a sliding window out of the inputs and outputs: transformers passes that number through the
+    graph as a part of the cache."""
     for output in [value for value in graph.outputs if (value.name or "").endswith(_WINDOW)]:
         node = output.producer()
         graph.outputs.remove(output)
@@ -217,7 +226,8 @@ def _drop_windows(graph: ir.Graph) -> None:
 
 
 def _name_axes(program: ir.Model) -> None:
-    """Names in place of symbols, wherever these stand; numbers where torch wrote a size that it found fixed as text."""
+    """Names the dimensions of all values: "batch_size" and the like where torch has symbols (s27), and numbers where
+    torch writes a size that it found fixed as a text."""
     known: dict[str, str] = {}
     for value in program.graph.inputs:
         names = _AXES.get(value.name or "", _CACHE_AXES if value.shape and len(value.shape) == 4 else ())

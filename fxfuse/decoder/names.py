@@ -54,7 +54,10 @@ def pasts_of(model: ir.Model) -> list[tuple[Place, ir.Value]]:
     """
     pasts = [(place, value) for value in model.graph.inputs if (place := place_of(value.name)) is not None]
     if not pasts:
-        raise FxfuseError("the graph has no cache", where="cache")
+        raise FxfuseError(
+            "the graph has no cache: none of its inputs is named past_key_values.N.key or past_key_values.N.value",
+            where="cache",
+        )
     return pasts
 
 

@@ -34,9 +34,17 @@ def check_decoder_options(
         if value not in get_args(known):
             raise FxfuseError(f"unknown {where}={value!r}", where=where, hint=" or ".join(map(repr, get_args(known))))
     if profile == "cuda" and cache != "static":
-        raise FxfuseError("a growing cache is the same everywhere", where="profile", hint='cache="static"')
+        raise FxfuseError(
+            "profile chooses between kinds of static caches; any other is the same for every device",
+            where="profile",
+            hint='cache="static"',
+        )
     if ragged and cache != "static":
-        raise FxfuseError("in a growing cache all rows are of one length", where="ragged", hint='cache="static"')
+        raise FxfuseError(
+            "only in a static cache may rows have lengths of their own: in any other all are of one length",
+            where="ragged",
+            hint='cache="static"',
+        )
     if cache in ("static", "sliding", "streaming") and names == "hf":
         raise FxfuseError(f"transformers has no names for a {cache} cache", where="names", hint='names="optimum"')
     if cache in ("static", "sliding") and opset < 24:

@@ -23,7 +23,11 @@ class EagerSession:
 
     def __init__(self, model: Any) -> None:
         if not hasattr(model, "get_output_embeddings"):
-            raise FxfuseError(f"{type(model).__name__} is no language model of transformers", where="model")
+            raise FxfuseError(
+                f"{type(model).__name__} is no language model of transformers",
+                where="model",
+                hint="fxfuse.integrations.torchtune.Eager(model) gives a decoder of TorchTune that interface",
+            )
         self.model = model
         # Some models count positions by themselves, along attention_mask, and take none.
         self._positioned = "position_ids" in inspect.signature(getattr(model, "forward", model)).parameters

@@ -72,7 +72,7 @@ def greedy(
 ) -> Iterator[list[int]]:
     """The same as they come: one token for each row, `max_new_tokens` times. Rows that have ended go on."""
     if not prompts or not all(len(prompt) for prompt in prompts):
-        raise FxfuseError("a prompt holds at least one token", where="prompts")
+        raise FxfuseError("there is no prompt, or an empty one: each holds at least one token", where="prompts")
     width = max(len(prompt) for prompt in prompts)
     pads = [[0] * (width - len(prompt)) for prompt in prompts]
     texts = [(list(prompt), [1] * len(prompt)) for prompt in prompts]

@@ -93,7 +93,11 @@ class RowLengths:
                 would take the padding for tokens.
         """
         if (new[:, 1:] > new[:, :-1]).any():
-            raise FxfuseError("a row is padded on the left", where="attention_mask", hint="pad on the right")
+            raise FxfuseError(
+                "a row is padded on the left, and the graph has no attention_mask that would hide that",
+                where="attention_mask",
+                hint="pad on the right",
+            )
         if self.length == 0:
             self._tokens = np.zeros((len(new), 1), np.int64)
         _check_batch(len(new), self.batch)
@@ -111,13 +115,19 @@ class RowLengths:
 
 def _check_batch(new: int, before: int) -> None:
     if new != before:
-        raise FxfuseError(f"{new} rows after {before}", where="input_ids", hint="reset() begins anew")
+        raise FxfuseError(
+            f"{new} rows after {before}: the cache holds as many rows as were read first",
+            where="input_ids",
+            hint="reset() begins anew, and reorder(rows) repeats or drops rows",
+        )
 
 
 def _checked_rows(rows: torch.Tensor, batch: int) -> Array:
     index: Array = rows.to("cpu", torch.int64).numpy()
     if index.ndim != 1 or len(index) == 0 or not ((index >= 0) & (index < batch)).all():
-        raise FxfuseError(f"{rows.tolist()} are not rows of {batch}", where="rows")
+        raise FxfuseError(
+            f"{rows.tolist()} are not rows of {batch}", where="rows", hint=f"numbers from 0 to {batch - 1}, one or more"
+        )
     return index
 
 
@@ -138,7 +148,9 @@ def checked(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tup
             hint="it says which of the new tokens are no padding; of the older ones the session knows",
         )
     if not bool(mask.any(-1).all()):
-        raise FxfuseError("a row without a token", where="attention_mask")
+        raise FxfuseError(
+            "a row without a token: all of it is padding", where="attention_mask", hint="leave the row out"
+        )
     return ids, mask
 
 
@@ -156,7 +168,7 @@ def checked_ids(input_ids: torch.Tensor) -> torch.Tensor:
 def check_chunk(chunk: int | None) -> None:
     """Raises FxfuseError unless it is a number of columns, or None."""
     if chunk is not None and chunk < 1:
-        raise FxfuseError(f"chunk={chunk}", where="chunk", hint="a number of columns, 1 or more")
+        raise FxfuseError(f"chunk={chunk} is no number of columns", where="chunk", hint="1 or more")
 
 
 def last(mask: torch.Tensor) -> torch.Tensor:

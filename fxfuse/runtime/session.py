@@ -39,7 +39,11 @@ class Session:
         folder, self.manifest = read_manifest(source)
         cache = self.manifest.cache
         if cache.dtype not in DTYPES:
-            raise FxfuseError(f"ONNX Runtime's CPU provider does not run {cache.dtype}", where=str(source))
+            raise FxfuseError(
+                f"ONNX Runtime's CPU provider does not run {cache.dtype}",
+                where=str(source),
+                hint="export the model in float32 or float16",
+            )
         self._dtype = DTYPES[cache.dtype]
         self.max_length = self._length(max_length)
         options = self._ort.SessionOptions()
@@ -150,6 +154,7 @@ class Session:
                 raise FxfuseError(
                     f"of {length} tokens {rest} are left over: a call takes {manifest.prefill.tokens}",
                     where="input_ids",
+                    hint="write a decode graph for one token beside it (--pair), or pass a multiple of that number",
                 )
             stage, width = fitting[0]
             calls.append((stage, start, start + width))
@@ -165,7 +170,11 @@ class Session:
                 hint="open the session with a larger max_length",
             )
         if self.manifest.cache.form == "streaming" and not bool(mask.all()):
-            raise FxfuseError("a streaming cache takes rows of one length", where="attention_mask")
+            raise FxfuseError(
+                "a streaming cache takes rows of one length, without padding",
+                where="attention_mask",
+                hint="pass prompts of one length, or run rows of other lengths by themselves",
+            )
         attention_mask, position_ids = self._positions.append(mask)
         feed = {"input_ids": ids, "position_ids": position_ids}
         if attention_mask is not None:
@@ -227,14 +236,22 @@ class Session:
         cache = self.manifest.cache
         if cache.form == "growing":
             if asked is not None:
-                raise FxfuseError("the cache grows: it has no max_length", where="max_length")
+                raise FxfuseError("the cache grows: it has no max_length", where="max_length", hint="leave it out")
             return None
         if all(layer.slots for layer in cache.layers):
             if asked is not None:
-                raise FxfuseError("every layer's cache is a ring: no text is too long", where="max_length")
+                raise FxfuseError(
+                    "every layer's cache has a length that the graph fixes, and no text is too long for it",
+                    where="max_length",
+                    hint="leave it out",
+                )
             return None
         if cache.max_length is not None and asked not in (None, cache.max_length):
-            raise FxfuseError(f"the graph is made for {cache.max_length}", where=f"max_length={asked}")
+            raise FxfuseError(
+                f"the graph is made for a cache of {cache.max_length} tokens",
+                where=f"max_length={asked}",
+                hint="leave it out, or export the model again",
+            )
         length = asked or cache.max_length or self.manifest.model.context_length
         if length is None or length < 1:
             raise FxfuseError(

@@ -134,6 +134,10 @@ def _lowest(graph: ir.Graph, kind: ir.DataType) -> ir.Value:
     """The lowest finite number of a type, [1]. Added to a score it hides the key; unlike -inf it gives no NaN in a row
     that hides all of its keys."""
     if kind == ir.DataType.BFLOAT16:
-        raise FxfuseError("a ring cache in bfloat16", where="cache", hint="export it in float32 or float16")
+        raise FxfuseError(
+            "a sliding cache is written in float32 and float16, not in bfloat16",
+            where="cache",
+            hint="export the model in float32 or float16",
+        )
     number = np.array([np.finfo(kind.numpy()).min], kind.numpy())
     return initializer(graph, f"fxfuse.lowest_{kind.name.lower()}", ir.tensor(number))

@@ -58,7 +58,7 @@ def check_opset(model: ir.Model) -> None:
         raise FxfuseError(
             "a static cache is written by TensorScatter, which there is from opset 24 on",
             where="cache",
-            hint="opset 24",
+            hint="opset=24",
         )
 
 
