@@ -71,7 +71,8 @@ class DequantizeLinear:
 
     def propose(self, view: GraphView, ask: Questions) -> Iterator[Proposal]:
         leaves = sorted(ask.kept.stored(view.nodes), key=size_in_bytes, reverse=True)
-        ends = {end: leaf for leaf in reversed(leaves) for end in _ends(leaf, ask)}  # the first wins
+        # An end that several tensors lead to belongs to the largest: the integers; the others are zero points.
+        ends = {end: leaf for leaf in reversed(leaves) for end in _ends(leaf, ask)}
         for leaf in leaves:
             for end in (e for e, largest in ends.items() if largest is leaf):
                 for product, y in _scaled_products(end, ask):

@@ -80,9 +80,15 @@ def _said(program: ExportedProgram, called: dict[str, str]) -> Iterator[str]:
 
 
 def cases() -> dict[Path, Case]:
-    """All cases, by the file that holds their text: ``rms_norm/half_inside.txt``."""
+    """All cases, by the file that holds their text: ``rms_norm/float_inside.txt``.
+
+    A folder whose cases need what this torch does not have (PT2E's operators, one day) has none.
+    """
     found = {}
     for module in sorted(FOLDER.glob("*/cases.py")):
-        given: dict[str, Case] = import_module(f"tests.golden.{module.parent.name}.cases").CASES
+        try:
+            given: dict[str, Case] = import_module(f"tests.golden.{module.parent.name}.cases").CASES
+        except ModuleNotFoundError:
+            continue
         found |= {module.parent / f"{name}.txt": case for name, case in given.items()}
     return found

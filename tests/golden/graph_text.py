@@ -151,10 +151,9 @@ def _given(node: Node, names: Names) -> str:
 
 
 def _operator(node: Node) -> str:
-    """``"mul"`` for ATen, ``"fxfuse.rms_norm"`` for other namespaces; overloads are torch's own affair."""
-    full = target_name(node.target)
-    namespace, _, rest = full.partition("::")
-    return op_name(node) if not rest or namespace == "aten" else f"{namespace}.{op_name(node)}"
+    """``"mul"``, ``"fxfuse.rms_norm"``: without overload, and only fxfuse's own operators with their namespace."""
+    namespace, _, _ = target_name(node.target).partition("::")
+    return f"fxfuse.{op_name(node)}" if namespace == "fxfuse" else op_name(node)
 
 
 def _stem(node: Node) -> str:
