@@ -24,7 +24,7 @@ from torch.export import ExportedProgram
 from fxfuse.errors import FxfuseError
 from fxfuse.fusion import fuse_with
 from fxfuse.options import Options
-from fxfuse.patterns.flex_attention.capturing.capture import flex_capture
+from fxfuse.recognise.captured import as_patterns_need
 from fxfuse.torch_seams import sizes_of_one
 
 T = TypeVar("T", bound=Callable[..., Any])
@@ -97,7 +97,7 @@ def _fused(target: Callable[..., Any], options: Options) -> Callable[..., Export
 
     @functools.wraps(function)
     def exported(*args: Any, **kwargs: Any) -> ExportedProgram:
-        with flex_capture():
+        with as_patterns_need():
             program = _as_dynamic_as_can_be(function, args, kwargs)
         if not isinstance(program, ExportedProgram):
             raise FxfuseError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -279,3 +280,36 @@ def test_a_pattern_that_fails_while_it_makes_a_program_ready_is_left_out(program
     assert report.counts == {"RotaryEmbedding": 1}
     (entry,) = report.refused()
     assert "failed while it made the program ready" in str(entry.reason) and "halfway" in str(entry.reason)
+
+
+def test_a_pattern_says_how_it_needs_programs_to_be_captured(norms: None) -> None:
+    within: list[str] = []
+
+    @dataclass(frozen=True)
+    class Wishful(Norms):
+        name = "wishful"
+
+        @contextmanager
+        def capturing(self) -> Iterator[None]:
+            within.append("captured")
+            yield
+            within.append("left")
+
+    class Failing(Norms):
+        name = "failing"
+
+        def capturing(self) -> Any:
+            raise ZeroDivisionError("before it began")
+
+    register(Wishful())
+    try:
+        fxfuse.prepass(torch.export.export)(Norm().eval(), (X,))
+        assert within == ["captured", "left"]
+        assert counts(fxfuse.onnx.export(Norm().eval(), (X,))) == {"RMSNormalization": 1}
+        assert within == ["captured", "left"] * 2
+        register(Failing())
+        with pytest.warns(fxfuse.FxfuseWarning, match="ZeroDivisionError: before it began"):
+            fxfuse.prepass(torch.export.export)(Norm().eval(), (X,))
+    finally:
+        unregister("wishful")
+        unregister("failing")

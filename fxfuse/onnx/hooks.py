@@ -38,9 +38,9 @@ from fxfuse.onnx.translate.ready import ready
 from fxfuse.ops import holds_fused, translation_table
 from fxfuse.ops.opsets import FIRST_OPSET, LAST_OPSET
 from fxfuse.options import Options
-from fxfuse.patterns.flex_attention.capturing.capture import flex_capture
 from fxfuse.prepass import options_of
 from fxfuse.quiet import is_quiet
+from fxfuse.recognise.captured import as_patterns_need
 from fxfuse.state.lift import check_nothing_dropped
 from fxfuse.torch_seams import ONNX_PREPARE, one_at_a_time, onnx_core
 
@@ -72,7 +72,7 @@ def export(original: Function) -> Function:
         try:
             if current() is None:
                 return original(model, *args, **kwargs)
-            with one_at_a_time(), flex_capture():
+            with one_at_a_time(), as_patterns_need():
                 return original(_captured(model, *args, **kwargs), *args, **kwargs)
         except Exception as error:
             if isinstance(error.__cause__, FxfuseError):  # torch says that step 2 of 3 failed, and prints ours first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -104,7 +105,7 @@ class Pattern(Protocol):
     """A meaning: where to look for it, and how to tell.
 
     A pattern that is a frozen dataclass may have options of its own (`fxfuse.recognise.declared`). What else a pattern
-    may do, where it has to: `Prepares`, `Varies`.
+    may do, where it has to: `Captures`, `Prepares`, `Varies`.
 
     A shipped pattern may say more of itself: `after` and `before`, the names of patterns that apply before it and after
     it (`fxfuse.recognise.catalogue.ordered`), and `signs`, the names of operators by which one suspects it where nobody
@@ -133,6 +134,18 @@ class Prepares(Protocol):
 
     def prepare(self, program: ExportedProgram, ask: Questions) -> None:
         """Change the program in place, which is `fuse`'s copy, to another that computes the same."""
+        ...
+
+
+@runtime_checkable
+class Captures(Protocol):
+    """A pattern that needs programs to be captured in some way, or what it looks for is not in them."""
+
+    def capturing(self) -> AbstractContextManager[None]:
+        """Within it a model is captured as the pattern needs it; in this thread, and nothing stays behind.
+
+        Every door that captures enters it, for the patterns of the catalogue.
+        """
         ...
 
 

@@ -23,6 +23,7 @@ What a caller may choose: `FlexAttention` has options of its own, which every do
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
@@ -35,6 +36,7 @@ from fxfuse.graph.view import GraphView
 from fxfuse.ops.registry import PARTS
 from fxfuse.patterns.flex_attention.block_lists import check_block_mask
 from fxfuse.patterns.flex_attention.calls import flex, separate_outputs
+from fxfuse.patterns.flex_attention.capturing.capture import flex_capture
 from fxfuse.patterns.flex_attention.evaluated import FLEX
 from fxfuse.patterns.flex_attention.options import WINDOW_OPSET, BlockMasks, FlexCalls, Windows
 from fxfuse.patterns.flex_attention.reading import read, region_of
@@ -94,6 +96,10 @@ class FlexAttention:
 
     def __post_init__(self) -> None:
         check_declared(self)
+
+    def capturing(self) -> AbstractContextManager[None]:
+        """`fxfuse.flex_capture`."""
+        return flex_capture()
 
     def prepare(self, program: ExportedProgram, ask: Questions) -> None:
         """One call for each output that is read; where block lists count, mask functions that say what they do."""

@@ -20,7 +20,7 @@ from fxfuse.onnx.capturing.asked import Inputs, as_auto, asked, for_torch, refin
 from fxfuse.onnx.capturing.dynamism import Lost
 from fxfuse.onnx.capturing.recapture import general
 from fxfuse.onnx.capturing.training import check_nothing_trains, evaluating, in_training
-from fxfuse.patterns.flex_attention.capturing.capture import flex_capture
+from fxfuse.recognise.captured import as_patterns_need
 from fxfuse.report.entries import NOTED, Entry
 from fxfuse.torch_seams import one_at_a_time, pytree
 
@@ -60,10 +60,10 @@ def capture(
         dynamic_shapes = collected.dynamic_shapes(module, *inputs)
     check_devices(module, inputs)
     training = in_training(module)
-    with one_at_a_time(), flex_capture(), evaluating(module):
+    with one_at_a_time(), as_patterns_need(), evaluating(module):
         program = _captured(module, inputs, dynamic_shapes, modes)
     if training:
-        with flex_capture():
+        with as_patterns_need():
             check_nothing_trains(
                 module, training, program, lambda: _captured(module, inputs, dynamic_shapes, modes, quiet=True)
             )
