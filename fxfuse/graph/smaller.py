@@ -75,7 +75,8 @@ def smaller(
         if alike and rows and size > LARGE and (copy := _copied(region, narrow, fixed, fits, axis, size, rows)):
             again = None
             if len(region.sources) > 1:  # a product also runs over the axis of the other source
-                again = smaller(copy, {})
+                held = {c for n, c in zip(region.inputs, copy.inputs, strict=True) if n in fixed}
+                again = smaller(copy, {}, held)
             return copy if again is None else replace(again, narrowed=copy.narrowed)
     return _copied(region, narrow, fixed, fits, 0, 0, 0) if fake(source).numel() <= MAX_ELEMENTS else None
 

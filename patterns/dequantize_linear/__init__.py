@@ -79,6 +79,10 @@ class DequantizeLinear:
                     scaled = _region(view, ask, leaf, y, product.args[0])
                     yield Proposal(y, () if scaled is None else (scaled,), best_rank=0)
                 outputs = list(_outputs(end, leaf))
+                if _is_shuffled(view, ask, leaf, outputs[0]):
+                    for product in _products(end):
+                        shuffled = _region(view, ask, leaf, product, product.args[0])
+                        yield Proposal(product, () if shuffled is None else (shuffled,), best_rank=0)
                 if fake(leaf).dtype not in SMALL and not _is_packed(view, ask, leaf, outputs[0]):
                     continue  # the weight is kept in a type as large as the result
                 regions = [r for r in (_region(view, ask, leaf, y) for y in outputs) if r is not None]
@@ -105,9 +109,13 @@ class DequantizeLinear:
         found = scaled_integers(part.after, evaluator, [region.others[p].name for p in part.places], held)
         if isinstance(found, Reason):
             return found
-        how = dequantized(found, part.after, kind)
+        groups = {part.after.others.index(n): value for n, value in held.items()}
+        how = dequantized(found, part.after, kind, groups)
         if isinstance(how, Reason):
             return how
+        product = len(region.sources) > 1
+        if how.grouped is not None and product and how.order[how.grouped.axis] != 0:
+            return Reason("its groups are not of what the product runs over", NEAR)
         shape = _shape(region)
         beside = len(region.sources)
         parameters: dict[str, Any] = {
@@ -117,10 +125,11 @@ class DequantizeLinear:
             "zero_point": [Input(beside + part.places[p.place]) for p in found.zeros] or found.zero,
             "stored": partial(_stored, how, ask),
         }
+        if how.grouped is not None:
+            parameters["groups"] = Input(beside + part.places[how.grouped.place])
         out = fake(region.output).dtype
         kinds = how.scale_types(part.after.others)
         forms = tuple(_form(region, how, kind) for kind in dict.fromkeys((*kinds, out)))
-        product = beside > 1
         return Found(self.operator, parameters, forms, ulp=4.0 if product else 0.0, averaging=product)
 
 
@@ -174,10 +183,7 @@ def _comes_from(node: Node, leaf: Node) -> bool:
 def _scaled_products(end: Node, ask: Questions) -> Iterator[tuple[Node, Node]]:
     """Products with the weight whose result is multiplied by tensors that the program keeps: (product, scaled
     result)."""
-    for product in real_users(end):
-        given = isinstance(product.args[0], Node) and is_float(product.args[0])
-        if op_name(product) not in _PRODUCTS or len(product.args) != 2 or product.args[1] is not end or not given:
-            continue
+    for product in _products(end):
         users = real_users(product)
         while len(users) == 1 and op_name(users[0]) in CAST:
             users = real_users(users[0])
@@ -185,6 +191,22 @@ def _scaled_products(end: Node, ask: Questions) -> Iterator[tuple[Node, Node]]:
             tensors = [i for i in users[0].all_input_nodes if tensor(i) is not None]
             if len(tensors) == 2 and any(i in ask.kept for i in tensors):
                 yield product, users[0]
+
+
+def _products(end: Node) -> Iterator[Node]:
+    """Products of a floating-point tensor with the weight."""
+    for product in real_users(end):
+        given = isinstance(product.args[0], Node) and is_float(product.args[0])
+        if op_name(product) in _PRODUCTS and len(product.args) == 2 and product.args[1] is end and given:
+            yield product
+
+
+def _is_shuffled(view: GraphView, ask: Questions, leaf: Node, y: Node) -> bool:
+    """Are the rows of a group apart from each other? Then the product's other operand is sorted like them."""
+    region = _around(view, ask, leaf, y)
+    tables = () if region is None else chosen_by(region)
+    values = [ask.kept.value(n) for n in tables]
+    return any(v is not None and v.dim() == 1 and bool((v[1:] < v[:-1]).any()) for v in values)
 
 
 def _region(view: GraphView, ask: Questions, leaf: Node, y: Node, given: Any = None) -> Region | None:
@@ -300,17 +322,23 @@ def _form(region: Region, how: Dequantized, inside: torch.dtype) -> Form:
     out = fake(region.output).dtype
     ways = {fake(r.sources[0]).numel(): (r, unpacked(r), _shape(r)) for r in (region.asked, region)}
 
+    product = len(region.sources) > 1
+
     def weight(x: Tensor, *others: Tensor) -> Tensor:
         whole, part, shape = ways[x.numel()]
         assert part is not None, "the region was recognised"
         read = [others[place] for place in part.places]
-        y = how(part(whole, x, others), read, shape, inside)
+        y = how(part(whole, x, others), read, shape, inside, stay=product)
         return y if is_exact(read) or y.dtype == out else y.to(out)
 
-    def product(x: Tensor, a: Tensor, *others: Tensor) -> Tensor:
+    def multiplied(x: Tensor, a: Tensor, *others: Tensor) -> Tensor:
+        _, part, _ = ways[x.numel()]
+        assert part is not None, "the region was recognised"
+        order = how.permutation([others[place] for place in part.places])
+        a = a if order is None else a.index_select(-1, order)
         return torch.matmul(a, weight(x, *others))
 
-    return product if len(region.sources) > 1 else weight
+    return multiplied if product else weight
 
 
 def _stored(how: Dequantized, ask: Questions, region: Region) -> str:

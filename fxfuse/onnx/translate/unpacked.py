@@ -18,7 +18,7 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import Node
 
 from fxfuse.graph.program import copy_program
-from fxfuse.graph.view import fake, is_pure, op_name
+from fxfuse.graph.view import fake, is_float, is_pure, op_name
 from fxfuse.recognise.kept import INNER, Kept
 from fxfuse.state.functional import functionalise, restore
 from fxfuse.state.mutations import mutations
@@ -26,7 +26,9 @@ from fxfuse.torch_seams import is_erased
 
 _DEQUANTIZE = torch.ops.fxfuse.dequantize_linear.default
 _INTEGERS = (0, 2)
-"""The inputs that are integers: x and its zero point."""
+"""Where the operator reads integers: x and its zero point."""
+_INDEX = (2,)
+"""Where `index_select` reads which rows it takes: those of GPTQ's act-order are sorted by their groups."""
 
 
 def without_words(program: ExportedProgram) -> ExportedProgram:
@@ -39,12 +41,11 @@ def without_words(program: ExportedProgram) -> ExportedProgram:
         return program
     result = copy_program(program)
     writes = functionalise(result.graph)
-    kept: dict[Node, Node] = {}
-    for node, place, held in list(_computed(result)):
-        source = node.args[place]
-        assert isinstance(source, Node), "it is computed"
-        if source not in kept and (value := held.value(source)) is not None:
-            kept[source] = _keep(result, source, value)
+    held = Kept(result, frozen=True, written=frozenset(str(m.target) for m in mutations(result)))
+    found = list(_computed(result, held))
+    values = {source: value for _, _, source in found if (value := held.value(source)) is not None}
+    kept = {source: _keep(result, source, value) for source, value in values.items()}
+    for node, place, source in found:
         if source in kept:
             node.update_arg(place, kept[source])
     if not kept:
@@ -57,17 +58,16 @@ def without_words(program: ExportedProgram) -> ExportedProgram:
     return result
 
 
-def _computed(program: ExportedProgram) -> Iterator[tuple[Node, int, Kept]]:
-    """The places at which DequantizeLinear reads integers that are computed only from tensors that the program
-    keeps."""
-    held = Kept(program, frozen=True, written=frozenset(str(m.target) for m in mutations(program)))
+def _computed(program: ExportedProgram, held: Kept) -> Iterator[tuple[Node, int, Node]]:
+    """Where DequantizeLinear, or a choice of rows, reads integers that are computed of what the program keeps alone."""
     for node in program.graph.nodes:
-        for place in _INTEGERS if node.target is _DEQUANTIZE else ():
+        chooses = op_name(node) == "index_select" and is_float(node)
+        for place in _INTEGERS if node.target is _DEQUANTIZE else _INDEX if chooses else ():
             source = node.args[place] if place < len(node.args) else None
             if not isinstance(source, Node) or source.op != "call_function" or op_name(source) in (INNER, "full"):
                 continue
             if source in held:
-                yield node, place, held
+                yield node, place, source
 
 
 def _keep(program: ExportedProgram, source: Node, value: Tensor) -> Node:

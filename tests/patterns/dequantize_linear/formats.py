@@ -12,7 +12,7 @@ K, N, G = 128, 64, 32
 class Format(nn.Module):
     """Random integers, zero points and scales; `pack` keeps them, `weight` [K, N] reads them."""
 
-    low, bits = 0, 4
+    low, bits, act_order = 0, 4, 0
 
     def __init__(self, dtype: torch.dtype = torch.float32, **options: int) -> None:
         super().__init__()
@@ -23,6 +23,8 @@ class Format(nn.Module):
         self.integers = torch.randint(self.low, high, (K, N), generator=generator)
         self.zeros = torch.randint(self.low + 1, high, (K // G, N), generator=generator)
         self.groups = torch.arange(K) // G
+        if self.act_order:
+            self.groups = self.groups[torch.randperm(K, generator=generator)]
         self.register_buffer("scales", (torch.rand(K // G, N, generator=generator) * 0.1 + 0.01).to(dtype))
         self.pack()
 
@@ -147,6 +149,7 @@ FORMATS: dict[str, tuple[Format, str]] = {
     "GPTQ": (GPTQ(), "UINT4"),
     "GPTQ, 2 bits": (GPTQ(bits=2), "INT4"),
     "GPTQ, 8 bits": (GPTQ(bits=8), "UINT8"),
+    "GPTQ, act-order": (GPTQ(act_order=1), "UINT4"),
     "GPTQ v2": (GPTQ(plus=0), "UINT4"),
     "AutoRound": (Repeated(), "UINT4"),
     "AWQ": (AWQ(), "UINT4"),

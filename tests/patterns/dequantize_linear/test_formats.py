@@ -48,11 +48,14 @@ def test_integers(exported: tuple[ir.Model, Path]) -> None:
     nodes = [n for n in exported[0].graph if n.op_type == "DequantizeLinear"]
     for node, (name, (layer, kind)) in zip(nodes, FORMATS.items(), strict=True):
         x = node.inputs[0]
-        integers = layer.integers.numpy() if x.shape == (K, N) else layer.integers.t().numpy()
+        rows = layer.integers[layer.groups.argsort(stable=True)]  # those of a group together
+        integers = rows.numpy() if x.shape == (K, N) else rows.t().numpy()
         assert x.dtype.name == kind, name
         assert np.array_equal(x.const_value.numpy().astype(np.int64), integers), name
         assert x.const_value.nbytes == K * N // (1 if kind == "UINT8" else 2)
-    assert {n.op_type for n in exported[0].graph} <= {"DequantizeLinear", "MatMul", "Transpose"}
+    assert {n.op_type for n in exported[0].graph} == {"DequantizeLinear", "MatMul", "Transpose", "Gather"}
+    (gather,) = (n for n in exported[0].graph if n.op_type == "Gather")  # act-order's, of the activations
+    assert gather.inputs[0] is exported[0].graph.inputs[0]
 
 
 def test_numbers(exported: tuple[ir.Model, Path]) -> None:
