@@ -23,8 +23,6 @@ FLOORS = (
     {"__main__"},
 )
 """The rooms from the ground up. A file imports from its own floor and from those below, never from one above."""
-UP: dict[tuple[str, str], str] = {}
-"""Rooms that do import from above, and what it is that they need there."""
 
 
 def _room(module: str) -> str:
