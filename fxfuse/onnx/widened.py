@@ -25,6 +25,7 @@ def warn_of_widened(fused: ExportedProgram) -> None:
     entries: list[Entry] = []
     with suppress(FxfuseError):  # a program that was fused in another process has no report
         entries = fxfuse.report(fused).entries
+    warned = set[str]()
     for found in widened(list(fused.graph.nodes), kept):
         at = next((i for i, e in enumerate(entries) if e.reason is not None and found.read.name in e.nodes), None)
         if at is None:
@@ -34,11 +35,10 @@ def warn_of_widened(fused: ExportedProgram) -> None:
         if found.sizes not in str(said.reason):
             said = entries[at] = replace(said, reason=f"{said.reason}: {found.sizes}")
         where = ", ".join(filter(None, (said.module, said.source, _target(fused, found))))
-        warnings.warn(
-            f"a quantised tensor becomes large ({where}): {said.reason}",
-            FxfuseWarning,
-            stacklevel=callers_level(),
-        )
+        text = f"a quantised tensor becomes large ({where}): {said.reason}"
+        if text not in warned:  # a tensor inside of a subclass is taken out once for each call
+            warnings.warn(text, FxfuseWarning, stacklevel=callers_level())
+        warned.add(text)
 
 
 def _entry(found: Widened) -> Entry:

@@ -30,7 +30,7 @@ class Blocks:
             return []
         if not self.size:
             return [shape[self.axis]]
-        return [s // self.size_of(shape) if a == self.axis else s for a, s in enumerate(shape)]
+        return [-(-s // self.size_of(shape)) if a == self.axis else s for a, s in enumerate(shape)]
 
     def first(self, index: Tensor) -> Tensor:
         """The first element of each block; all of a block are equal."""
@@ -38,7 +38,7 @@ class Blocks:
             return index.reshape(-1)[0]
         if not self.size:
             return index.movedim(self.axis, 0).reshape(index.shape[self.axis], -1)[:, 0]
-        return torch.unflatten(index, self.axis, (-1, self.size)).select(self.axis + 1, 0)
+        return index.index_select(self.axis, torch.arange(0, index.shape[self.axis], self.size))
 
 
 def blocks(indices: Sequence[Tensor], shape: Sequence[int]) -> Blocks | Reason:
@@ -61,12 +61,17 @@ def blocks(indices: Sequence[Tensor], shape: Sequence[int]) -> Blocks | Reason:
 
 
 def _longest_run(indices: Sequence[Tensor], axis: int, size: int) -> int:
-    for run in range(size, 0, -1):
-        if size % run == 0 and all(_alike(index, axis, run) for index in indices):
-            return run
-    return 1
+    """The length of the longest blocks within which every index is one number; the last block may be shorter."""
+    first = min((_first_change(index, axis) for index in indices), default=size)
+    return next((run for run in range(first, 1, -1) if all(_alike(index, axis, run) for index in indices)), 1)
+
+
+def _first_change(index: Tensor, axis: int) -> int:
+    """The first entry of the axis that is not like the one at 0; the axis's size if there is none."""
+    unlike = (index != index.narrow(axis, 0, 1)).movedim(axis, 0).reshape(index.shape[axis], -1).any(1)
+    return int(unlike.to(torch.int8).argmax()) if bool(unlike.any()) else len(unlike)
 
 
 def _alike(index: Tensor, axis: int, run: int) -> bool:
-    apart = torch.unflatten(index, axis, (-1, run))
-    return bool(torch.equal(apart, apart.narrow(axis + 1, 0, 1).expand_as(apart)))
+    starts = torch.arange(index.shape[axis]) // run * run
+    return bool(torch.equal(index, index.index_select(axis, starts)))

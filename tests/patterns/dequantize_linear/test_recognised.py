@@ -65,6 +65,14 @@ def test_zero_points_that_are_no_integers() -> None:
     assert node.kwargs.get("block_size") is None
 
 
+def test_a_short_last_block() -> None:
+    """64 columns in blocks of 12: the sixth has four."""
+    model = Written(lambda m: m.w * m.s.repeat_interleave(12, 1)[:, :K])
+    model.s = torch.cat([model.s, model.s[:, :2] + 1], 1)
+    _, (node,) = fused(model)
+    assert node.kwargs["block_size"] == 12 and node.args[1].meta["val"].shape == (N, 6)
+
+
 LEFT: dict[str, Callable[[Written], Tensor]] = {
     "squared": lambda m: m.w.to(m.s.dtype).square() * m.rows[:, None],
     "clamped": lambda m: m.w.to(m.s.dtype).clamp(-5, 5) * m.rows[:, None],
