@@ -9,7 +9,11 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from fxfuse.proof.derived import long_enough, shortest
+
 _LADDERS = ((3, 5, 7, 4, 6, 9, 8, 10), (2, 7, 3, 5, 4, 6, 9, 8), (1, 1, 1, 1, 1, 1, 1, 1), (16, 32, 64, 48, 80))
+_LEAST = 3, 4, 1, 3
+"""How long, in each profile, what is computed of a symbol is to be."""
 PROFILES = len(_LADDERS)
 """Profiles 0 and 1 give every symbol a size of its own, 2 the smallest it may have (1 hides broadcasts), 3 multiples
 of 16 for programs whose sizes must divide."""
@@ -25,6 +29,7 @@ class Sizes:
         preset: sizes wanted for some symbols, as far as their range admits them.
         equal_sizes: pairs of sizes, the first of which takes the value of the second.
         multiples: what a symbol has to be a multiple of.
+        derived: by symbol, sizes that are computed of it, which should not be 1 where it is not the smallest.
     """
 
     def __init__(
@@ -36,9 +41,11 @@ class Sizes:
         preset: dict[Any, int] | None = None,
         equal_sizes: Iterable[tuple[Any, Any]] = (),
         multiples: Mapping[Any, int] | None = None,
+        derived: Mapping[Any, tuple[Any, ...]] | None = None,
     ) -> None:
         self._ranges = ranges
         self._multiples = multiples or {}
+        self._derived = derived or {}
         self._profile = profile
         self._stretch = stretch
         self._preset = preset or {}
@@ -89,7 +96,15 @@ class Sizes:
 
     def _choose(self, symbol: Any) -> int:
         unit = self._multiples.get(symbol, 1)
-        return self._chosen(symbol) if unit == 1 else unit * max(1, self._chosen(symbol, unit))
+        size = self._chosen(symbol) if unit == 1 else unit * max(1, self._chosen(symbol, unit))
+        derived = self._derived.get(symbol, ())
+        least = _LEAST[self._profile]
+        if symbol in self._preset or not derived or long_enough(symbol, size, derived, least):
+            return size
+        allowed = self._ranges.get(symbol)
+        high = None if allowed is None else _bound(allowed.upper, None)
+        longer = next(filter(None, (shortest(symbol, size, high, derived, n) for n in range(least, 0, -1))), None)
+        return size if longer is None else -(-longer // unit) * unit
 
     def _chosen(self, symbol: Any, unit: int = 1) -> int:
         """The size, in units of what it has to be a multiple of."""

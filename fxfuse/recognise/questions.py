@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from fxfuse.graph.view import fake, op_name, size_text
+from fxfuse.proof.derived import derived_sizes
 from fxfuse.proof.evaluate import CannotEvaluate, Evaluator
 from fxfuse.proof.multiples import multiples_of
 from fxfuse.proof.positions.claims import one_number
@@ -70,6 +71,7 @@ class Questions(Draws):
         self.ties: tuple[tuple[Any, Any], ...] = ()
         """Sizes that are taken to be equal, as they are in the sample, where nothing can be evaluated otherwise."""
         self.multiples = multiples_of(program.graph.nodes)
+        self.derived = derived_sizes(program.graph.nodes)
         """What sizes have to be multiples of."""
         self._until = until
 
@@ -92,7 +94,9 @@ class Questions(Draws):
         preset: dict[Any, int] | None = None,
     ) -> Evaluator:
         pairs = (*self._lengths, *equal_sizes, *self.ties)
-        sizes = Sizes(self.ranges, profile, preset=preset, equal_sizes=pairs, multiples=self.multiples)
+        sizes = Sizes(
+            self.ranges, profile, preset=preset, equal_sizes=pairs, multiples=self.multiples, derived=self.derived
+        )
         found = Evaluator(sizes, exact=exact)
         found.accept = self.accept
         return found

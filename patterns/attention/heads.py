@@ -18,6 +18,7 @@ from fxfuse.patterns.attention.layouts import (
     Layouts,
     Reading,
     aligned,
+    is_one,
     memory_order,
     read_layouts,
     sharing,
@@ -278,6 +279,8 @@ def length_of(node: Node, axes: Axes, atoms: Atoms) -> Any:
     """The size that these atoms have together in a tensor, a number or a symbol; None where they share an axis with
     others."""
     count: Any = 1
+    if not atoms and any(not axis and not is_one(size) for axis, size in zip(axes, fake(node).shape, strict=True)):
+        return None  # there was one of them where it was asked: which axis counts them does not show
     for axis, size in zip(axes, fake(node).shape, strict=True):
         if set(axis) & set(atoms):
             if not set(axis) <= set(atoms):

@@ -266,7 +266,7 @@ def _beside(view: GraphView, parts: Parts) -> tuple[list[Node], list[Node]]:
     inside = set(way.nodes)
     beside = {i for n in way.nodes for i in n.all_input_nodes if i not in inside and tensor(i) is not None}
     given = [n for n in beside if n not in behind and n is not parts.scores.node]
-    forms = {node: list(_forms_of(node)) for node in given}
+    forms = {node: [n for n in _forms_of(node) if fake(n).dtype == torch.bool] for node in given}
     common = {
         node: next((n for n in own if any(n in others for m, others in forms.items() if m is not node)), None)
         for node, own in forms.items()

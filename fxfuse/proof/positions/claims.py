@@ -14,7 +14,7 @@ import torch
 from torch.fx import Node
 
 from fxfuse.graph.view import fake, is_random
-from fxfuse.proof.positions.decide import Fails, Undecided, Verdict, always
+from fxfuse.proof.positions.decide import Fails, Holds, Undecided, Verdict, always
 from fxfuse.proof.positions.reader import Index, Reader, Unreadable
 from fxfuse.proof.positions.tables import spread
 from fxfuse.proof.positions.terms import Term
@@ -130,7 +130,10 @@ def causal(
     seen = t.at_most(column, row)
     condition = t.every([t.equal(t.every(kept), seen), *plain])
     symbols = sorted(reader.size(s).args[0] for s in sizes[:1] if reader.size(s).op == "variable")
-    return always(t, condition, given, smallest=[*symbols, row.args[0], column.args[0]])
+    verdict = always(t, condition, given, smallest=[*symbols, row.args[0], column.args[0]])
+    if isinstance(verdict, Holds) and isinstance(always(t, t.false, [*given, t.less(row, column)]), Holds):
+        return Undecided("no query has a later key at any size")  # of nothing everything holds
+    return verdict
 
 
 def said_of_causal(verdict: Verdict, row: Term, column: Term, size: Term) -> str:
