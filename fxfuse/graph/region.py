@@ -213,6 +213,21 @@ def real_users(node: Node) -> list[Node]:
     return [u for u in node.users if op_name(u) not in ASSERTIONS]
 
 
+def too_early(region: Region) -> list[Node]:
+    """What reads outputs of the region, at first or second hand, and stands before the last of them."""
+    if not region.more_outputs:
+        return []
+    inside, late = set(region.nodes), set(region.more_outputs)
+    found = []
+    node = region.nodes[0]
+    while node is not region.output:
+        node = node.next
+        if node not in inside and op_name(node) not in ASSERTIONS and any(i in late for i in node.all_input_nodes):
+            late.add(node)
+            found.append(node)
+    return found
+
+
 def _is_position(node: Node) -> bool:
     value = tensor(node)
     return value is not None and value.dtype in (torch.int32, torch.int64)

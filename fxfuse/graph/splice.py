@@ -13,7 +13,7 @@ from fxfuse.graph.dead_vmap import remove_unread
 from fxfuse.graph.emit import KEPT_META
 from fxfuse.graph.equal import MERGED
 from fxfuse.graph.marks import INSERTED, STANDS_FOR
-from fxfuse.graph.region import Region
+from fxfuse.graph.region import Region, too_early
 from fxfuse.graph.strides import laid_out_as
 from fxfuse.graph.undone_layouts import cancel_layouts
 from fxfuse.graph.view import ASSERTIONS, fake, is_pure, mutated, op_name, touches
@@ -91,6 +91,11 @@ class Splicer:
                 env[node] = point = new
                 self._inserted.append(new)
                 body_nodes.add(new)
+        if early := too_early(region):
+            for node in early:
+                point.append(node)
+                point = node
+            self._order = {n: i for i, n in enumerate(self.graph.nodes)}
         for i, (old, result) in enumerate(zip(region.outputs, results, strict=True)):
             copies = laid_out_as(old, result, region.nodes)
             for copy in copies:

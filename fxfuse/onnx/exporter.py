@@ -22,6 +22,7 @@ from fxfuse.graph.source import source_line
 from fxfuse.onnx.active import within
 from fxfuse.onnx.capturing.capture import META, capture, check_inputs, check_program
 from fxfuse.onnx.check import check_export, check_weights
+from fxfuse.onnx.functions import add_functions, function_calls
 from fxfuse.onnx.state_names import name_states
 from fxfuse.onnx.translate.axes import axis_names, without_numbers
 from fxfuse.onnx.translate.bfloat16 import without_bfloat16_gaps
@@ -267,6 +268,7 @@ def translate(
     table: dict[Any, Any] = {
         **missing_translations(program.graph.nodes),
         **translation_table(opset),
+        **({} if options.get("verify") else function_calls(opset)),  # torch verifies before the functions are there
         **(custom_translation_table or {}),
     }
     # The program is fused already: if the plugin is installed, it must not touch this export.
@@ -284,6 +286,7 @@ def translate(
             raise
     assert onnx_program is not None  # only the TorchScript exporter returns None
     finish(onnx_program, program)
+    add_functions(onnx_program.model)
     return onnx_program
 
 

@@ -4,7 +4,8 @@
       └─ export(model, …)                                     note how the module was marked by `fxfuse.prepass`, and
            │                                                  capture it, as `fxfuse.onnx.export` does
            ├─ _prepare_exported_program_for_export(program)   fuse, before anything is decomposed
-           └─ _exported_program_to_onnx_program(prepared)     finish the result: boolean Where, the report
+           ├─ _exported_program_to_onnx_program(prepared)     finish the result: boolean Where, the report
+           └─ put functions of other domains into what torch made of it
 
 Whatever goes wrong in here, the export goes on as if fxfuse were not there, and one warning says why. Two things are
 errors all the same. A program that writes to a buffer or an input in place is refused, because torch.onnx would drop
@@ -32,6 +33,7 @@ from fxfuse.onnx.active import Active, current, within
 from fxfuse.onnx.capturing.capture import capture
 from fxfuse.onnx.capturing.training import in_training
 from fxfuse.onnx.exporter import check_no_higher_order, finish
+from fxfuse.onnx.functions import add_functions, function_calls
 from fxfuse.onnx.translate.filled_in import with_values
 from fxfuse.onnx.translate.missing import missing_translations
 from fxfuse.onnx.translate.ready import ready
@@ -61,25 +63,30 @@ class Ready:
 _prepared: WeakKeyDictionary[ExportedProgram, Ready] = WeakKeyDictionary()
 """By what torch made of it, the program that goes to translation."""
 _marked: ContextVar[Options | None] = ContextVar("fxfuse_marked", default=None)
+_verified: ContextVar[bool] = ContextVar("fxfuse_verified", default=False)
+"""Will torch run the model before functions can be put into it?"""
 
 
 def export(original: Function) -> Function:
     @functools.wraps(original)
     def hooked(model: Any, *args: Any, **kwargs: Any) -> Any:
-        token = _marked.set(options_of(model))
+        token, verified = _marked.set(options_of(model)), _verified.set(bool(kwargs.get("verify")))
         if is_quiet() and kwargs.get("verbose") is None:
             kwargs["verbose"] = False  # None prints each step: transformers' exporter does not pass it on
         try:
             if current() is None:
                 return original(model, *args, **kwargs)
             with one_at_a_time(), as_patterns_need():
-                return original(_captured(model, *args, **kwargs), *args, **kwargs)
+                onnx_program = original(_captured(model, *args, **kwargs), *args, **kwargs)
+            add_functions(onnx_program.model)
+            return onnx_program
         except Exception as error:
             if isinstance(error.__cause__, FxfuseError):  # torch says that step 2 of 3 failed, and prints ours first
                 raise error.__cause__ from None
             raise
         finally:
             _marked.reset(token)
+            _verified.reset(verified)
 
     return hooked
 
@@ -162,7 +169,8 @@ def _ready(program: ExportedProgram, registry: Any, active: Active) -> Ready | N
             options = _marked.get() or active.options
             fused = fuse_with(with_values(program), options.for_export(opset))
         came_fused, fused = fused is program, ready(fused)
-        table = {**missing_translations(fused.graph.nodes), **translation_table(opset)}
+        functions = {} if _verified.get() else function_calls(opset)
+        table = {**missing_translations(fused.graph.nodes), **translation_table(opset), **functions}
         for operator, translation in table.items():
             own = any(known.is_custom for known in registry.get_decomps(operator))
             if not own:  # the caller's custom_translation_table goes first

@@ -16,6 +16,7 @@ from fxfuse.errors import FxfuseError
 from fxfuse.kernels.dispatch import Choice, serve
 from fxfuse.kernels.switch import kernels_wanted
 from fxfuse.ops.opsets import check_opset
+from fxfuse.ops.outside import outside
 from fxfuse.torch_seams import OpOverload
 
 
@@ -182,6 +183,9 @@ def has_kernel(grad: torch.Tensor) -> bool:
 def translation_table(opset: int = 24) -> dict[OpOverload, Callable[..., Any]]:
     """What `torch.onnx.export(..., custom_translation_table=)` needs to write every operator as one ONNX node.
 
+    Operators of registered patterns (`fxfuse.pattern(onnx=…)`) are among them, written out: only fxfuse's own doors
+    and the plugin can keep a function of another domain whole, for torch.onnx inlines it.
+
     Args:
         opset: the opset version of the export, 23 to 25.
 
@@ -189,12 +193,15 @@ def translation_table(opset: int = 24) -> dict[OpOverload, Callable[..., Any]]:
         FxfuseError: `opset` lies outside 23..25.
     """
     check_opset(opset)
-    return {overload: op.translation(opset) for overload, op in (OPS | PARTS).items()}
+    ours = {overload: op.translation(opset) for overload, op in (OPS | PARTS).items()}
+    return ours | {overload: op.written_out for overload, op in outside().items() if op.written_out is not None}
 
 
 def decompositions() -> dict[OpOverload, Callable[..., Any]]:
-    """Every operator's computation in ATen, as `ExportedProgram.run_decompositions` and `make_fx` take it."""
-    return {overload: op.decomposition for overload, op in (OPS | PARTS).items()}
+    """Every operator's computation in ATen, as `ExportedProgram.run_decompositions` and `make_fx` take it; those of
+    registered patterns are among them."""
+    ours = {overload: op.decomposition for overload, op in (OPS | PARTS).items()}
+    return ours | {overload: op.decomposition for overload, op in outside().items()}
 
 
 def holds_fused(program: torch.export.ExportedProgram) -> bool:

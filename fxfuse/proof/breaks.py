@@ -19,6 +19,7 @@ from torch.fx import Node
 from fxfuse.graph.source import place_of
 from fxfuse.graph.view import CAST, UNSET, fake, op_name, tensor
 from fxfuse.proof.analytic import MOVED, is_analytic
+from fxfuse.proof.orders import EACH_PLACE, ORDERS, OTHER_NUMBERS, Order, alone
 from fxfuse.proof.pieces import Call, by_slice, out_of_range, pieces_of
 from fxfuse.proof.positions.claims import masks_from
 
@@ -40,11 +41,14 @@ class Break:
     fill: float | None = None
     """If it is a `where` or `masked_fill` that puts one number in the place of scores: that number."""
     fill_dtype: torch.dtype | None = None
+    unlike: bool = False
+    """Did it order, in some draw, what nobody on the other side orders?"""
 
     @property
     def missing(self) -> list[str]:
         """Pieces of which a slice has not run."""
         whole = {piece for (piece, _), slices in self.met.items() if bool(slices.all())}
+        whole -= {OTHER_NUMBERS} if self.unlike else set()
         return [p for p in dict.fromkeys(piece for piece, _ in self.met) if p not in whole and p not in self.beyond]
 
 
@@ -55,6 +59,8 @@ class Breaks:
         self._accept = accept
         self.found: dict[Any, Break] = {}
         self._fresh: dict[Any, dict[tuple[str, tuple[int, ...]], Tensor]] = {}
+        self._orders: dict[Any, Order] = {}
+        """What the last draw put in order."""
         self.ran: set[tuple[str, str]] = set()
         """Of the last draw: breaks by name, and which of their pieces ran."""
         self.outside: str | None = None
@@ -65,6 +71,7 @@ class Breaks:
         self.outside = None
         self.ran = set()
         self._fresh = {}
+        self._orders = {}
 
     def record(self, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any], value: Any) -> None:
         """Note which pieces of this call ran, and whether a result lies beyond the range of its type."""
@@ -80,15 +87,15 @@ class Breaks:
 
     def note(self, key: Any, name: str, call: Call) -> None:
         """Note which pieces ran, for a call that is no node of a graph."""
+        if name in ORDERS:
+            self._order(key, name, Order(name, call))
+            return
         pieces, bound = pieces_of(name, call)
         if pieces is None:
             return
-        found = self.found.get(key)
-        if found is None:
-            where = place_of(key) if isinstance(key, Node) else None
-            found = self.found[key] = Break(
-                f"{name}@{where}" if where else name, name, key if isinstance(key, Node) else None
-            )
+        fresh = key not in self.found
+        found = self._found(key, name)
+        if fresh:
             found.beyond.update(out_of_range(name, call))
         if name in ("masked_fill", "where"):
             _note_fill(found, name, call)
@@ -102,8 +109,33 @@ class Breaks:
             here[at] = slices | here[at] if at in here else slices
             found.met.setdefault(at, torch.zeros_like(slices))
 
+    def _found(self, key: Any, name: str) -> Break:
+        if key not in self.found:
+            where = place_of(key) if isinstance(key, Node) else None
+            node = key if isinstance(key, Node) else None
+            self.found[key] = Break(f"{name}@{where}" if where else name, name, node)
+        return self.found[key]
+
+    def _order(self, key: Any, name: str, order: Order) -> None:
+        """Note what is put in order, and which places are picked."""
+        found, places = self._found(key, name), order.places()
+        self._orders[key] = order
+        self._fresh.setdefault(key, {})[EACH_PLACE, tuple(places.shape)] = places
+        found.met.setdefault((EACH_PLACE, tuple(places.shape)), torch.zeros_like(places))
+        found.met.setdefault((OTHER_NUMBERS, ()), torch.zeros((), dtype=torch.bool))
+
+    def _settle_orders(self) -> None:
+        """Whatever the region orders the example has to order too, and the other way round."""
+        region = [(key, order) for key, order in self._orders.items() if isinstance(key, Node)]
+        example = [(key, order) for key, order in self._orders.items() if not isinstance(key, Node)]
+        unlike = alone(region, example) | alone(example, region)
+        for key in self._orders:
+            self.found[key].unlike |= key in unlike
+            self._fresh[key][OTHER_NUMBERS, ()] = torch.tensor(key not in unlike)
+
     def count(self) -> None:
         """The last draw lies in the domain: the pieces that ran in it count as met."""
+        self._settle_orders()
         for key, met in self._fresh.items():
             known = self.found[key].met
             for at, slices in met.items():

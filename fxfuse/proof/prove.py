@@ -28,6 +28,7 @@ from fxfuse.proof.draws import BASE, BELOW, GENTLE, Variant, at_numbers, searche
 from fxfuse.proof.evaluate import CannotEvaluate
 from fxfuse.proof.evidence import Evidence
 from fxfuse.proof.floor import Floor
+from fxfuse.proof.orders import EACH_PLACE, OTHER_NUMBERS
 from fxfuse.proof.rounding import rounding
 from fxfuse.proof.trials import Compared, Trial, Trials, run_form, same_shape
 
@@ -74,6 +75,11 @@ def prove(region: Region, found: Found, ask: Questions) -> Proof:
             break
     if best is None:
         raise Refused("; ".join(dict.fromkeys(errors)))
+    for what, form in found.also:
+        try:
+            _proven(trials, form)
+        except Refused as refused:
+            raise Refused(f"{what} {refused}") from None
     return best[1]
 
 
@@ -219,6 +225,10 @@ def _check_fills(trials: Trials) -> None:
 
 
 def _never(one: Break, piece: str) -> str:
+    if piece == OTHER_NUMBERS:
+        return f"computes {one.what} of numbers that are not known to be the same"
+    if piece == EACH_PLACE:
+        return f"computes {one.what}, and some place was never picked in any draw"
     if "of which nothing is known" in piece or piece in ("a search", "a power that varies"):
         return f"computes {one.what}, whose pieces cannot all be met"
     if piece in ("wrapped", "rounded"):

@@ -88,7 +88,7 @@ class Trials:
         self._counts = any(not (k.is_floating_point or k.is_complex or k == torch.bool) for k in kinds)
         for node in () if found.read else region.others:
             _check_places(node, ask)
-        for cast in coarse_casts(region.nodes, fake(region.output).dtype):
+        for cast in _coarse_casts(region):
             name = f"{op_name(cast)}@{place_of(cast)}"
             if name not in ask.accept:
                 kind = str(fake(cast).dtype).removeprefix("torch.")
@@ -212,6 +212,16 @@ def _check_places(node: Node, ask: Questions) -> None:
         return
     place = place_of(node)
     raise Refused(f"picks elements by {node.name}, which goes on otherwise at other lengths ({op_name(node)}@{place})")
+
+
+def _coarse_casts(region: Region) -> Iterator[Node]:
+    """Casts on the way to an output that round more coarsely than it does."""
+    for output in region.outputs:
+        before = {output}
+        for node in reversed(region.nodes):
+            if node in before:
+                before.update(node.all_input_nodes)
+        yield from coarse_casts([n for n in region.nodes if n in before], fake(output).dtype)
 
 
 def _is_static(node: Node) -> bool:

@@ -59,8 +59,10 @@ class Found:
     """Rows of the source so small that the operator's epsilon differs from what the model has in its place."""
     claims: tuple[str, ...] = ()
     """What was read of positions and sizes, and how it was decided: for the report."""
-    meaning: Callable[..., torch.Tensor] | None = None
+    meaning: Form | None = None
     """The user's example with its arguments in the order of the inputs: its breaks are met too."""
+    also: tuple[tuple[str, Form], ...] = ()
+    """What else has to compute the same, in float64, with words for it: what `unfuse` writes the operator out as."""
     decomposed: str | None = None
     """The forms are primitives, not one operator; this says why they are not."""
     otherwise: Found | None = None

@@ -11,6 +11,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 
 from fxfuse.errors import FxfuseWarning, callers_level
+from fxfuse.ops.outside import enter, withdraw
 from fxfuse.recognise.answers import Pattern, is_pattern
 
 GROUP = "fxfuse.patterns"
@@ -24,7 +25,10 @@ def register(pattern: Pattern) -> None:
     same name does not: both are tried, the older first.
     """
     same = _defined(pattern)
-    _registered[:] = [p for p in _registered if _defined(p) != same] + [pattern]
+    _take_out([p for p in _registered if p is pattern or _defined(p) == same])
+    _registered.append(pattern)
+    if (operator := getattr(pattern, "entry", None)) is not None:
+        enter(operator)
 
 
 def _defined(pattern: Pattern) -> tuple[str, str, str]:
@@ -33,9 +37,17 @@ def _defined(pattern: Pattern) -> tuple[str, str, str]:
     return pattern.name, getattr(what, "__module__", ""), getattr(what, "__qualname__", repr(what))
 
 
-def unregister(name: str) -> None:
-    """Take the registered patterns of this name out again."""
-    _registered[:] = [p for p in _registered if p.name != name]
+def unregister(pattern: str | Pattern) -> None:
+    """Take a registered pattern out again, or all of a name; and what was said of their operators: the translation to
+    ONNX, and what `fxfuse.unfuse` writes them out as."""
+    _take_out([p for p in _registered if p is pattern or p.name == pattern])
+
+
+def _take_out(patterns: list[Pattern]) -> None:
+    _registered[:] = [p for p in _registered if all(p is not gone for gone in patterns)]
+    for pattern in patterns:
+        if (operator := getattr(pattern, "entry", None)) is not None:
+            withdraw(operator)
 
 
 @cache

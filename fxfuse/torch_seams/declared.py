@@ -108,6 +108,11 @@ TORCH: tuple[Seam, ...] = (
         "the same overload of the operator that does not write in place (add_.Tensor, add.Tensor)",
         looked_up=lambda: _operator()._overloadname,
     ),
+    Seam(
+        "torch._library.custom_ops.CustomOpDef",
+        "the operator that torch.library.custom_op made of a function: a pattern's replacement, named by its namespace",
+        ("_qualname",),
+    ),
     # ---- trees
     Seam(
         "torch.utils._pytree",

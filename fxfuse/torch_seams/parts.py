@@ -31,6 +31,12 @@ def schema_of(target: object) -> Any:
     return getattr(target, "_schema", None)
 
 
+def custom_name(operator: object) -> str | None:
+    """``"mine::geglu"`` of what ``torch.library.custom_op`` made; None of anything else."""
+    name = getattr(operator, "_qualname", None)
+    return name if isinstance(name, str) else None
+
+
 def overload_name(target: object) -> str:
     """``"Tensor"`` of `aten.mul.Tensor`; empty for the default overload, and for what is no operator."""
     return target._overloadname if isinstance(target, OpOverload) else ""
