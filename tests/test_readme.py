@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import onnx
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torchtune.models.llama3_2 import llama3_2
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -84,6 +87,20 @@ def pattern(names: Names) -> None:
     assert torch.ops.mine.geglu.default in {node.target for node in program.graph.nodes}
 
 
+def outside(names: Names) -> None:
+    called = [(node.domain, node.op_type) for node in names["onnx"].model.graph]
+    assert called == [("mine", "AddLayerNorm"), ("", "Relu"), ("", "Add")]
+    assert ("mine", "AddLayerNorm", "") in names["onnx"].model.functions
+    names["add_layer_norm"].unregister()
+
+
+def trace(names: Names) -> None:
+    assert names["region"].names == ("sum_1", "mul", "add") and names["evidence"].draws > 4
+    called = [str(node.target) for node in names["fused"].graph.nodes if node.op == "call_function"]
+    assert called == ["mine.centre.default", "aten.relu.default"]
+    assert fxfuse.report(names["fused"]).counts == {"Centre": 1}
+
+
 def flex(names: Names) -> None:
     (entry,) = fxfuse.report(names["fused"])
     assert entry.status == "fused" and entry.parameters["is_causal"] == 1
@@ -128,6 +145,8 @@ CHECKS: dict[str, Callable[[Names], None]] = {
     "transformers": transformers,
     "onward": onward,
     "pattern": pattern,
+    "outside": outside,
+    "trace": trace,
     "lifted": lifted,
     "decoder": decoder,
     "flex": flex,
@@ -167,11 +186,22 @@ def test_the_picture_is_of_a_layer_as_it_is() -> None:
     assert drawn == ["rms_norm", "rotary_embedding", "rotary_embedding", "attention", "rms_norm"]
 
 
+def _add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    added = x + residual
+    return F.layer_norm(added, weight.shape, weight, bias, eps), added
+
+
 @pytest.fixture
 def an_operator_of_the_readers() -> Iterator[None]:
     library = torch.library.Library("mine", "DEF")
     library.define("geglu(Tensor x, Tensor w_gate, Tensor w_up) -> Tensor")
     library.impl("geglu", lambda x, gate, up: F.gelu(x @ gate.T) * (x @ up.T), "CompositeExplicitAutograd")
+    library.define("centre(Tensor x) -> Tensor")
+    library.impl("centre", lambda x: x - x.mean(-1, keepdim=True), "CompositeExplicitAutograd")
+    library.define(
+        "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)"
+    )
+    library.impl("add_layer_norm", _add_layer_norm, "CompositeExplicitAutograd")
     yield
     unregister("geglu")
     library._destroy()
@@ -198,5 +228,9 @@ def test_an_example_of_the_readme(block: str, tmp_path: Path, monkeypatch: pytes
     names: Names = {"model": model, "tokens": torch.arange(10).reshape(2, 5)}
     if "document_ids" in BLOCKS[block]:
         names |= {"model": MaskInside(), "x": torch.randn(2, 40, 16), "document_ids": torch.arange(80).view(2, 40) // 9}
-    exec(compile(BLOCKS[block], f"README: {block}", "exec"), names)
-    CHECKS[block](names)
+    written, module = tmp_path / f"{block}.py", ModuleType(f"readme_{block}")
+    written.write_text(BLOCKS[block])  # onnxscript reads the source of its functions, and looks into their module
+    module.__dict__.update(names)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(BLOCKS[block], str(written), "exec"), module.__dict__)
+    CHECKS[block](module.__dict__)
