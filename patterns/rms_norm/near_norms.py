@@ -65,10 +65,7 @@ def near_miss(f: NormFunction, x: Node) -> Reason:
         less = values - values.mean(axes, keepdim=True)
         spread = less.square().mean(axes, keepdim=True).sqrt()
         if _by_weights(y * spread / less, axes):
-            return Reason(
-                "it subtracts the mean first: a LayerNorm, not an RMSNorm (F.layer_norm is LayerNormalization in ONNX)",
-                _TOLD,
-            )
+            return Reason("a LayerNorm, not an RMSNorm")  # its own pattern says what is wrong with it
         if _by_weights(y * spread / values, axes):
             return Reason("it divides by the standard deviation, not by the root of the mean square", _TOLD)
     ratio = y / values

@@ -17,6 +17,7 @@ from fxfuse.parity.ort import onnxruntime_outputs
 OPERATORS = operators()
 SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
     "RMSNormalization": ((2, 8), (8,)),
+    "LayerNormalization": ((2, 8), (8,), (8,)),
     "RotaryEmbedding": ((2, 4, 5, 8), (2, 5, 4), (2, 5, 4)),
     "Attention": ((2, 4, 5, 8),) * 3,
     "TensorScatter": ((2, 4, 9, 8), (2, 4, 5, 8)),

@@ -31,7 +31,7 @@ class Sample(NamedTuple):
         """The same in another floating-point type; the normalisation goes along."""
         args = tuple(a.to(dtype) if a is not None and a.is_floating_point() else a for a in self.args)
         stash = {torch.float64: 11}.get(dtype, 1)
-        kwargs = {**self.kwargs, "stash_type": stash} if "rms_norm" in self.op.name() else self.kwargs
+        kwargs = {**self.kwargs, "stash_type": stash} if "stash_type" in str(self.op._schema) else self.kwargs
         return self._replace(args=args, kwargs=kwargs)
 
 
@@ -67,6 +67,20 @@ def rms_norm() -> Iterator[Sample]:
     yield sample("mixed", rand(B, SQ, D).bfloat16(), rand(D))
     yield sample("half_stash", rand(B, SQ, D), rand(D), stash_type=16)
     yield sample("double_stash", rand(B, SQ, D), rand(D).half(), stash_type=11)
+
+
+def layer_norm() -> Iterator[Sample]:
+    def sample(name: str, X: Tensor, scale: Tensor, *bias: Tensor, **kwargs: Any) -> Sample:
+        return Sample(name, ops.layer_norm.default, (X, scale, *bias), kwargs)
+
+    yield sample("plain", rand(B, SQ, D), rand(D), rand(D))
+    yield sample("no_bias", rand(B, SQ, D), rand(D))
+    yield sample("transposed", transposed(B, HQ, SQ, D), strided(D), rand(D), epsilon=1e-2)
+    yield sample("strided", strided(B, SQ, D), rand(D), strided(D))
+    yield sample("axis", rand(B, SQ, D), rand(SQ, D), rand(SQ, D), axis=1)
+    yield sample("axis_0", rand(SQ, D), rand(SQ, D), rand(SQ, D), axis=0)
+    yield sample("one_row", rand(1, 1, D), rand(D), rand(D))
+    yield sample("half_stash", rand(B, SQ, D), rand(D), rand(D), stash_type=16)
 
 
 def rotary_embedding() -> Iterator[Sample]:
@@ -199,6 +213,7 @@ def quantize_linear() -> Iterator[Sample]:
 
 SAMPLES = [
     *rms_norm(),
+    *layer_norm(),
     *rotary_embedding(),
     *attention(),
     *tensor_scatter(),

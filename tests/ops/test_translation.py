@@ -60,6 +60,15 @@ def test_rms_norm() -> None:
     assert the_node(model)[3] == {"axis": -2, "epsilon": 0.5, "stash_type": 11}
 
 
+def test_layer_norm() -> None:
+    x, w = torch.randn(2, 3, 8), torch.randn(8)
+    shapes = [{0: BATCH, 1: LENGTH}, None, None]
+    model = export(lambda x, w, b: ops.layer_norm(x, w, b), x, w, w, shapes=shapes, opset=23)
+    assert the_node(model) == ("LayerNormalization", [True, True, True], 1, {})
+    model = export(lambda x, w: ops.layer_norm(x, w, epsilon=0.5), x, w)
+    assert the_node(model) == ("LayerNormalization", [True, True], 1, {"epsilon": 0.5})
+
+
 def test_rotary_embedding() -> None:
     x, cos, ids = torch.randn(2, 3, 16), torch.randn(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64)
     shapes = [{0: BATCH, 1: LENGTH}] * 3
@@ -150,6 +159,7 @@ def test_other_opsets_are_refused(opset: int) -> None:
 
 def test_every_operator_is_listed() -> None:
     assert {op.onnx_name for op in OPS.values()} == {
+        "LayerNormalization",
         "RMSNormalization",
         "RotaryEmbedding",
         "Attention",

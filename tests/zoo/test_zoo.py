@@ -33,6 +33,7 @@ def every(selected: set[str], without: frozenset[str] | set[str] = frozenset()) 
 def check_counts(arch: str, program: torch.onnx.ONNXProgram) -> None:
     expected = EXPECTED[arch]
     assert graphs.counts(program.model) == expected[:3], fxfuse.report(program)
+    assert fxfuse.report(program).counts.get("LayerNormalization", 0) == expected.layer_norms
     assert not graphs.expanded_keys(program.model)
     for entry in fxfuse.report(program).fused("Attention"):
         assert entry.parameters["kv_num_heads"] == expected.kv_heads
@@ -75,6 +76,7 @@ def test_bfloat16_in_pytorch(arch: str) -> None:
     fused = fxfuse.fuse(program)
     found = fxfuse.report(fused).counts
     wanted = dict(zip(("RMSNormalization", "RotaryEmbedding", "Attention"), EXPECTED[arch][:3], strict=True))
+    wanted["LayerNormalization"] = EXPECTED[arch].layer_norms
     assert found == {k: v for k, v in wanted.items() if v}, fxfuse.report(fused)
     with torch.no_grad():
         exact, theirs, ours = wide(ids), model(ids).float(), fused.module()(ids).float()
@@ -128,6 +130,7 @@ def test_padding_on_either_side_and_positions(arch: str, attention: str) -> None
     fused = fxfuse.fuse(program)
     found = fxfuse.report(fused).counts
     wanted = dict(zip(("RMSNormalization", "RotaryEmbedding", "Attention"), EXPECTED[arch][:3], strict=True))
+    wanted["LayerNormalization"] = EXPECTED[arch].layer_norms
     assert found == {k: v for k, v in wanted.items() if v}, fxfuse.report(fused)
     for batch, length, side in ((2, 16, "left"), (3, 11, "left"), (2, 9, "right")):
         inputs = padded(batch, length, side, seed=length)

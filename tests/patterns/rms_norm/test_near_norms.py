@@ -27,7 +27,7 @@ def centred(x: Tensor) -> Tensor:
 TOLD: dict[str, tuple[Function, str]] = {
     "layer norm": (
         lambda x, w: centred(x) * torch.rsqrt(x.var(-1, keepdim=True, unbiased=False) + 1e-5) * w,
-        "a LayerNorm, not an RMSNorm (F.layer_norm",
+        "",  # it is fused as what it is
     ),
     "uncentred": (lambda x, w: x * torch.rsqrt(x.var(-1, keepdim=True) + 1e-5) * w, "by the standard deviation"),
     "standard deviation": (lambda x, w: x / x.std(-1, keepdim=True) * w, "by the standard deviation"),
