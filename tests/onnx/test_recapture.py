@@ -132,3 +132,17 @@ def test_sizes_that_are_asked_without_a_difference_are_no_loss() -> None:
     for batch, length in ((2, 8), (2, 5), (3, 7), (1, 4)):
         x = torch.randn(batch, length, 3)
         torch.testing.assert_close(OnnxRuntime(exported)(x)[0], module(x))
+
+
+def test_a_guard_that_has_no_value_at_some_size_is_no_error() -> None:
+    """SEW-D and wav2vec2-conformer ask for remainders by what is 0 at two samples."""
+
+    class Asks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            n = x.shape[1]
+            return x * 2 if (3 * n) % (n - 2) != 1 else x
+
+    x = torch.randn(2, 16, 8)
+    exported = fxfuse.onnx.export(Asks().eval(), (x,), dynamic_shapes=({0: "batch", 1: "length"},))
+    (found,) = OnnxRuntime(exported)(torch.randn(3, 11, 8))
+    assert found.shape == (3, 11, 8)

@@ -162,8 +162,15 @@ def _refusing(symbol: Any, size: int, conditions: Sequence[Guard], known: dict[A
 
 
 def refuses(guard: Guard, symbol: Any, size: int, known: dict[Any, int]) -> bool:
-    """Does the guard rule out this size, the others being as they are?"""
-    return bool(guard.expr.xreplace({**known, symbol: sympy.Integer(size)}) == sympy.false)
+    """Does the guard rule out this size, the others being as they are?
+
+    Of a size at which it has no value (a remainder by 0, or of what is below 0) nothing is said: torch's own functions
+    raise there (`PythonMod` and `Mod` in torch/utils/_sympy/functions.py).
+    """
+    try:
+        return bool(guard.expr.xreplace({**known, symbol: sympy.Integer(size)}) == sympy.false)
+    except (ZeroDivisionError, AssertionError):
+        return False
 
 
 def beyond(guard: Guard, symbol: Any, size: int, known: dict[Any, int]) -> int | None:
