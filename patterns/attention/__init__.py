@@ -35,7 +35,7 @@ from fxfuse.patterns.attention.softmax_weights import follow_scores
 from fxfuse.recognise.answers import Found, Input, Proposal, Reason
 from fxfuse.recognise.questions import Questions
 
-_NO_REGION = Reason("attention, but q, k and v are no tensors of three axes or more from which it could be computed", 2)
+_NO_REGION = Reason("attention, but there are no q, k and v of three axes or more to compute it from", 2)
 
 
 class Attention:

@@ -158,7 +158,7 @@ def _weighted(anchor: Node) -> tuple[Product, ...] | Reason:
                     seen.add(user)
                     following.append(user)
         level = following
-    return Reason("softmax of a product, but no product of the weights", 1)
+    return Reason("softmax of a product, but no product reads the weights", 1)
 
 
 def regions(view: GraphView, parts: Parts, ask: Questions) -> Iterator[Region]:

@@ -65,9 +65,9 @@ class CacheWrite:
         assert write is not None, "a region is proposed around a write"
         past, new, slots, axis = write
         if fake(new).dtype != fake(past).dtype:
-            return Reason("a cache write, but what is written is cast", 2)
+            return Reason("a cache write, but what is written is cast to the buffer's type", 2)
         if axis == 0:
-            return Reason("a cache write, but along the first axis, the batch", 2)
+            return Reason("a cache write, but along the first axis, which is the batch to TensorScatter", 2)
         parameters = {"axis": axis, "slots": [str(size) for size in region.view.shape(past)][axis]}
         return Found(self.operator, parameters, (_form(axis, slots if len(region.sources) == 2 else None),))
 

@@ -86,7 +86,7 @@ class DequantizeLinear:
                 if fake(leaf).dtype not in SMALL and not _is_packed(view, ask, leaf, outputs[0]):
                     continue  # the weight is kept in a type as large as the result
                 regions = [r for r in (_region(view, ask, leaf, y) for y in outputs) if r is not None]
-                why = None if regions else Reason("it cannot be looked at at any size that can be run", NEAR)
+                why = None if regions else Reason("it cannot be evaluated at any size that can be run", NEAR)
                 yield Proposal(outputs[0], regions, missed=why, nodes=(end,), best_rank=0)
         for found in widened(view.nodes, ask.kept):
             if not _walked(op_name(found.read)):

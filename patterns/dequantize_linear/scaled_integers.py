@@ -103,7 +103,7 @@ def scaled_integers(
         asked = Asked(region, evaluator, held)
         return _answer(asked, names)
     except _Otherwise:
-        return Reason("its result is no (x - zero point) · scale of the integers x", NEAR)
+        return Reason("its result is not (x - zero point) · scale of the integers x", NEAR)
     except CannotEvaluate as why:
         return Reason(str(why), NEAR)
 

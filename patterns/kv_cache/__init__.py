@@ -117,7 +117,8 @@ def _joins(view: GraphView, node: Node) -> tuple[Node, Node] | Reason | None:
         changed = _changed(view, node.args[1])  # type: ignore[arg-type]
         if changed is None:
             return None
-        return Reason(f"attention over a growing cache, but its keys go through {op_name(changed)} after it", 2)
+        name = op_name(changed)
+        return Reason(f"attention over a growing cache, but its keys go through {name} after they are cached", 2)
     if key is None or value is None or key is value:
         return None
     for join in (key, value):

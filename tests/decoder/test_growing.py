@@ -86,7 +86,7 @@ def test_the_joined_tensors_are_the_presents(layout: str) -> None:
     "layout, reason",
     [
         ("BSHD", "of its 4 axes 1 grows"),
-        ("scaled after", "its keys go through rms_norm after it"),
+        ("scaled after", "its keys go through rms_norm after they are cached"),
         ("read before", "mean reads it before the attention does"),
     ],
 )

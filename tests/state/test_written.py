@@ -42,7 +42,7 @@ EXPECTED: dict[str, tuple[dict[str, int], str | None]] = {
     "Bloom": ({"Attention": 1}, "of its 4 axes 3 grows"),
     "Fairseq": ({"Attention": 1}, "of its 3 axes 1 grows"),
     "Cross": ({"Attention": 2, "KVCache": 1}, None),
-    "RotatedAfter": ({"Attention": 1, "RotaryEmbedding": 2}, "its keys go through rotary_embedding after it"),
+    "RotatedAfter": ({"Attention": 1, "RotaryEmbedding": 2}, "go through rotary_embedding after they are cached"),
     "Window": ({"Attention": 1, "KVCache": 1}, None),
 }
 """Operators, and a near miss that says why there are no more."""
