@@ -136,6 +136,22 @@ def _source(sub: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="overrule a refusal, by the name that the report gives it: clamp@model.py:12; repeatable",
     )
+    sub.add_argument(
+        "--quantize",
+        metavar="SCHEME",
+        help="round the weights of linear layers by torchao before anything else: int2 to int8, with :block=N or "
+        ":block=row and :symmetric, as in int4:block=32:symmetric",
+    )
+    sub.add_argument(
+        "--quantize-embedding",
+        metavar="SCHEME",
+        help="with --quantize, those of embeddings (default none; an output that is tied to one shares its scheme)",
+    )
+    sub.add_argument(
+        "--quantize-head",
+        metavar="SCHEME",
+        help="with --quantize, those of the output, or none (default as --quantize)",
+    )
     _budget(sub)
     sub.add_argument(
         "--report",

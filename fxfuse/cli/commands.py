@@ -15,6 +15,7 @@ import fxfuse
 from fxfuse.cli import source, tables
 from fxfuse.cli.generation import check_options, export_generation, generates
 from fxfuse.cli.progress import Stages, human, peak_memory
+from fxfuse.cli.quantize import check_quantize, quantized
 from fxfuse.cli.reports import REPORT, report_files, run_record
 from fxfuse.cli.state import describe, record_of
 from fxfuse.errors import FxfuseError, ParityError
@@ -57,7 +58,7 @@ def export(arguments: argparse.Namespace, out: Console, err: Console) -> None:
         raise FxfuseError("the output folder is a file", where=str(target))
     stages = Stages(err)
     with staging(target.absolute().parent, target.name) as folder, report_files(arguments.report) as write_reports:
-        loaded, lifted = load_program(request, stages)
+        loaded, lifted = load_program(request, stages, arguments)
         program = lifted.program
         with stages.stage("fuse"):
             fused = fuse_with(program, options)
@@ -122,10 +123,11 @@ def inspect(arguments: argparse.Namespace, out: Console, err: Console) -> None:
     Raises:
         FxfuseError: bad input.
     """
+    check_quantize(arguments)
     options, request = fusing(arguments), request_of(arguments)
     stages = Stages(err)
     with report_files(arguments.report) as write_reports:
-        _, lifted = load_program(request, stages)
+        _, lifted = load_program(request, stages, arguments)
         with stages.stage("fuse"):
             report = fxfuse.report(fuse_with(lifted.program, options))
         tables.show_report(out, report)
@@ -187,10 +189,17 @@ def request_of(arguments: argparse.Namespace) -> source.Request:
     )
 
 
-def load_program(request: source.Request, stages: Stages) -> tuple[source.Loaded, Lifted]:
-    """The model that is asked for, and its capture, in which what it writes in place has become inputs and outputs."""
+def load_program(
+    request: source.Request, stages: Stages, arguments: argparse.Namespace | None = None
+) -> tuple[source.Loaded, Lifted]:
+    """The model that is asked for, and its capture, in which what it writes in place has become inputs and outputs.
+
+    Its weights are quantised before that, if `arguments` ask for it.
+    """
     with stages.stage("load"):
         loaded = source.load(request)
+        if arguments is not None:
+            loaded.notes += quantized(loaded.model, arguments)
     with stages.stage("capture"):
         lifted = lifted_program(loaded.model, loaded.args, loaded.kwargs, loaded.dynamic_shapes)
     return loaded, lifted

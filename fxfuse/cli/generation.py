@@ -15,6 +15,7 @@ from rich.console import Console
 import fxfuse
 from fxfuse.cli import source, tables
 from fxfuse.cli.progress import Stages
+from fxfuse.cli.quantize import check_quantize, quantized
 from fxfuse.cli.reports import REPORT, report_files, run_record
 from fxfuse.decoder.options import check_decoder_options
 from fxfuse.errors import FxfuseError
@@ -44,6 +45,7 @@ def check_options(arguments: argparse.Namespace, holds: Holds | None) -> None:
     if arguments.names == "hf" and arguments.package == "genai":
         raise FxfuseError("onnxruntime-genai has names of its own", where="--names hf", hint="--names genai")
     check_dtype(source.parse_dtype(arguments.dtype), arguments.package)
+    check_quantize(arguments)
     if arguments.allow_missing and holds is None:
         raise FxfuseError("--allow-missing is for a checkpoint's folder of transformers", where=arguments.source)
     if holds is not None:
@@ -103,6 +105,7 @@ def export_generation(arguments: argparse.Namespace, holds: Holds | None, out: C
     with report_files(arguments.report) as write_reports:
         with stages.stage("load"):
             model, about, notes = load_model(arguments, holds, dtype)
+            notes = [*notes, *quantized(model, arguments)]
         # Imported here, because they import transformers, which may not be installed.
         from fxfuse.decoder.export import export_decoder, export_step
         from fxfuse.integrations.torchtune import Eager, is_decoder
@@ -125,7 +128,7 @@ def export_generation(arguments: argparse.Namespace, holds: Holds | None, out: C
                 return EagerSession(Eager(module) if is_decoder(module) else module)
 
             rounded = next(model.parameters()).dtype != torch.float32
-            wide = eager(copy.deepcopy(model).double()) if rounded else None
+            wide = eager(copy.deepcopy(model).double()) if rounded and arguments.quantize is None else None
             with stages.stage("onnxruntime"):
                 results = check_package(folder, eager(model), wide)
             names = ["prompt", *(f"step {step}" for step in range(1, len(results)))]

@@ -141,7 +141,7 @@ class Eager:
         """Returns `logits` [B, S, V] and `past_key_values`; None for the past means that there is none."""
         if past_key_values is None:
             empty = ((len(input_ids), heads, 0, size) for _, heads, _, size in self.stage.shapes for _ in range(2))
-            past_key_values = [self.weight.new_zeros(shape) for shape in empty]
+            past_key_values = [torch.zeros(shape, dtype=self.weight.dtype, device=self.device) for shape in empty]
         logits, *present = self.stage(input_ids, attention_mask, position_ids, past_key_values)
         return SimpleNamespace(logits=logits, past_key_values=_Pasts(present))
 

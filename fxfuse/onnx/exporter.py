@@ -30,6 +30,7 @@ from fxfuse.onnx.translate.boolean import without_boolean_where
 from fxfuse.onnx.translate.lowest import without_lowest
 from fxfuse.onnx.translate.missing import missing_translations
 from fxfuse.onnx.translate.packed import pack_integers
+from fxfuse.onnx.translate.products import arrange_quantised_weights
 from fxfuse.onnx.translate.ready import check_no_complex, ready
 from fxfuse.onnx.translate.takes import check_taken
 from fxfuse.onnx.translate.untranslated import one_message
@@ -302,6 +303,7 @@ def finish(onnx_program: torch.onnx.ONNXProgram, fused: ExportedProgram) -> None
     without_bfloat16_gaps(onnx_program.model)
     without_lowest(onnx_program.model)
     pack_integers(onnx_program.model)
+    arrange_quantised_weights(onnx_program.model)
     with suppress(FxfuseError):  # a program that was fused in another process has no report
         onnx_program.fxfuse_report = fxfuse.report(fused)  # type: ignore[attr-defined]
         onnx_program.model.meta[REPORT] = fxfuse.report(fused)

@@ -60,7 +60,8 @@ def genai_config(manifest: Manifest) -> dict[str, Any]:
         )
     layer = cache.layers[0]
     decoder: dict[str, Any] = {
-        "session_options": {"provider_options": []},
+        # Products with quantised weights in float32, as the model has them; nothing where there are none.
+        "session_options": {"provider_options": [], "session.qdq_matmulnbits_accuracy_level": "1"},
         "head_size": layer.head_dim,
         "hidden_size": model.hidden_size or layer.head_dim * (model.heads or layer.heads),
         "num_attention_heads": model.heads or layer.heads,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,6 +16,10 @@ from fxfuse.parity import require_onnxruntime
 from fxfuse.runtime.positions import Array, Positions, RowLengths, check_chunk, checked, checked_ids, last
 
 DTYPES = {"float32": np.float32, "float16": np.float16}
+
+Activations = Literal["float32", "int8"]
+ACCURACY: dict[Activations, str] = {"float32": "1", "int8": "4"}
+"""ONNX Runtime's level of accuracy for products with weights of few bits, by what they are to be computed in."""
 
 
 class Session:
@@ -34,7 +38,16 @@ class Session:
             bfloat16, for which its CPU provider has no kernels, or `max_length` does not fit the cache.
     """
 
-    def __init__(self, source: str | os.PathLike[str], *, max_length: int | None = None, threads: int = 0) -> None:
+    def __init__(
+        self,
+        source: str | os.PathLike[str],
+        *,
+        max_length: int | None = None,
+        threads: int = 0,
+        activations: Activations = "float32",
+    ) -> None:
+        if activations not in ACCURACY:
+            raise FxfuseError(f"unknown activations={activations!r}", where="activations", hint=" or ".join(ACCURACY))
         self._ort = require_onnxruntime()
         folder, self.manifest = read_manifest(source)
         cache = self.manifest.cache
@@ -49,6 +62,7 @@ class Session:
         options = self._ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", ACCURACY[activations])
         self._sessions: dict[str, Any] = {}
         for name in self.manifest.files:
             try:

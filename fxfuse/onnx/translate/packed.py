@@ -31,12 +31,29 @@ def pack_integers(model: ir.Model) -> int:
     for node in model.graph.all_nodes():
         x = node.inputs[_X] if node.op_type == "DequantizeLinear" and node.domain == "" else None
         if x is not None:
+            without_views(node)
             without_zeros(node)
             readers.setdefault(node.inputs[_X], []).append(node)  # type: ignore[arg-type]
     count = 0
     for x, nodes in readers.items():
         count += _packed(model.graph, x, nodes)
     return count
+
+
+def without_views(node: ir.Node) -> None:
+    """Let the node read an initializer that it reads through a Reshape, as it does before the model is optimised.
+
+    Views that change the shape stay.
+    """
+    for place, value in enumerate(node.inputs):
+        producer = None if value is None else value.producer()
+        if value is None or producer is None or producer.op_type != "Reshape" or producer.graph is None:
+            continue
+        source = producer.inputs[0]
+        if source is not None and _held(source) is not None and source.shape == value.shape:
+            node.replace_input_with(place, source)
+            if not value.uses() and not value.is_graph_output():
+                producer.graph.remove(producer, safe=True)
 
 
 def without_zeros(node: ir.Node) -> None:
@@ -85,11 +102,15 @@ def _as(graph: ir.Graph, zero: ir.Value, kind: ir.DataType) -> ir.Value:
 
 
 def _pack(value: ir.Value, values: np.ndarray, kind: ir.DataType, name: str | None = None) -> ir.TensorProtocol:
-    """Two to a byte, the first in the lower half."""
+    return pack_four_bits(values, kind, name or value.name)
+
+
+def pack_four_bits(values: np.ndarray, kind: ir.DataType, name: str | None) -> ir.TensorProtocol:
+    """Integers that take a byte each as `kind`, INT4 or UINT4: two to a byte, the first in the lower half."""
     flat = values.reshape(-1).view(np.uint8)
     packed = flat[0::2] & np.uint8(0x0F)
     packed[: flat.size // 2] |= flat[1::2] << np.uint8(4)
-    return ir.PackedTensor(packed, kind, shape=ir.Shape(values.shape), name=name or value.name)
+    return ir.PackedTensor(packed, kind, shape=ir.Shape(values.shape), name=name)
 
 
 def _zero(node: ir.Node) -> ir.Value | None:

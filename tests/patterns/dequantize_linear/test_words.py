@@ -61,7 +61,7 @@ def test_exported(tmp_path: Path) -> None:
     assert [n.inputs[0].dtype.name for n in nodes] == ["UINT4"] * 4
     for node, layer in zip(nodes, model.layers, strict=False):
         if isinstance(layer, Words):
-            assert np.array_equal(node.inputs[0].const_value.numpy().astype(np.uint8), layer.integers.numpy())
+            assert np.array_equal(node.inputs[0].const_value.numpy().astype(np.uint8), layer.integers.numpy().T)
     assert not [n for n in written.graph if n.op_type.startswith(("Bit", "Mod"))]
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # activations stay float32
