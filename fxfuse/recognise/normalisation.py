@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
 
-from fxfuse.graph.region import Region
-from fxfuse.graph.view import fake, static
+from fxfuse.graph.region import Region, between
+from fxfuse.graph.view import GraphView, fake, is_float, static
 from fxfuse.proof.evaluate import draw, generator
 from fxfuse.recognise.answers import Reason
 from fxfuse.recognise.literals import snap
 from fxfuse.recognise.questions import Questions
+from fxfuse.recognise.walk import forward
 
 
 def _as_long(node: Node, size: int) -> bool:
@@ -23,6 +25,33 @@ def _as_long(node: Node, size: int) -> bool:
 
 _DEFAULTS = {torch.finfo(kind).eps for kind in (torch.float32, torch.float64)}
 """What `rms_norm` adds without an eps."""
+
+
+def regions_around(
+    view: GraphView, anchor: Node, sources: Sequence[Node], walked: Callable[[str], bool], depth: int, most: int
+) -> Iterator[Region]:
+    """Regions that hold the root of a norm: outputs behind it, nearest first, each with inputs of its shape before it.
+
+    Args:
+        anchor: the root.
+        sources: what the region may begin with, nearest first.
+        walked: the operators, by name, that a norm may be spelled with.
+        depth: how many steps behind the root an output may lie.
+        most: regions of one output.
+    """
+    for output in forward(view, anchor, walked, depth=depth, limit=24):
+        if not is_float(output) or fake(output).dim() < 1:
+            continue
+        tried = 0
+        for source in sources:
+            if source is output or not is_float(source) or not view.same_shape(source, output):
+                continue
+            region = between(view, output, [source], walked, limit=40)
+            if region is not None and anchor in region.nodes:
+                tried += 1
+                yield region
+            if tried == most:
+                break
 
 
 class NormFunction:

@@ -18,15 +18,15 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.fx import Node
 
-from fxfuse.graph.region import Region, between
+from fxfuse.graph.region import Region
 from fxfuse.graph.view import ARITHMETIC, CAST, LAYOUT, ROOTS, GraphView, argument, fake, is_float, op_name, static
 from fxfuse.patterns.layer_norm.questions import LayerNormFunction, measure_epsilon, near_miss, of_inputs, spread
 from fxfuse.proof.evaluate import draw, generator
 from fxfuse.recognise.answers import Form, Found, Input, Proposal, Reason
 from fxfuse.recognise.literals import snap
-from fxfuse.recognise.normalisation import Scale, cast
+from fxfuse.recognise.normalisation import Scale, cast, regions_around
 from fxfuse.recognise.questions import Questions
-from fxfuse.recognise.walk import backward, forward
+from fxfuse.recognise.walk import backward
 
 _ANCHORS = frozenset({"rsqrt", "sqrt", "rms_norm", "linalg_vector_norm", "norm", "std", "std_mean"})
 _SPREADS = frozenset({"var", "std", "var_mean", "std_mean", "getitem"})
@@ -54,23 +54,7 @@ class LayerNorm:
                 continue
             sources = [node, *backward(view, node, _walked, depth=9, limit=24)]
             if any(map(_centres, sources)):
-                yield Proposal(node, self._around(view, node, sources), best_rank=_WHOLE + 1)
-
-    def _around(self, view: GraphView, anchor: Node, sources: list[Node]) -> Iterator[Region]:
-        """Outputs after the root, nearest first, each with the nearest inputs of its shape before it."""
-        for output in forward(view, anchor, _walked, depth=9, limit=24):
-            if not is_float(output) or fake(output).dim() < 1:
-                continue
-            tried = 0
-            for source in sources:
-                if source is output or not is_float(source) or not view.same_shape(source, output):
-                    continue
-                region = between(view, output, [source], _walked, limit=40)
-                if region is not None and anchor in region.nodes:
-                    tried += 1
-                    yield region
-                if tried == 5:
-                    break
+                yield Proposal(node, regions_around(view, node, sources, _walked, 9, 5), best_rank=_WHOLE + 1)
 
     def recognise(self, region: Region, ask: Questions) -> Found | Reason:
         (x,) = region.sources

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.fx import Node
 
-from fxfuse.graph.region import Region, between
+from fxfuse.graph.region import Region
 from fxfuse.graph.view import ARITHMETIC, CAST, LAYOUT, ROOTS, GraphView, argument, fake, is_float, op_name, static
 from fxfuse.patterns.rms_norm.near_norms import near_miss, of_another
 from fxfuse.proof.evaluate import draw, generator
@@ -28,10 +28,11 @@ from fxfuse.recognise.normalisation import (
     Scale,
     cast,
     precisely,
+    regions_around,
     scale_source,
 )
 from fxfuse.recognise.questions import Questions
-from fxfuse.recognise.walk import backward, forward
+from fxfuse.recognise.walk import backward
 
 _ANCHORS = frozenset({"rsqrt", "sqrt", "rms_norm", "linalg_vector_norm", "norm", "std"})
 _SPREADS = frozenset({"var", "std", "var_mean", "std_mean"})
@@ -57,26 +58,11 @@ class RMSNorm:
     def propose(self, view: GraphView, ask: Questions) -> Iterator[Proposal]:
         for node in view.nodes:
             if op_name(node) in _ANCHORS or _is_root_power(node):
-                yield Proposal(node, self._around(view, node), of_another(view, node), best_rank=_WHOLE)
-
-    def _around(self, view: GraphView, anchor: Node) -> Iterator[Region]:
-        """Outputs after the root, nearest first, each with the nearest inputs of its shape before it."""
-        sources = [anchor, *backward(view, anchor, _walked, depth=8, limit=24)]
-        if op_name(anchor) == "rms_norm":
-            sources = sources[1:]
-        for output in forward(view, anchor, _walked, depth=8, limit=24):
-            if not is_float(output) or fake(output).dim() < 1:
-                continue
-            tried = 0
-            for source in sources:
-                if source is output or not is_float(source) or not view.same_shape(source, output):
-                    continue
-                region = between(view, output, [source], _walked, limit=40)
-                if region is not None and anchor in region.nodes:
-                    tried += 1
-                    yield region
-                if tried == 4:
-                    break
+                sources = [node, *backward(view, node, _walked, depth=8, limit=24)]
+                if op_name(node) == "rms_norm":
+                    sources = sources[1:]
+                regions = regions_around(view, node, sources, _walked, 8, 4)
+                yield Proposal(node, regions, of_another(view, node), best_rank=_WHOLE)
 
     def recognise(self, region: Region, ask: Questions) -> Found | Reason:
         (x,) = region.sources
