@@ -19,6 +19,7 @@ INNER = "access_subclass_inner_tensor"
 SMALL = (torch.int8, torch.uint8, torch.int16)
 STORED = (*SMALL, torch.int32)
 """Types of integers that weights are kept in; an int32 holds several."""
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 _KEPT = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
@@ -89,11 +90,11 @@ class Kept:
                 known[current] = evaluator.run([current], env)[current]
         return known[node]
 
-    def stored(self, nodes: list[Node]) -> Iterator[Node]:
-        """Those of the nodes that are kept tensors of small types (`STORED`), not computed."""
+    def stored(self, nodes: list[Node], kinds: tuple[torch.dtype, ...] = STORED) -> Iterator[Node]:
+        """Those of the nodes that are kept tensors of these small types, not computed."""
         for node in nodes:
             value = tensor(node)
-            if value is None or value.dtype not in STORED:
+            if value is None or value.dtype not in kinds:
                 continue
             if (node.op == "placeholder" and node.name in self._values) or (op_name(node) == INNER and node in self):
                 yield node

@@ -12,10 +12,12 @@ import torch
 from torch.fx import Node
 
 from fxfuse.graph.region import real_users
-from fxfuse.graph.view import fake, is_float, tensor
-from fxfuse.recognise.kept import Kept, size_in_bytes
+from fxfuse.graph.view import fake, is_float, op_name, tensor
+from fxfuse.recognise.kept import FLOAT8, STORED, Kept, size_in_bytes
 
 _SMALL = torch.ops.fxfuse.dequantize_linear.default
+_FLOAT8_SMALL = "dequantize_affine_float8"
+"""torchao's, which is translated as DequantizeLinear (`fxfuse.onnx.translate.quantised`)."""
 LEAST = 1024
 """Bytes below which nothing is said: zero points, a row of a mask."""
 
@@ -40,7 +42,7 @@ class Widened:
 def widened(nodes: Sequence[Node], kept: Kept) -> Iterator[Widened]:
     """Every stored tensor of which a larger one of floating point is computed, of what is kept alone, and not by
     DequantizeLinear, which keeps it small."""
-    for leaf in kept.stored(list(nodes)):
+    for leaf in kept.stored(list(nodes), (*STORED, *FLOAT8)):
         if size_in_bytes(leaf) < LEAST:
             continue
         seen, stack = {leaf}, [leaf]
@@ -49,7 +51,11 @@ def widened(nodes: Sequence[Node], kept: Kept) -> Iterator[Widened]:
                 if user in seen or tensor(user) is None or user not in kept:
                     continue
                 seen.add(user)
-                if not is_float(user):
+                if not is_float(user) or fake(user).dtype in FLOAT8:
                     stack.append(user)
-                elif user.target is not _SMALL and size_in_bytes(user) > size_in_bytes(leaf):
+                elif (
+                    user.target is not _SMALL
+                    and op_name(user) != _FLOAT8_SMALL
+                    and size_in_bytes(user) > size_in_bytes(leaf)
+                ):
                     yield Widened(leaf, user)

@@ -40,6 +40,18 @@ class Doubled(nn.Module):
         return x @ (self.codes.double() * self.rows[:, None]).float().t()
 
 
+class Float8(nn.Module):
+    """torchao 0.18: float8 weights, widened and scaled by plain operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("codes", torch.randn(64, 64).to(torch.float8_e4m3fn))
+        self.register_buffer("rows", torch.rand(64, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.codes.to(torch.float32) * self.rows).t()
+
+
 class Inside(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -59,9 +71,16 @@ def plugin(model: nn.Module) -> Any:
 
 
 @pytest.mark.parametrize("export", [plain, plugin])
-@pytest.mark.parametrize(("layer", "read"), [(Codebook, "16384 bytes of float32"), (Doubled, "32768 bytes of float64")])
+@pytest.mark.parametrize(
+    ("layer", "read"),
+    [
+        (Codebook, "16384 bytes of float32"),
+        (Doubled, "32768 bytes of float64"),
+        (Float8, "16384 bytes of float32"),
+    ],
+)
 def test_it_is_said(export: Any, layer: type[nn.Module], read: str) -> None:
-    with pytest.warns(FxfuseWarning, match=r"layer\.codes.*4096 bytes of u?int8 are kept, ") as caught:
+    with pytest.warns(FxfuseWarning, match=r"layer\.codes.*4096 bytes of (u?int8|float8_e4m3fn) are kept, ") as caught:
         program = export(Inside(layer()).eval())
     assert sum("becomes large" in str(w.message) for w in caught) == 1
     (entry,) = [e for e in fxfuse.report(program) if e.operator == "DequantizeLinear"]
