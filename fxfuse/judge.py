@@ -19,7 +19,7 @@ from fxfuse.proof.evidence import Evidence
 from fxfuse.proof.prove import Refused, prove
 from fxfuse.proof.sizes import ties_of
 from fxfuse.recognise.answers import NEAR, Found, Pattern, Proposal, Reason
-from fxfuse.recognise.questions import OutOfTime, Questions
+from fxfuse.recognise.probe import OutOfTime, Probe
 from fxfuse.report.refusals import failed, name_of
 from fxfuse.suppose import Asking, Suppositions
 
@@ -64,7 +64,7 @@ class Judge:
         return ties_of(self.program)
 
     def decide(
-        self, pattern: Pattern, proposal: Proposal, ask: Questions, taken: Set[Node], outputs: Set[Node]
+        self, pattern: Pattern, proposal: Proposal, ask: Probe, taken: Set[Node], outputs: Set[Node]
     ) -> Match | None:
         """The best region around one anchor that is the operator and proves it; None where there is none, and why is
         noted.
@@ -118,7 +118,7 @@ class Judge:
         return None
 
     def _note_refusal(
-        self, pattern: Pattern, proposal: Proposal, ask: Questions, why: str, region: Region, answer: Found
+        self, pattern: Pattern, proposal: Proposal, ask: Probe, why: str, region: Region, answer: Found
     ) -> None:
         """It was recognised, and could not be proven."""
         if _is_about_sizes(why):
@@ -131,7 +131,7 @@ class Judge:
         self,
         pattern: Pattern,
         proposal: Proposal,
-        ask: Questions,
+        ask: Probe,
         nearest: tuple[Reason, tuple[Node, ...]] | None,
         regions: list[Region],
     ) -> None:
@@ -148,7 +148,7 @@ class Judge:
         elif told and nearest is not None:
             self.notes.note(pattern, "near miss", nearest[1], proposal.anchor, reason=nearest[0].text)
 
-    def recognise(self, pattern: Pattern, region: Region, ask: Questions) -> Found | Reason:
+    def recognise(self, pattern: Pattern, region: Region, ask: Probe) -> Found | Reason:
         """The pattern's answer; a pattern that fails gives a reason that says so."""
         with self.notes.clock("recognise"):
             for key in (_key(pattern, region, ask), _own_key(pattern, region, ask) if self.own else None):
@@ -173,7 +173,7 @@ class Judge:
             self.answers[key] = answer
             return answer
 
-    def prove(self, pattern: Pattern, region: Region, found: Found, ask: Questions) -> Replacement | str:
+    def prove(self, pattern: Pattern, region: Region, found: Found, ask: Probe) -> Replacement | str:
         """What takes the region's place; or, in words, why it is not proven to compute the same."""
         with self.notes.clock("prove"):
             what = "decomposed" if found.decomposed is not None else found.operator
@@ -207,11 +207,11 @@ class Judge:
         return _is_about_sizes(answer.text) or bool(self.ties and answer.closeness and groups(region, self.ties))
 
 
-def _key(pattern: Pattern, region: Region, ask: Questions) -> tuple[int, str]:
+def _key(pattern: Pattern, region: Region, ask: Probe) -> tuple[int, str]:
     return id(pattern), f"{region.key}|as in the sample" if ask.ties else region.key
 
 
-def _own_key(pattern: Pattern, region: Region, ask: Questions) -> tuple[int, str]:
+def _own_key(pattern: Pattern, region: Region, ask: Probe) -> tuple[int, str]:
     """For answers that hold for the values which these very inputs take in the program, or others computed alike."""
     own, key = _key(pattern, region, ask)
     return own, key + "|" + ",".join(ask.content(n) for n in region.others)

@@ -13,7 +13,7 @@ from torch.fx import Node
 from fxfuse.graph.region import Region
 from fxfuse.graph.source import module_path, source_line
 from fxfuse.recognise.answers import Input, Pattern
-from fxfuse.recognise.questions import OutOfTime
+from fxfuse.recognise.probe import OutOfTime
 from fxfuse.report.model import Entry, Report
 from fxfuse.report.refusals import failed, name_of
 

@@ -16,7 +16,7 @@ from fxfuse.judge import Judge, Match
 from fxfuse.notes import Notes, with_names
 from fxfuse.proof.apart import ONE_DIM
 from fxfuse.recognise.answers import Pattern, Prepares, Proposal
-from fxfuse.recognise.questions import OutOfTime, Questions
+from fxfuse.recognise.probe import OutOfTime, Probe
 from fxfuse.report.layer import mark
 from fxfuse.report.model import Entry, Report
 from fxfuse.report.refusals import failed, name_of, said
@@ -40,7 +40,7 @@ class Run:
     proving: bool
     """Is every rewrite proven before it is done?"""
     asking: Asking
-    reading: tuple[GraphView, Questions] | None = None
+    reading: tuple[GraphView, Probe] | None = None
     """What is known of the graph as it stands; None once it was rewritten."""
     ended: bool = False
     """Is the time over?"""
@@ -122,7 +122,7 @@ class Run:
             why = failed(pattern, "failed while the graph was rewritten", error)
             raise Broken(pattern, self.notes.note(pattern, "refused", (), None, reason=why)) from error
 
-    def _as_in_the_sample(self, pattern: Pattern, view: GraphView, ask: Questions, taken: set[Node]) -> Iterator[Match]:
+    def _as_in_the_sample(self, pattern: Pattern, view: GraphView, ask: Probe, taken: set[Node]) -> Iterator[Match]:
         """What could not be run, asked once more: sizes are equal that are equal in the sample."""
         if not self.judge.ties:
             return
@@ -141,7 +141,7 @@ class Run:
                     self.outputs.update(match.region.outputs)
                     yield match
 
-    def _proposals(self, pattern: Pattern, view: GraphView, ask: Questions) -> Iterator[Proposal]:
+    def _proposals(self, pattern: Pattern, view: GraphView, ask: Probe) -> Iterator[Proposal]:
         return self.notes.guarded(pattern, self.notes.timed("propose", lambda: pattern.propose(view, ask)))
 
     def _rewrite(self, matches: Iterable[Match]) -> None:

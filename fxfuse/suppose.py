@@ -17,7 +17,7 @@ from fxfuse.proof.accepted import BOUNDS, break_name
 from fxfuse.proof.evaluate import CannotEvaluate
 from fxfuse.proof.prove import Refused, prove
 from fxfuse.recognise.answers import Found, Pattern
-from fxfuse.recognise.questions import OutOfTime, Questions, may_change, written_targets
+from fxfuse.recognise.probe import OutOfTime, Probe, may_change, written_targets
 
 REGIONS = 3
 """Of one anchor, how many are asked again."""
@@ -34,10 +34,10 @@ class Asking:
     written: dict[int, frozenset[str]] = field(default_factory=dict, compare=False)
     """What each program writes to, which no fusion changes."""
 
-    def of(self, program: ExportedProgram, *, frozen: bool | None = None, accept: Sequence[str] = ()) -> Questions:
+    def of(self, program: ExportedProgram, *, frozen: bool | None = None, accept: Sequence[str] = ()) -> Probe:
         if id(program) not in self.written:
             self.written[id(program)] = written_targets(program)
-        return Questions(
+        return Probe(
             program,
             frozen=self.frozen if frozen is None else frozen,
             strict=self.strict,
@@ -54,9 +54,9 @@ class Suppositions:
     program: ExportedProgram
     asking: Asking
     known: dict[Any, bool] = field(default_factory=dict)
-    made: dict[Any, Questions] = field(default_factory=dict)
+    made: dict[Any, Probe] = field(default_factory=dict)
 
-    def __call__(self, pattern: Pattern, regions: Sequence[Region], ask: Questions, why: str | None) -> str | None:
+    def __call__(self, pattern: Pattern, regions: Sequence[Region], ask: Probe, why: str | None) -> str | None:
         """Why none of the regions is fused, and what lets one be; None where nothing that is known of does.
 
         Args:
@@ -73,7 +73,7 @@ class Suppositions:
                 return f"{why}; {only}" if why else only
         return None
 
-    def refused(self, pattern: Pattern, region: Region, ask: Questions, why: str, name: str | None) -> str:
+    def refused(self, pattern: Pattern, region: Region, ask: Probe, why: str, name: str | None) -> str:
         """The refusal, with what overrules it; `name` is the break that it names."""
         if (buffers := self._buffers(pattern, region, ask)) is not None:
             return buffers
@@ -81,13 +81,13 @@ class Suppositions:
             return why
         return f"{why}; accept={[name]!r} overrules it"
 
-    def _buffers(self, pattern: Pattern, region: Region, ask: Questions) -> str | None:
+    def _buffers(self, pattern: Pattern, region: Region, ask: Probe) -> str | None:
         buffers = [] if self.asking.frozen else ask.may_change(region.others)
         if buffers and self._hold(pattern, region, ask, tuple(buffers), {"frozen": True}):
             return f"only as long as a buffer stays as it is: {may_change(buffers)}"
         return None
 
-    def _hold(self, pattern: Pattern, region: Region, ask: Questions, key: Any, options: dict[str, Any]) -> bool:
+    def _hold(self, pattern: Pattern, region: Region, ask: Probe, key: Any, options: dict[str, Any]) -> bool:
         """Would the region be fused with these options?"""
         held = id(pattern), region.key, key
         if held not in self.known:
@@ -99,7 +99,7 @@ class Suppositions:
         return self.known[held]
 
 
-def _holds(pattern: Pattern, region: Region, ask: Questions) -> bool:
+def _holds(pattern: Pattern, region: Region, ask: Probe) -> bool:
     try:
         answer = pattern.recognise(region, ask)
         if not isinstance(answer, Found):

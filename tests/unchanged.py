@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 import fxfuse.fusion
-from fxfuse.recognise.questions import written_targets
+from fxfuse.recognise.probe import written_targets
 
 
 def snapshot(program: ExportedProgram) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from fxfuse.graph.view import fake, is_size
 from fxfuse.proof.draws import Variant
 
 if TYPE_CHECKING:
-    from fxfuse.recognise.questions import Questions
+    from fxfuse.recognise.probe import Probe
 
 ONE_DIM = "name them with one Dim"
 """What a caller can do to say that two sizes are equal; for messages."""
@@ -41,12 +41,12 @@ def groups(region: Region, ties: Sequence[tuple[Any, Any]]) -> list[list[Any]]:
     return [group for group in found.values() if len(group) > 1]
 
 
-def together(symbols: Sequence[Any], ask: Questions) -> str:
+def together(symbols: Sequence[Any], ask: Probe) -> str:
     """``"x.shape[0] and memory.shape[0]"``"""
     return " and ".join(sorted(ask.places.get(s, str(s)) for s in symbols))
 
 
-def must_be_equal(guard: str, region: Region, ask: Questions) -> str | None:
+def must_be_equal(guard: str, region: Region, ask: Probe) -> str | None:
     """The advice for a replacement whose tracing asks, in this guard, whether two sizes are equal; None where the guard
     asks anything else."""
     asked = set(re.findall(r"\w+", guard))
@@ -57,7 +57,7 @@ def must_be_equal(guard: str, region: Region, ask: Questions) -> str | None:
     return None
 
 
-def apart(region: Region, ask: Questions) -> Iterator[tuple[Variant, str]]:
+def apart(region: Region, ask: Probe) -> Iterator[tuple[Variant, str]]:
     """Draws at which one of several equal sizes is another one, or 1, or twice as large; and what is equal."""
     tied = groups(region, ask.ties)
     even = {s: _BASES[i % len(_BASES)] for i, group in enumerate(tied) for s in group}

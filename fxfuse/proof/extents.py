@@ -24,7 +24,7 @@ from fxfuse.proof.positions.decide import Fails, Holds, always
 from fxfuse.proof.positions.terms import Term, value_of
 
 if TYPE_CHECKING:
-    from fxfuse.recognise.questions import Questions
+    from fxfuse.recognise.probe import Probe
 
 _UNIFORM = frozenset(
     ["Add", "Mul", "Pow", "Symbol", "Integer", "Rational", "Half", "One", "Zero", "NegativeOne", "Float"]
@@ -46,7 +46,7 @@ class _Side:
 class Extents:
     """The breaks of sizes within one region."""
 
-    def __init__(self, region: Region, ask: Questions) -> None:
+    def __init__(self, region: Region, ask: Probe) -> None:
         self._ask = ask
         self._sides: dict[tuple[str, Term], _Side] = {}
         self._unknown: str | None = None

@@ -34,7 +34,7 @@ from fxfuse.proof.trials import Compared, Trial, Trials, run_form, same_shape
 
 if TYPE_CHECKING:
     from fxfuse.recognise.answers import Form, Found
-    from fxfuse.recognise.questions import Questions
+    from fxfuse.recognise.probe import Probe
 
 Digits = Callable[[], torch.Tensor]
 DRAWS = 2
@@ -49,7 +49,7 @@ class Proof:
     evidence: Evidence
 
 
-def prove(region: Region, found: Found, ask: Questions) -> Proof:
+def prove(region: Region, found: Found, ask: Probe) -> Proof:
     """The form of `found` that computes what the region computes and rounds most like it.
 
     Raises:

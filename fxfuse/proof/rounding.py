@@ -19,7 +19,7 @@ from fxfuse.proof.evaluate import CannotEvaluate, Evaluator
 
 if TYPE_CHECKING:
     from fxfuse.recognise.answers import Form, Found
-    from fxfuse.recognise.questions import Questions
+    from fxfuse.recognise.probe import Probe
 
 _VARIANTS = (Variant("ordinary"), Variant("small", scale=1e-2), Variant("large", scale=30.0))
 _WORSE = (2.0, 4.0)
@@ -39,7 +39,7 @@ class Rounding:
     """Documented differences that were met."""
 
 
-def rounding(region: Region, found: Found, form: Form, ask: Questions) -> Rounding:
+def rounding(region: Region, found: Found, form: Form, ask: Probe) -> Rounding:
     """How far the form is from the region in its own type.
 
     Raises:
@@ -144,7 +144,7 @@ def _computed_in(region: Region) -> Iterator[torch.dtype]:
         yield fake(region.output).dtype
 
 
-def _rows(region: Region, found: Found, form: Form, ask: Questions, result: Rounding) -> None:
+def _rows(region: Region, found: Found, form: Form, ask: Probe, result: Rounding) -> None:
     """Rows that see no key give what the region gives, in its own type; or the difference is documented.
 
     Raises:

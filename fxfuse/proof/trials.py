@@ -27,7 +27,7 @@ from fxfuse.proof.recorded import recorded
 
 if TYPE_CHECKING:
     from fxfuse.recognise.answers import Form, Found
-    from fxfuse.recognise.questions import Questions
+    from fxfuse.recognise.probe import Probe
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Compared:
 class Trials:
     """The draws of one region, which serve all forms; and what ran of its breaks in them."""
 
-    def __init__(self, region: Region, found: Found, ask: Questions) -> None:
+    def __init__(self, region: Region, found: Found, ask: Probe) -> None:
         self.region, self.found, self.ask = region, found, ask
         self.breaks = Breaks(ask.accept)
         self.extents = Extents(region, ask)
@@ -197,7 +197,7 @@ def _unmet(one: Break) -> list[str]:
     return [p for p in dict.fromkeys(piece for piece, _ in one.met) if p in one.beyond or p in one.missing]
 
 
-def _check_places(node: Node, ask: Questions) -> None:
+def _check_places(node: Node, ask: Probe) -> None:
     """An index tensor in the region is either a permutation that is known, or counts in the same way at every length.
 
     Raises:

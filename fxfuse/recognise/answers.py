@@ -16,7 +16,7 @@ from fxfuse.graph.view import GraphView
 from fxfuse.proof.floor import Floor
 
 if TYPE_CHECKING:
-    from fxfuse.recognise.questions import Questions
+    from fxfuse.recognise.probe import Probe
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,11 @@ class Pattern(Protocol):
     operator: str
     since_opset: int
 
-    def propose(self, view: GraphView, ask: Questions) -> Iterator[Proposal]:
+    def propose(self, view: GraphView, ask: Probe) -> Iterator[Proposal]:
         """Candidate regions, cheaply and structurally."""
         ...
 
-    def recognise(self, region: Region, ask: Questions) -> Found | Reason:
+    def recognise(self, region: Region, ask: Probe) -> Found | Reason:
         """Is the region this operator? Asked by evaluating it.
 
         Regions of equal `Region.key` get one answer, unless it was found with the values of this program's leaves.
@@ -134,7 +134,7 @@ class Pattern(Protocol):
 class Prepares(Protocol):
     """A pattern that makes the program ready, before any pattern looks at it."""
 
-    def prepare(self, program: ExportedProgram, ask: Questions) -> None:
+    def prepare(self, program: ExportedProgram, ask: Probe) -> None:
         """Change the program in place, which is `fuse`'s copy, to another that computes the same."""
         ...
 

@@ -12,7 +12,7 @@ from fxfuse.proof.evaluate import CannotEvaluate, draw, generator
 from fxfuse.proof.floor import Floor
 from fxfuse.recognise.answers import Reason
 from fxfuse.recognise.normalisation import NormFunction
-from fxfuse.recognise.questions import Questions
+from fxfuse.recognise.probe import Probe
 
 SMALLEST = 1e-6
 """Rows from here on have to come out the same: what the proof calls tiny."""
@@ -29,7 +29,7 @@ class Epsilon:
     """Where it stands for something else."""
 
 
-def measure_epsilon(f: NormFunction, x: Node, scale: torch.Tensor, ask: Questions) -> Epsilon | Reason:
+def measure_epsilon(f: NormFunction, x: Node, scale: torch.Tensor, ask: Probe) -> Epsilon | Reason:
     """Solve (x·scale/y)² - mean(x²) for tiny x, where epsilon is not."""
     found = []
     tiny = draw(x, f.evaluator, generator(7))
@@ -62,7 +62,7 @@ def _small(f: NormFunction, tiny: torch.Tensor, scale: torch.Tensor) -> float | 
     return epsilon if constant and epsilon > 0 else None
 
 
-def _bounded(f: NormFunction, rows: torch.Tensor, scale: torch.Tensor, x: Node, ask: Questions) -> Epsilon | Reason:
+def _bounded(f: NormFunction, rows: torch.Tensor, scale: torch.Tensor, x: Node, ask: Probe) -> Epsilon | Reason:
     """The epsilon whose operator has the same factor for rows near 0, if all others come out the same."""
     size = rows.square().mean(-1, keepdim=True).sqrt()
     rows = rows / torch.where(size > 0, size, 1.0)
@@ -105,7 +105,7 @@ def _bounded(f: NormFunction, rows: torch.Tensor, scale: torch.Tensor, x: Node, 
     return Epsilon(epsilon, floor)
 
 
-def _zeros(f: NormFunction, x: Node, ask: Questions) -> str:
+def _zeros(f: NormFunction, x: Node, ask: Probe) -> str:
     """What a row of zeros gives in the model's own type, if not 0: its bound may round to 0 there."""
     working = ask.evaluator(0, exact=False)
     values = [ask.draws([n], working, 3)[0] for n in f.region.others]

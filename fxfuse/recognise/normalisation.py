@@ -13,7 +13,7 @@ from fxfuse.graph.view import GraphView, fake, is_float, static
 from fxfuse.proof.evaluate import draw, generator
 from fxfuse.recognise.answers import Reason
 from fxfuse.recognise.literals import snap
-from fxfuse.recognise.questions import Questions
+from fxfuse.recognise.probe import Probe
 from fxfuse.recognise.walk import forward
 
 
@@ -57,7 +57,7 @@ def regions_around(
 class NormFunction:
     """The region as a function of x alone."""
 
-    def __init__(self, region: Region, ask: Questions, seed: int) -> None:
+    def __init__(self, region: Region, ask: Probe, seed: int) -> None:
         self.region = region
         self.evaluator = ask.evaluator(0)
         gen = generator(seed)

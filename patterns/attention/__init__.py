@@ -33,7 +33,7 @@ from fxfuse.patterns.attention.parts import ANCHORS, SDPA, Parts, anchor_of, fin
 from fxfuse.patterns.attention.scores import measure_scores
 from fxfuse.patterns.attention.softmax_weights import follow_scores
 from fxfuse.recognise.answers import Found, Input, Proposal, Reason
-from fxfuse.recognise.questions import Questions
+from fxfuse.recognise.probe import Probe
 
 _NO_REGION = Reason("attention, but there are no q, k and v of three axes or more to compute it from", 2)
 
@@ -48,7 +48,7 @@ class Attention:
     """It looks through rotary embeddings."""
     signs = ("softmax", "scaled_dot_product_attention")
 
-    def propose(self, view: GraphView, ask: Questions) -> Iterator[Proposal]:
+    def propose(self, view: GraphView, ask: Probe) -> Iterator[Proposal]:
         for node in view.nodes:
             if op_name(node) in ANCHORS or op_name(node) == SDPA:
                 readings = find_parts(node)
@@ -59,7 +59,7 @@ class Attention:
                         node, _all_regions(view, readings, ask), best_rank=0, otherwise=_NO_REGION, shares=True
                     )
 
-    def recognise(self, region: Region, ask: Questions) -> Found | Reason:
+    def recognise(self, region: Region, ask: Probe) -> Found | Reason:
         readings = find_parts(anchor_of(region))
         if isinstance(readings, Reason):
             return readings
@@ -74,7 +74,7 @@ class Attention:
                     break
         return max(answers, key=lambda a: float("inf") if isinstance(a, Found) else a.closeness, default=_NO_REGION)
 
-    def _read(self, region: Region, parts: Parts, ask: Questions) -> Found | Reason:
+    def _read(self, region: Region, parts: Parts, ask: Probe) -> Found | Reason:
         evaluator = ask.evaluator(0)
         way = None if parts.scores is None else follow_scores(region, parts, evaluator)
         if isinstance(way, Reason):
@@ -138,7 +138,7 @@ def _apart(region: Region) -> Reason:
     )
 
 
-def _all_regions(view: GraphView, readings: tuple[Parts, ...], ask: Questions) -> Iterator[Region]:
+def _all_regions(view: GraphView, readings: tuple[Parts, ...], ask: Probe) -> Iterator[Region]:
     for parts in readings:
         yield from regions(view, parts, ask)
 

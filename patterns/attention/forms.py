@@ -19,7 +19,7 @@ from fxfuse.patterns.attention.scores import Scores
 from fxfuse.proof.positions.claims import causal, said_of_causal
 from fxfuse.proof.positions.decide import Holds
 from fxfuse.recognise.answers import Form
-from fxfuse.recognise.questions import Questions, may_change
+from fxfuse.recognise.probe import Probe, may_change
 
 _BOUNDS = frozenset(["clamp", "clamp_min", "maximum", "max"])
 """What keeps sums of masks from becoming -inf: `torch.max(scores + mask, torch.finfo(…).min)`."""
@@ -100,7 +100,7 @@ def _form(region: Region, heads: Heads, scores: Scores, *, causal: bool, masks: 
     return attention
 
 
-def is_causal_here(region: Region, scores: Scores, heads: Heads, ask: Questions) -> tuple[bool, str]:
+def is_causal_here(region: Region, scores: Scores, heads: Heads, ask: Probe) -> tuple[bool, str]:
     """Are the masks together the causal one at every size that the program admits, so that they need not be built?
 
     The second value says how that was decided, or why they are not.

@@ -28,7 +28,7 @@ from fxfuse.patterns.attention.parts import Parts
 from fxfuse.patterns.attention.score_paths import Followed, Target
 from fxfuse.proof.evaluate import Evaluator
 from fxfuse.recognise.answers import Reason
-from fxfuse.recognise.questions import Questions
+from fxfuse.recognise.probe import Probe
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Operands:
 
 
 def measure_heads(
-    region: Region, parts: Parts, followed: Followed | None, evaluator: Evaluator, ask: Questions
+    region: Region, parts: Parts, followed: Followed | None, evaluator: Evaluator, ask: Probe
 ) -> Operands | Reason:
     """Send element numbers from each source to its operand, and see where they arrive."""
     arrived: list[torch.Tensor] = []
@@ -236,7 +236,7 @@ def _together(*matrices: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _arrivals(
-    region: Region, source: Node, operand: Node, evaluator: Evaluator, ask: Questions
+    region: Region, source: Node, operand: Node, evaluator: Evaluator, ask: Probe
 ) -> tuple[torch.Tensor, float] | Reason:
     """The elements of `source` are numbered from 1 and sent to `operand`: the numbers as they arrive there, and the
     constant that they were multiplied with on the way."""

@@ -27,7 +27,7 @@ from fxfuse.patterns.attention.contraction import Product, product, products, sw
 from fxfuse.patterns.attention.score_paths import ELEMENTWISE, PADS, SOFTMAX
 from fxfuse.proof.sizes import Sizes
 from fxfuse.recognise.answers import Reason
-from fxfuse.recognise.questions import Questions
+from fxfuse.recognise.probe import Probe
 from fxfuse.recognise.walk import chain_back, chain_forward
 
 ANCHORS = SOFTMAX | {"exp"}
@@ -161,7 +161,7 @@ def _weighted(anchor: Node) -> tuple[Product, ...] | Reason:
     return Reason("softmax of a product, but no product reads the weights", 1)
 
 
-def regions(view: GraphView, parts: Parts, ask: Questions) -> Iterator[Region]:
+def regions(view: GraphView, parts: Parts, ask: Probe) -> Iterator[Region]:
     """Regions to try, the widest first: from q, k and v before any repeat, cast or transpose to the transposed result.
 
     The last ones take k and v with their heads as they enter the products, repeated or not.

@@ -20,7 +20,7 @@ from fxfuse.proof.positions.claims import bounds_of, triangle
 from fxfuse.proof.positions.decide import Holds
 from fxfuse.recognise.answers import Reason
 from fxfuse.recognise.literals import snap
-from fxfuse.recognise.questions import Questions
+from fxfuse.recognise.probe import Probe
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Scores:
 
 
 def measure_scores(
-    region: Region, parts: Parts, way: tuple[Region, Followed] | None, evaluator: Evaluator, ask: Questions
+    region: Region, parts: Parts, way: tuple[Region, Followed] | None, evaluator: Evaluator, ask: Probe
 ) -> Scores | Reason:
     """Measure what lies between the first product and the weights. A call of SDPA has it in its arguments."""
     if way is None:
@@ -72,7 +72,7 @@ def measure_scores(
 
 
 def _measure(
-    region: Region, parts: Parts, way: tuple[Region, Followed], evaluator: Evaluator, ask: Questions
+    region: Region, parts: Parts, way: tuple[Region, Followed], evaluator: Evaluator, ask: Probe
 ) -> Scores | Reason:
     f = Weights(parts, *way, region, evaluator, ask, hold=False)
     drawn = ask.draws(f.nodes, evaluator, 41)
@@ -293,7 +293,7 @@ def _idle_floats(f: Weights, values: list[torch.Tensor]) -> bool:
 
 
 def _causal_by_constants(
-    region: Region, parts: Parts, way: tuple[Region, Followed], evaluator: Evaluator, ask: Questions
+    region: Region, parts: Parts, way: tuple[Region, Followed], evaluator: Evaluator, ask: Probe
 ) -> Scores | None:
     """A bias made of this program's constants alone that is 0 up to the diagonal and masks beyond it.
 
@@ -312,7 +312,7 @@ def _causal_by_constants(
     return None if isinstance(curve, Reason) else Scores(*curve[:2], (), causal=True, from_leaves=True)
 
 
-def _one_triangle(node: Node, value: torch.Tensor, ask: Questions) -> bool:
+def _one_triangle(node: Node, value: torch.Tensor, ask: Probe) -> bool:
     """Is it one number up to the diagonal of its last two axes and one beyond it, at every size?"""
     if value.numel() == 1 or bool((value == value.flatten()[0]).all()):
         return ask.one_number(node, ask.evaluator(0)) is not None

@@ -15,7 +15,7 @@ from fxfuse.patterns.attention.parts import Parts
 from fxfuse.patterns.attention.score_paths import Followed, follow
 from fxfuse.proof.evaluate import CannotEvaluate, Evaluator
 from fxfuse.recognise.answers import Reason
-from fxfuse.recognise.questions import Questions
+from fxfuse.recognise.probe import Probe
 
 
 class Weights:
@@ -35,7 +35,7 @@ class Weights:
         followed: Followed,
         region: Region,
         evaluator: Evaluator,
-        ask: Questions,
+        ask: Probe,
         *,
         hold: bool,
     ) -> None:
@@ -99,7 +99,7 @@ def centred(t: torch.Tensor, soft: torch.Tensor) -> torch.Tensor:
     return torch.where(soft, kept - kept.sum(-1, keepdim=True) / soft.sum(-1, keepdim=True).clamp(min=1), 0.0)
 
 
-def _held(node: Node, evaluator: Evaluator, ask: Questions, hold: bool) -> torch.Tensor | None:
+def _held(node: Node, evaluator: Evaluator, ask: Probe, hold: bool) -> torch.Tensor | None:
     """The node's value in this program if it is to be held, else None."""
     if op_name(node) == "" and not hold and fake(node).dim() > 0:
         return None  # a buffer: its content is looked at only if nothing else explains the bias

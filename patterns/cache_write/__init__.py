@@ -27,7 +27,7 @@ from fxfuse.graph.region import Region, between
 from fxfuse.graph.view import CAST, LAYOUT, GraphView, argument, fake, op_name, tensor
 from fxfuse.proof.sizes import Sizes
 from fxfuse.recognise.answers import Form, Found, Proposal, Reason
-from fxfuse.recognise.questions import Questions
+from fxfuse.recognise.probe import Probe
 
 _COUNTED = frozenset(["add", "arange", "alias", "clone"]) | CAST
 """Calls that count slots up from one number."""
@@ -41,7 +41,7 @@ class CacheWrite:
     since_opset = 24
     after = ("kv_cache",)
 
-    def propose(self, view: GraphView, ask: Questions) -> Iterator[Proposal]:
+    def propose(self, view: GraphView, ask: Probe) -> Iterator[Proposal]:
         for node in view.nodes:
             write = _write(node)
             if write is None:
@@ -60,7 +60,7 @@ class CacheWrite:
                 region = replace(region, integers_below=partial(_starts, past, new))
             yield Proposal(node, () if region is None else (region,), best_rank=0)
 
-    def recognise(self, region: Region, ask: Questions) -> Found | Reason:
+    def recognise(self, region: Region, ask: Probe) -> Found | Reason:
         write = _write(region.output)
         assert write is not None, "a region is proposed around a write"
         past, new, slots, axis = write

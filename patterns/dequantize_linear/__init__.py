@@ -37,7 +37,7 @@ from fxfuse.patterns.dequantize_linear.unpacked import BITS, Unpacked, chosen_by
 from fxfuse.proof.positions.whole import cannot_wrap
 from fxfuse.recognise.answers import NEAR, Form, Found, Input, Proposal, Reason
 from fxfuse.recognise.kept import SMALL, size_in_bytes
-from fxfuse.recognise.questions import Questions
+from fxfuse.recognise.probe import Probe
 from fxfuse.recognise.widened import widened
 from fxfuse.torch_seams import schema_of
 
@@ -69,7 +69,7 @@ class DequantizeLinear:
     after = ("cache_write",)
     """The others read caches of integers and scales as the model writes them."""
 
-    def propose(self, view: GraphView, ask: Questions) -> Iterator[Proposal]:
+    def propose(self, view: GraphView, ask: Probe) -> Iterator[Proposal]:
         leaves = sorted(ask.kept.stored(view.nodes), key=size_in_bytes, reverse=True)
         # An end that several tensors lead to belongs to the largest: the integers; the others are zero points.
         ends = {end: leaf for leaf in reversed(leaves) for end in _ends(leaf, ask)}
@@ -93,7 +93,7 @@ class DequantizeLinear:
                 why = f"it is made by {op_name(found.read)}, and DequantizeLinear only scales: {found.sizes}"
                 yield Proposal(found.read, (), missed=Reason(why, NEAR), nodes=(found.read,))
 
-    def recognise(self, region: Region, ask: Questions) -> Found | Reason:
+    def recognise(self, region: Region, ask: Probe) -> Found | Reason:
         small = region.asked
         if any(fake(n).dtype == torch.float64 for n in (region.output, *region.others)):
             return Reason("it computes in float64, and DequantizeLinear does not", NEAR)
@@ -133,7 +133,7 @@ class DequantizeLinear:
         return Found(self.operator, parameters, forms, ulp=4.0 if product else 0.0, averaging=product)
 
 
-def _ends(leaf: Node, ask: Questions) -> Iterator[Node]:
+def _ends(leaf: Node, ask: Probe) -> Iterator[Node]:
     """The last floating-point nodes that are computed only from this tensor and others that the program keeps."""
     seen, stack = {leaf}, [leaf]
     found: dict[Node, None] = {}
@@ -180,7 +180,7 @@ def _comes_from(node: Node, leaf: Node) -> bool:
     return False
 
 
-def _scaled_products(end: Node, ask: Questions) -> Iterator[tuple[Node, Node]]:
+def _scaled_products(end: Node, ask: Probe) -> Iterator[tuple[Node, Node]]:
     """Products with the weight whose result is multiplied by tensors that the program keeps: (product, scaled
     result)."""
     for product in _products(end):
@@ -201,7 +201,7 @@ def _products(end: Node) -> Iterator[Node]:
             yield product
 
 
-def _is_shuffled(view: GraphView, ask: Questions, leaf: Node, y: Node) -> bool:
+def _is_shuffled(view: GraphView, ask: Probe, leaf: Node, y: Node) -> bool:
     """Are the rows of a group apart from each other? Then the product's other operand is sorted like them."""
     region = _around(view, ask, leaf, y)
     tables = () if region is None else chosen_by(region)
@@ -209,7 +209,7 @@ def _is_shuffled(view: GraphView, ask: Questions, leaf: Node, y: Node) -> bool:
     return any(v is not None and v.dim() == 1 and bool((v[1:] < v[:-1]).any()) for v in values)
 
 
-def _region(view: GraphView, ask: Questions, leaf: Node, y: Node, given: Any = None) -> Region | None:
+def _region(view: GraphView, ask: Probe, leaf: Node, y: Node, given: Any = None) -> Region | None:
     """The region from the kept tensors, and from `given`, to y. It is cut to fewer rows, so that asking takes less;
     None if that is not possible."""
     region = _around(view, ask, leaf, y, given)
@@ -223,7 +223,7 @@ def _region(view: GraphView, ask: Questions, leaf: Node, y: Node, given: Any = N
     return None if small is None else replace(region, small=replace(small, words=is_packed(region)))
 
 
-def _around(view: GraphView, ask: Questions, leaf: Node, y: Node, given: Any = None) -> Region | None:
+def _around(view: GraphView, ask: Probe, leaf: Node, y: Node, given: Any = None) -> Region | None:
     """The region around a leaf. It reads scales and zero points as they are kept, in front of repeats; those that are
     packed in words it reads where they are unpacked."""
     nodes, others, stack = set[Node](), dict[Node, None](), [y]
@@ -246,7 +246,7 @@ def _around(view: GraphView, ask: Questions, leaf: Node, y: Node, given: Any = N
     return Region(view, y, sources, tuple(view.sorted(others)), tuple(inside))
 
 
-def _is_packed(view: GraphView, ask: Questions, leaf: Node, y: Node) -> bool:
+def _is_packed(view: GraphView, ask: Probe, leaf: Node, y: Node) -> bool:
     region = _around(view, ask, leaf, y)
     return region is not None and is_packed(region)
 
@@ -271,7 +271,7 @@ def _is_packed_beside(node: Node, leaf: Node) -> bool:
     return False
 
 
-def _type(ask: Questions, part: Unpacked) -> torch.dtype | None:
+def _type(ask: Probe, part: Unpacked) -> torch.dtype | None:
     """The type in which the operator reads the integers, and its zero points; None if they fit no type of a byte."""
     kinds = types_of(part.integers)
     chosen = chosen_by(part.after)
@@ -280,7 +280,7 @@ def _type(ask: Questions, part: Unpacked) -> torch.dtype | None:
     return next(every, kinds[-1] if kinds else None)
 
 
-def _fits(ask: Questions, node: Node, kind: torch.dtype) -> bool:
+def _fits(ask: Probe, node: Node, kind: torch.dtype) -> bool:
     """Is it known that all values it holds are integers of this narrower type?"""
     own = fake(node).dtype
     if own == kind or own == torch.bool or own.is_complex or (own.is_floating_point and not _is_taken_off(node)):
@@ -341,7 +341,7 @@ def _form(region: Region, how: Dequantized, inside: torch.dtype) -> Form:
     return multiplied if product else weight
 
 
-def _stored(how: Dequantized, ask: Questions, region: Region) -> str:
+def _stored(how: Dequantized, ask: Probe, region: Region) -> str:
     """The type in which the file will hold the integers, as far as it is known."""
     part = unpacked(region)
     assert part is not None, "the region was recognised"

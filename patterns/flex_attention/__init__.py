@@ -44,7 +44,7 @@ from fxfuse.patterns.flex_attention.reconstruct import reconstruct
 from fxfuse.patterns.flex_attention.sinks import read_with_sinks, regions_with_sinks
 from fxfuse.recognise.answers import Found, Proposal, Reason
 from fxfuse.recognise.declared import check_declared, option
-from fxfuse.recognise.questions import Questions
+from fxfuse.recognise.probe import Probe
 
 register_higher_order(torch.ops.higher_order.flex_attention, FLEX)
 
@@ -101,13 +101,13 @@ class FlexAttention:
         """`fxfuse.flex_capture`."""
         return flex_capture()
 
-    def prepare(self, program: ExportedProgram, ask: Questions) -> None:
+    def prepare(self, program: ExportedProgram, ask: Probe) -> None:
         """One call for each output that is read; where block lists count, mask functions that say what they do."""
         separate_outputs(list(program.graph.nodes))
         if self.block_mask == "reconstruct":
             reconstruct(program, ask)
 
-    def propose(self, view: GraphView, ask: Questions) -> Iterator[Proposal]:
+    def propose(self, view: GraphView, ask: Probe) -> Iterator[Proposal]:
         for call, region in regions_with_sinks(view):
             if self.calls != "preview_only" and check_block_mask(call, ask, self.block_mask) is None:
                 yield Proposal(call.node, [region], best_rank=0)
@@ -121,7 +121,7 @@ class FlexAttention:
                 for taken in call.used.values():
                     yield Proposal(node, [region_of(view, call, taken)], best_rank=0)
 
-    def recognise(self, region: Region, ask: Questions) -> Found | Reason:
+    def recognise(self, region: Region, ask: Probe) -> Found | Reason:
         if len(region.nodes) > 2:
             return read_with_sinks(region, ask)
         return read(region, ask, self.calls, self.windows)

@@ -22,7 +22,7 @@ from fxfuse.patterns.flex_attention.options import BlockMasks
 from fxfuse.proof.evaluate import CannotEvaluate, Evaluator
 from fxfuse.proof.sizes import Sizes
 from fxfuse.recognise.answers import NEAR, Reason
-from fxfuse.recognise.questions import Questions
+from fxfuse.recognise.probe import Probe
 from fxfuse.torch_seams import pytree
 
 DRAWS = 3
@@ -32,7 +32,7 @@ _WAYS_OUT = (
 )
 
 
-def check_block_mask(call: Flex, ask: Questions, block_mask: BlockMasks) -> Reason | None:
+def check_block_mask(call: Flex, ask: Probe, block_mask: BlockMasks) -> Reason | None:
     """None where the lists change nothing that the mask function says; else the reason not to fuse the call.
 
     Lists that name every block as partial say nothing. Others follow from the function at every size that is probed:
@@ -47,7 +47,7 @@ def check_block_mask(call: Flex, ask: Questions, block_mask: BlockMasks) -> Reas
     return None if wrong is None else Reason(f"flex_attention whose block lists {wrong}; {_WAYS_OUT}", NEAR + 1)
 
 
-def _wrong(call: Flex, ask: Questions) -> str | None:
+def _wrong(call: Flex, ask: Probe) -> str | None:
     """What is wrong with the lists, in words."""
     lists = call.block_mask
     block = (lists["BLOCK_SIZE.0"], lists["BLOCK_SIZE.1"])
@@ -106,7 +106,7 @@ def _kept(
         raise CannotEvaluate(f"the mask function cannot run: {error}") from error
 
 
-def _evaluator(call: Flex, ask: Questions) -> Evaluator:
+def _evaluator(call: Flex, ask: Probe) -> Evaluator:
     """At the program's sizes; what is symbolic exceeds every number in the lists' computation and in the function."""
     lengths: list[Any] = [fake(call.query).shape[2], fake(call.key).shape[2]]
     symbols = {s for length in lengths if isinstance(length, torch.SymInt) for s in length.node.expr.free_symbols}

@@ -20,7 +20,7 @@ from fxfuse.patterns.flex_attention.options import FlexCalls, Windows
 from fxfuse.patterns.flex_attention.preview import is_constant, preview_form
 from fxfuse.patterns.flex_attention.score import WORKING, Opaque, conjuncts, read_score
 from fxfuse.recognise.answers import Found, Reason
-from fxfuse.recognise.questions import Questions
+from fxfuse.recognise.probe import Probe
 
 ULP = 8.0
 _SCORES = 1 << 20
@@ -140,7 +140,7 @@ def _integers(expr: Expr) -> Iterator[int]:
     yield from (abs(n) for n in numbers if isinstance(n, int) and not isinstance(n, bool))
 
 
-def read(region: Region, ask: Questions, calls: FlexCalls = "standard", windows: Windows = "mask") -> Found | Reason:
+def read(region: Region, ask: Probe, calls: FlexCalls = "standard", windows: Windows = "mask") -> Found | Reason:
     """One Attention where the mods allow it, and else the primitives, or the operator that is asked for."""
     problem, plain = problem_of(region, ask), problem_of(region, ask, count=False)
     if isinstance(problem, Reason):
@@ -170,7 +170,7 @@ def read(region: Region, ask: Questions, calls: FlexCalls = "standard", windows:
     )
 
 
-def problem_of(region: Region, ask: Questions, *, count: bool = True) -> Problem | Reason:
+def problem_of(region: Region, ask: Probe, *, count: bool = True) -> Problem | Reason:
     """The call in a region, its mods as expressions; see `expressions`."""
     call = next(found for n in region.nodes if (found := flex(n)) is not None)
     try:

@@ -18,12 +18,12 @@ from fxfuse.graph.view import fake
 from fxfuse.patterns.flex_attention.block_lists import check_block_mask
 from fxfuse.patterns.flex_attention.calls import Flex, block_mask_names, flex
 from fxfuse.patterns.flex_attention.capturing.one_block import LARGE
-from fxfuse.recognise.questions import Questions
+from fxfuse.recognise.probe import Probe
 
 _aten = torch.ops.aten
 
 
-def reconstruct(program: ExportedProgram, ask: Questions) -> None:
+def reconstruct(program: ExportedProgram, ask: Probe) -> None:
     """Give every call whose lists say something else than its function a function that says both, in place."""
     for node in list(program.graph.nodes):
         call = flex(node)

@@ -23,7 +23,7 @@ from fxfuse.patterns.flex_attention.reading import ULP, problem_of, region_of
 from fxfuse.patterns.flex_attention.score import Opaque, read_score
 from fxfuse.proof.evaluate import draw, generator
 from fxfuse.recognise.answers import Found, Reason
-from fxfuse.recognise.questions import Questions
+from fxfuse.recognise.probe import Probe
 
 _EXPONENTIAL = frozenset(["exp", "exp2", "expm1", "log", "log1p", "log2", "logsumexp", "logaddexp", "logaddexp2"])
 _TO_SHARE = frozenset(["sigmoid", "log_sigmoid", "softplus", "softmax", "reciprocal", "sum", "amax", "maximum"])
@@ -131,7 +131,7 @@ def takes(region: Region, output: str) -> Node:
     return next(n for n in region.nodes for i in n.all_input_nodes if flex(i) and n.args[1] == OUTPUTS.index(output))
 
 
-def measure_sinks(region: Region, ask: Questions) -> Sinks | Reason:
+def measure_sinks(region: Region, ask: Probe) -> Sinks | Reason:
     """Solve output = y · sigmoid(lse - sink) for the sink, y and lse drawn; which tensor is it?"""
     y, lse = takes(region, "output"), takes(region, "logsumexp")
     arithmetic = [n for n in region.nodes if flex(n) is None and n not in (y, lse)]
@@ -183,7 +183,7 @@ def _padded(t: Tensor, dims: int) -> Tensor:
     return t
 
 
-def read_with_sinks(region: Region, ask: Questions) -> Found | Reason:
+def read_with_sinks(region: Region, ask: Probe) -> Found | Reason:
     """One Attention with one more key, where the mods and the sinks allow it."""
     problem = problem_of(region, ask)
     if isinstance(problem, Reason):

@@ -28,7 +28,7 @@ from torch.fx import Node
 from fxfuse.graph.region import Region, between, real_users
 from fxfuse.graph.view import LAYOUT, GraphView, argument, fake, op_name, tensor
 from fxfuse.recognise.answers import Form, Found, Proposal, Reason
-from fxfuse.recognise.questions import Questions
+from fxfuse.recognise.probe import Probe
 from fxfuse.recognise.walk import backward, chain_back
 
 JOINS = frozenset(["cat", "concat", "concatenate"])
@@ -48,7 +48,7 @@ class KVCache:
     after = ("attention", "flex_attention")
     """A cache is one where an attention reads it."""
 
-    def propose(self, view: GraphView, ask: Questions) -> Iterator[Proposal]:
+    def propose(self, view: GraphView, ask: Probe) -> Iterator[Proposal]:
         claimed: set[Node] = set()
         for node in view.nodes:
             if node.target is not _ATTENTION or len(node.args) > 4:
@@ -62,7 +62,7 @@ class KVCache:
             claimed.update(joins)
             yield Proposal(node, _regions(view, node, joins), best_rank=0)
 
-    def recognise(self, region: Region, ask: Questions) -> Found | Reason:
+    def recognise(self, region: Region, ask: Probe) -> Found | Reason:
         node = region.output
         q, _, _, past_key, _ = region.sources
         if node.kwargs.get("is_causal"):

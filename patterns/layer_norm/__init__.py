@@ -25,7 +25,7 @@ from fxfuse.proof.evaluate import draw, generator
 from fxfuse.recognise.answers import Form, Found, Input, Proposal, Reason
 from fxfuse.recognise.literals import snap
 from fxfuse.recognise.normalisation import Scale, cast, regions_around
-from fxfuse.recognise.questions import Questions
+from fxfuse.recognise.probe import Probe
 from fxfuse.recognise.walk import backward
 
 _ANCHORS = frozenset({"rsqrt", "sqrt", "rms_norm", "linalg_vector_norm", "norm", "std", "std_mean"})
@@ -48,7 +48,7 @@ class LayerNorm:
     before = ("rms_norm",)
     """What is left of a LayerNorm behind the subtraction is an RMSNorm."""
 
-    def propose(self, view: GraphView, ask: Questions) -> Iterator[Proposal]:
+    def propose(self, view: GraphView, ask: Probe) -> Iterator[Proposal]:
         for node in view.nodes:
             if op_name(node) not in _ANCHORS and not _is_root_power(node):
                 continue
@@ -56,7 +56,7 @@ class LayerNorm:
             if any(map(_centres, sources)):
                 yield Proposal(node, regions_around(view, node, sources, _walked, 9, 5), best_rank=_WHOLE + 1)
 
-    def recognise(self, region: Region, ask: Questions) -> Found | Reason:
+    def recognise(self, region: Region, ask: Probe) -> Found | Reason:
         (x,) = region.sources
         if not all(is_float(n) for n in region.others):
             return Reason("it also reads tensors that are not floating point")

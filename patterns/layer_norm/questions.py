@@ -9,7 +9,7 @@ from fxfuse.graph.region import Region
 from fxfuse.recognise.answers import Reason
 from fxfuse.recognise.literals import snap
 from fxfuse.recognise.normalisation import NormFunction, Scale
-from fxfuse.recognise.questions import Questions
+from fxfuse.recognise.probe import Probe
 
 _TOLD = 3
 
@@ -19,7 +19,7 @@ class LayerNormFunction(NormFunction):
 
     bias: Tensor
 
-    def __init__(self, region: Region, ask: Questions, seed: int) -> None:
+    def __init__(self, region: Region, ask: Probe, seed: int) -> None:
         super().__init__(region, ask, seed)
         self.bias = torch.zeros(())
 

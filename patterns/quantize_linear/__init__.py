@@ -26,7 +26,7 @@ from fxfuse.graph.region import Region, between
 from fxfuse.graph.view import GraphView, argument, fake, op_name
 from fxfuse.ops.quantize_linear import MADE
 from fxfuse.recognise.answers import NEAR, Form, Found, Input, Proposal, Reason
-from fxfuse.recognise.questions import Questions
+from fxfuse.recognise.probe import Probe
 
 QUANTIZES = frozenset(["quantize_per_tensor", "quantize_per_channel"])
 _DEQUANTIZES = frozenset(["dequantize_per_tensor", "dequantize_per_channel"])
@@ -40,7 +40,7 @@ class QuantizeLinear:
     after = ("dequantize_linear",)
     since_opset = 23
 
-    def propose(self, view: GraphView, ask: Questions) -> Iterator[Proposal]:
+    def propose(self, view: GraphView, ask: Probe) -> Iterator[Proposal]:
         for node in view.nodes:
             source = node.args[0] if op_name(node) in _DEQUANTIZES else None
             if not isinstance(source, Node) or op_name(source) not in QUANTIZES or node in ask.kept:
@@ -51,7 +51,7 @@ class QuantizeLinear:
             measured = Reason("its scale is measured as the input comes: it is no constant", NEAR)
             yield Proposal(node, () if region is None else (region,), missed=None if region else measured, best_rank=0)
 
-    def recognise(self, region: Region, ask: Questions) -> Found | Reason:
+    def recognise(self, region: Region, ask: Probe) -> Found | Reason:
         first, last = region.nodes[0], region.nodes[-1]
         if len(region.nodes) != 2 or op_name(first) not in QUANTIZES:
             return Reason("it is more than a pair")
@@ -99,7 +99,7 @@ class _How:
     def _read(self) -> tuple[Any, ...]:
         return self.scale, type(self.scale), self.zero, type(self.zero), self.axis, self.kind
 
-    def why_not(self, region: Region, ask: Questions) -> Reason | None:
+    def why_not(self, region: Region, ask: Probe) -> Reason | None:
         """Zero points of a wider type have to be known to fit."""
         if not isinstance(self.zero, Place):
             held = (self.zero, self.zero)

@@ -31,7 +31,7 @@ from fxfuse.recognise.normalisation import (
     regions_around,
     scale_source,
 )
-from fxfuse.recognise.questions import Questions
+from fxfuse.recognise.probe import Probe
 from fxfuse.recognise.walk import backward
 
 _ANCHORS = frozenset({"rsqrt", "sqrt", "rms_norm", "linalg_vector_norm", "norm", "std"})
@@ -55,7 +55,7 @@ class RMSNorm:
     since_opset = 23
     signs = ("rms_norm", "rsqrt")
 
-    def propose(self, view: GraphView, ask: Questions) -> Iterator[Proposal]:
+    def propose(self, view: GraphView, ask: Probe) -> Iterator[Proposal]:
         for node in view.nodes:
             if op_name(node) in _ANCHORS or _is_root_power(node):
                 sources = [node, *backward(view, node, _walked, depth=8, limit=24)]
@@ -64,7 +64,7 @@ class RMSNorm:
                 regions = regions_around(view, node, sources, _walked, 8, 4)
                 yield Proposal(node, regions, of_another(view, node), best_rank=_WHOLE)
 
-    def recognise(self, region: Region, ask: Questions) -> Found | Reason:
+    def recognise(self, region: Region, ask: Probe) -> Found | Reason:
         (x,) = region.sources
         if not all(is_float(n) for n in region.others):
             return Reason("it also reads tensors that are not floating point")

@@ -34,7 +34,7 @@ from fxfuse.patterns.rotary_embedding.forms import rotary_forms
 from fxfuse.patterns.rotary_embedding.rotation import Rotation, measure_rotation
 from fxfuse.patterns.rotary_embedding.tables import read_caches
 from fxfuse.recognise.answers import Found, Input, Proposal, Reason
-from fxfuse.recognise.questions import Questions
+from fxfuse.recognise.probe import Probe
 from fxfuse.recognise.walk import backward, forward
 
 _PRODUCTS = frozenset({"mul", "addcmul", "einsum", "matmul", "bmm"})
@@ -53,7 +53,7 @@ class RotaryEmbedding:
     operator = "RotaryEmbedding"
     since_opset = 23
 
-    def propose(self, view: GraphView, ask: Questions) -> Iterator[Proposal]:
+    def propose(self, view: GraphView, ask: Probe) -> Iterator[Proposal]:
         for node in view.nodes:
             if _mixes(view, node):
                 outputs = forward(view, node, _walked, depth=7, limit=24)
@@ -79,7 +79,7 @@ class RotaryEmbedding:
                 if tried == 4:
                     break
 
-    def recognise(self, region: Region, ask: Questions) -> Found | Reason:
+    def recognise(self, region: Region, ask: Probe) -> Found | Reason:
         (x,) = region.sources
         if static(fake(x).shape[-1]) is None:
             return Reason("the rotated axis has no fixed size")

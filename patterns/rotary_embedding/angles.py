@@ -12,14 +12,12 @@ from fxfuse.proof.positions.claims import equal_terms
 from fxfuse.proof.positions.reader import Index, Reader, Unreadable
 from fxfuse.proof.positions.terms import Term
 from fxfuse.recognise.answers import Reason
-from fxfuse.recognise.questions import Questions, may_change
+from fxfuse.recognise.probe import Probe, may_change
 
 _PAIR = "pair"
 
 
-def while_loaded(
-    region: Region, others: list[torch.Tensor], rows: tuple[torch.Tensor, ...], ask: Questions
-) -> str | None:
+def while_loaded(region: Region, others: list[torch.Tensor], rows: tuple[torch.Tensor, ...], ask: Probe) -> str | None:
     """A note for the report if both rows use one angle only until other values are loaded into a buffer; else None.
 
     x is then rotated twice, by the angle of each row, and half of either result is kept. That is right whatever is

@@ -13,7 +13,7 @@ from fxfuse.patterns.rotary_embedding.pairing import Pairing, pairing_of
 from fxfuse.proof.evaluate import Evaluator
 from fxfuse.proof.positions.claims import same_at_every_size
 from fxfuse.recognise.answers import Reason
-from fxfuse.recognise.questions import Questions
+from fxfuse.recognise.probe import Probe
 
 _TINY = 1e-12
 _CLOSE = 1e-9
@@ -55,7 +55,7 @@ class Rotation:
         return self.pairing.interleaved
 
 
-def measure_rotation(region: Region, ask: Questions) -> Rotation | Reason:
+def measure_rotation(region: Region, ask: Probe) -> Rotation | Reason:
     """Ask the region which features reach which, then for cos and sin at every position, then whether that is all."""
     evaluator = ask.evaluator(0)
     others = [_unique(t, i) for i, t in enumerate(ask.draws(region.others, evaluator, seed=3))]
@@ -96,7 +96,7 @@ def measure_rotation(region: Region, ask: Questions) -> Rotation | Reason:
     return Rotation(evaluator, others, shape[-1], pairing, cos, -minus_sin, bool(signs), claim, (other_cos, sin))
 
 
-def _signs(region: Region, dim: int, evaluator: Evaluator, ask: Questions) -> dict[int, torch.Tensor]:
+def _signs(region: Region, dim: int, evaluator: Evaluator, ask: Probe) -> dict[int, torch.Tensor]:
     """Constants of 0, 1 and -1 that permute features (x @ P) or change their signs (x · sign): these are no tables of
     cos or sin, so they keep their values while everything else is drawn."""
     found = {}

@@ -15,7 +15,7 @@ from fxfuse.graph.view import fake, mutated
 from fxfuse.proof.positions.reader import Reader, Unreadable
 from fxfuse.proof.positions.terms import Term, value_of
 from fxfuse.proof.sizes import ranges_of
-from fxfuse.recognise.questions import Questions
+from fxfuse.recognise.probe import Probe
 from fxfuse.state.functional import functionalise
 
 SIZES = (1, 2, 7, 65, 130, 300)
@@ -58,7 +58,7 @@ class Read:
             program = copy_program(program)
             functionalise(program.graph)
         self.program = program
-        self.reader: Reader = Questions(program).reader
+        self.reader: Reader = Probe(program).reader
         self.symbols = [str(s) for s in ranges_of(program)]
         outputs: Any = next(n for n in program.graph.nodes if n.op == "output").args[0]
         self.outputs: list[Node] = list(outputs)

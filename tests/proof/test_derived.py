@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import fxfuse
-from fxfuse.recognise.questions import Questions
+from fxfuse.recognise.probe import Probe
 
 LENGTHS: dict[str, Callable[[Any], Any]] = {
     "frames": lambda t: t // 10,
@@ -58,7 +58,7 @@ def test_each_profile_has_another_length(length: str) -> None:
     shapes = ({0: Dim.AUTO, 1: Dim.AUTO},)
     program = torch.export.export(Frames(LENGTHS[length]), (torch.randn(2, 640, 64),), dynamic_shapes=shapes)
     node = next(n for n in program.graph.nodes if "scaled_dot" in n.name)
-    ask = Questions(program)
+    ask = Probe(program)
     met = [ask.evaluator(profile).sizes.shape(node)[2] for profile in range(3)]
     assert met[0] >= 3 and met[1] >= 3 and met[0] != met[1] and met[2] >= 1
 

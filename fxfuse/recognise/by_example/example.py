@@ -26,7 +26,7 @@ from fxfuse.recognise.by_example.refusals import checked, unfit
 from fxfuse.recognise.by_example.regions import MAX_STATES, Searched, regions
 from fxfuse.recognise.catalogue import unregister
 from fxfuse.recognise.literals import literals
-from fxfuse.recognise.questions import Questions
+from fxfuse.recognise.probe import Probe
 
 MAX_NUMBERS = 512
 """Ways to give the example numbers of the region, at most."""
@@ -101,7 +101,7 @@ class Example:
         """Take it out of the catalogue, and its operator out of the tables of `fxfuse.onnx` and `fxfuse.unfuse`."""
         unregister(self)
 
-    def propose(self, view: GraphView, ask: Questions) -> Iterator[Proposal]:
+    def propose(self, view: GraphView, ask: Probe) -> Iterator[Proposal]:
         """Every value of the graph, with regions before it."""
         searched = Searched()
         anchor = None
@@ -120,7 +120,7 @@ class Example:
                 ),
             )
 
-    def recognise(self, region: Region, ask: Questions) -> Found | Reason:
+    def recognise(self, region: Region, ask: Probe) -> Found | Reason:
         bound = self._bound(region, ask)
         if isinstance(bound, Reason):
             return bound
@@ -144,7 +144,7 @@ class Example:
             also=also,
         )
 
-    def _refusal(self, region: Region, bound: Bound, ask: Questions) -> str | None:
+    def _refusal(self, region: Region, bound: Bound, ask: Probe) -> str | None:
         """Why a region that computes the example, or some of its results, is left as it is."""
         order, scalars, count = bound
         (inputs, _), *_ = self._draws(region, ask).pairs
@@ -157,7 +157,7 @@ class Example:
                 return why
         return None if self.check is None else checked(self.name, self.check, region, order.inputs, scalars)
 
-    def _regions(self, view: GraphView, node: Any, ask: Questions, searched: Searched) -> Iterator[Region]:
+    def _regions(self, view: GraphView, node: Any, ask: Probe, searched: Searched) -> Iterator[Region]:
         """Regions before one value; where they compute one of several results, first with the others."""
         for region in regions(view, node, len(self.tensors), searched):
             if self._results != 1:
@@ -166,7 +166,7 @@ class Example:
                     yield joined
             yield region
 
-    def _joined(self, region: Region, ask: Questions) -> Region | None:
+    def _joined(self, region: Region, ask: Probe) -> Region | None:
         bound = self._bound(region, ask)
         if isinstance(bound, Reason) or bound[2] == 1:
             return None
@@ -183,7 +183,7 @@ class Example:
             lambda a, b: a.shape == b.shape and a.dtype == b.dtype and apart(a, b) < SAME,
         )
 
-    def _bound(self, region: Region, ask: Questions) -> Bound | Reason:
+    def _bound(self, region: Region, ask: Probe) -> Bound | Reason:
         """Which tensors and numbers of the region are which parameters; or what it is not. Asked once for regions that
         look the same, unless the answer rests on what the program's constants hold."""
         key = ("bound", id(self), region.key, bool(ask.ties))
@@ -200,7 +200,7 @@ class Example:
         found: Bound | Reason = ask.settled[key]
         return found
 
-    def _asked(self, region: Region, ask: Questions) -> Bound | Reason:
+    def _asked(self, region: Region, ask: Probe) -> Bound | Reason:
         evaluator = ask.evaluator(0)
         nearest, raised, exhausted = float("inf"), None, False
         draws: _Draws | None = None
@@ -263,7 +263,7 @@ class Example:
                 return error, number > 0
         return error, True
 
-    def _draws(self, region: Region, ask: Questions) -> _Draws:
+    def _draws(self, region: Region, ask: Probe) -> _Draws:
         """Inputs of the region at several magnitudes, and what it gives for them."""
         evaluator = ask.evaluator(0)
         pairs = []
@@ -272,7 +272,7 @@ class Example:
             pairs.append((inputs, evaluator.outputs(region, inputs)))
         return _Draws(tuple(pairs))
 
-    def _drawn(self, region: Region, ask: Questions, seed: int, scale: float = 1.0) -> list[Tensor]:
+    def _drawn(self, region: Region, ask: Probe, seed: int, scale: float = 1.0) -> list[Tensor]:
         """Inputs with which the region can be run; whole numbers of any size, where they index nothing."""
         evaluator = ask.evaluator(0)
         for whole in (True, False):

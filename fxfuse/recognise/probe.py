@@ -23,14 +23,14 @@ from fxfuse.recognise.constants import Constants, constant_values, may_change, w
 from fxfuse.recognise.drawn import Draws
 from fxfuse.recognise.kept import Kept
 
-__all__ = ["OutOfTime", "Questions", "may_change", "written_targets"]
+__all__ = ["OutOfTime", "Probe", "may_change", "written_targets"]
 
 
 class OutOfTime(Exception):
     """The search took longer than it may."""
 
 
-class Questions(Draws):
+class Probe(Draws):
     """Everything there is to ask about the regions of one program.
 
     Args:
