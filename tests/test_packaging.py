@@ -61,7 +61,7 @@ def test_a_wheel_holds_the_catalogue_and_the_type_marker(tmp_path: Path) -> None
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
-    patterns = [f"patterns/{name}.py" for name in ("rms_norm", "rotary_embedding", "attention")]
+    patterns = [f"patterns/{name}/__init__.py" for name in ("rms_norm", "rotary_embedding", "attention")]
     for path in ("py.typed", *patterns, "report/schema.json", "report/templates/page.html"):
         assert (site / "fxfuse" / path).is_file(), path
     # From a folder that is no checkout, with the wheel's contents before anything that is installed.
