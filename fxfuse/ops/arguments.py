@@ -46,6 +46,8 @@ def show(tensor: torch.Tensor) -> str:
 
 ONNX_FLOATS = {1: torch.float32, 10: torch.float16, 11: torch.float64, 16: torch.bfloat16}
 """ONNX's numbers (TensorProto.DataType) of the floating-point types that `stash_type` and the like can name."""
+DOUBLE = 11
+"""float64 among them: the default stash_type, 1, would round a float64 model to float32."""
 
 
 def onnx_float(number: int, where: str) -> torch.dtype:

@@ -20,6 +20,7 @@ from torch.fx import Node
 
 from fxfuse.graph.region import Region
 from fxfuse.graph.view import ARITHMETIC, CAST, LAYOUT, ROOTS, GraphView, argument, fake, is_float, op_name, static
+from fxfuse.ops.arguments import DOUBLE
 from fxfuse.patterns.layer_norm.questions import LayerNormFunction, measure_epsilon, near_miss, of_inputs, spread
 from fxfuse.proof.evaluate import draw, generator
 from fxfuse.recognise.answers import Form, Found, Input, Proposal, Reason
@@ -31,8 +32,6 @@ from fxfuse.recognise.walk import backward
 _ANCHORS = frozenset({"rsqrt", "sqrt", "rms_norm", "linalg_vector_norm", "norm", "std", "std_mean"})
 _SPREADS = frozenset({"var", "std", "var_mean", "std_mean", "getitem"})
 _WHOLE, _SCALED, _PLAIN = 6, 4, 2
-_DOUBLE = 11
-"""`onnx.TensorProto.DOUBLE`: the default stash_type would round a float64 model to float32."""
 
 
 def _walked(name: str) -> bool:
@@ -118,7 +117,7 @@ def _forms(region: Region, scale: Scale, bias: Scale, epsilon: float) -> tuple[F
             exact = x.dtype == torch.float64
             kind = x.dtype if exact else inside
             shift = None if bias.position is None and bias.offset == 0 else bias(inputs, kind)
-            stash = {"stash_type": _DOUBLE} if exact else {}
+            stash = {"stash_type": DOUBLE} if exact else {}
             y: torch.Tensor = torch.ops.fxfuse.layer_norm(
                 cast(x, kind), scale(inputs, kind), shift, epsilon=epsilon, **stash
             )

@@ -18,6 +18,7 @@ from torch.fx import Node
 
 from fxfuse.graph.region import Region
 from fxfuse.graph.view import ARITHMETIC, CAST, LAYOUT, ROOTS, GraphView, argument, fake, is_float, op_name, static
+from fxfuse.ops.arguments import DOUBLE
 from fxfuse.patterns.rms_norm.near_norms import near_miss, of_another
 from fxfuse.proof.evaluate import draw, generator
 from fxfuse.recognise.answers import Form, Found, Input, Proposal, Reason
@@ -39,8 +40,6 @@ _SPREADS = frozenset({"var", "std", "var_mean", "std_mean"})
 """What makes it a LayerNorm, which is to be said."""
 _SCALED, _PLAIN = 4, 2
 _WHOLE = _SCALED + 1
-_DOUBLE = 11
-"""`onnx.TensorProto.DOUBLE`: the default stash_type would round a float64 model to float32."""
 
 
 def _walked(name: str) -> bool:
@@ -112,7 +111,7 @@ def _forms(region: Region, scale: Scale, epsilon: float) -> tuple[Form, ...]:
             exact = x.dtype == torch.float64
             kind = x.dtype if exact else inside
             weight = scale(inputs, kind)
-            stash = {"stash_type": _DOUBLE} if exact else {}
+            stash = {"stash_type": DOUBLE} if exact else {}
             y: torch.Tensor = torch.ops.fxfuse.rms_norm(cast(x, kind), weight, epsilon=epsilon, **stash)
             return y if exact else cast(y, out)
 

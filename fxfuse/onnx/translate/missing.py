@@ -13,10 +13,8 @@ import torch
 from torch.fx import Node
 
 from fxfuse.onnx.translate import sdpa, wide_numbers
+from fxfuse.ops.arguments import DOUBLE
 from fxfuse.torch_seams import schema_of
-
-_DOUBLE = 11
-"""`onnx.TensorProto.DOUBLE`."""
 
 
 def grouped_mm(self: Any, mat2: Any, offs: Any, bias: Any = None, out_dtype: int | None = None) -> Any:
@@ -99,12 +97,12 @@ def rms_norm(input: Any, normalized_shape: Sequence[Any], weight: Any = None, ep
     Superfluous once torch's `aten_rms_norm` asks for the input's type.
     """
     op = _operators()
-    wide = int(input.dtype) == _DOUBLE
+    wide = int(input.dtype) == DOUBLE
     if eps is None:
         eps = torch.finfo(torch.float64 if wide else torch.float32).eps
     if weight is None:
         weight = op.CastLike(op.Constant(value_float=1.0), input)
-    stash = {"stash_type": _DOUBLE} if wide else {}
+    stash = {"stash_type": DOUBLE} if wide else {}
     return op.RMSNormalization(input, weight, axis=-len(normalized_shape), epsilon=eps, **stash)
 
 
